@@ -1,0 +1,228 @@
+r"""Norms of groups: right in every dtype, at every magnitude, on every mesh.
+
+A sum of squares leaves the range of float32 long before its root does. Here a sum
+that overflowed or vanished is taken a second time with the elements multiplied by a
+power of two, by the same code in a loop: the usual case pays for one reduction.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clipfx import _compat
+from clipfx._tree import Groups, counted_leaves, times, widen
+
+
+class Norms(NamedTuple):
+    """Norms `[G]` that neither overflow nor vanish: each is `value / scale`.
+
+    Attributes:
+      value: `[G]`, float32 or wider.
+      scale: `[G]`, powers of two, 1 unless the norm is enormous or tiny.
+    """
+
+    value: jax.Array
+    scale: jax.Array
+
+
+def check_ord(ord: Any) -> float:
+    """Returns `ord` as a float >= 1 or infinity, 2 for None."""
+    if ord is None:
+        return 2.0
+    if isinstance(ord, jax.Array):
+        raise TypeError(
+            "ord must be a static Python number, got an array; under "
+            'optax.inject_hyperparams pass static_args="ord".'
+        )
+    if isinstance(ord, bool) or not isinstance(ord, int | float):
+        raise TypeError(
+            f"ord must be a number >= 1 or math.inf, got {ord!r}; for the Euclidean "
+            "norm pass 2."
+        )
+    if not ord >= 1:
+        raise ValueError(
+            f"ord must be a number >= 1 or math.inf, got {ord!r}; for the Euclidean "
+            "norm pass 2."
+        )
+    return float(ord)
+
+
+def group_norms(
+    tree: Any, groups: Groups, ord: float = 2.0, axis_name: Any = None
+) -> Norms:
+    r"""Measures each group, :math:`(\sum_i |x_i|^p)^{1/p}`, p = `ord`.
+
+    Accumulates in float32 or wider, pairwise over leaves. Inside `jax.shard_map` sums
+    run over the mesh axes that each leaf varies over. Its derivative is that of the
+    norm, and zero where the norm is zero.
+
+    Args:
+      tree: Leaves `[...]`.
+      groups: From `group_leaves(..., tree)`.
+      ord: p >= 1 or infinity.
+      axis_name: Mesh axes besides, which all leaves are split over.
+    """
+    pairs = counted_leaves(tree, groups)
+    leaves, index = [leaf for leaf, _ in pairs], [i for _, i in pairs]
+    wide = [jnp.finfo(widen(leaf).dtype).dtype for leaf in leaves]
+    dtype = jnp.result_type(jnp.float32, *wide)
+    number = len(groups.names)
+
+    def combine(op, scalars):
+        return combine_leaves(op, scalars, index, number, dtype, axis_name)
+
+    def part(x, scale):
+        # A barrier for each leaf: else XLA takes widened leaves out of the loop, and
+        # scales of full size, shared by leaves of one shape.
+        x, scale = jax.lax.optimization_barrier((x, scale))
+        return jnp.sum(_power(times(widen(x), scale), ord))
+
+    @jax.custom_jvp
+    def measure(leaves):
+        if ord in (1, 2):
+            sums = lambda scale: combine(jnp.add, [part(x, scale) for x in leaves])
+            total, scale = _rescaled(sums, number, dtype)
+            return Norms(jnp.sqrt(total) if ord == 2 else total, scale)
+        peak = combine(jnp.maximum, [_peak(widen(x)) for x in leaves])
+        # Other powers leave the range even sooner: divide by the largest first.
+        scale = _reciprocal_power_of_two(peak)
+        if ord == math.inf:
+            return Norms(peak * scale, scale)
+        scales = jnp.unstack(scale)
+        parts = [part(x, scales[i]) for x, i in zip(leaves, index, strict=True)]
+        return Norms(combine(jnp.add, parts) ** (1 / ord), scale)
+
+    @measure.defjvp
+    def _(primals, tangents):
+        norms = measure(*primals)
+        inverse = jnp.unstack(jnp.where(norms.value > 0, 1 / norms.value, 0))
+        scales = jnp.unstack(norms.scale)
+        # The unit vector dual to x, |u| <= 1: the derivative is its inner product.
+        duals = [
+            _dual(times(times(widen(x), scales[i]), inverse[i]), ord)
+            for x, i in zip(primals[0], index, strict=True)
+        ]
+        dots = [
+            jnp.sum(u.real * widen(dx).real + u.imag * widen(dx).imag)
+            if jnp.iscomplexobj(u)
+            else jnp.sum(u * widen(dx))
+            for u, dx in zip(duals, tangents[0], strict=True)
+        ]
+        slope = combine(jnp.add, dots) * norms.scale
+        if ord == math.inf:  # ties share the derivative
+            ties = combine(jnp.add, [jnp.sum(jnp.abs(u)) for u in duals])
+            slope = slope / jnp.maximum(ties, 1)
+        return norms, Norms(slope, jnp.zeros_like(norms.scale))
+
+    return measure(leaves)
+
+
+def group_sizes(tree: Any, groups: Groups, axis_name: Any = None) -> jax.Array:
+    """Counts the elements of each group, float32 `[G]`, over all shards."""
+    sizes = [0] * len(groups.names)
+    for x, i in counted_leaves(tree, groups):
+        shards = (jax.lax.psum(1, axis) for axis in _axes(x, axis_name))
+        sizes[i] += x.size * math.prod(shards)
+    return jnp.array(sizes, jnp.float32)
+
+
+def _axes(x: jax.Array, axis_name: Any) -> frozenset:
+    """The mesh axes that `x` is split over: those of its type and those named."""
+    named = () if axis_name is None else axis_name
+    named = named if isinstance(named, tuple | list) else (named,)
+    return frozenset({*_compat.varying_axes(x), *named})
+
+
+def combine_leaves(
+    op: Callable,
+    scalars: Sequence[jax.Array],
+    index: Sequence[int],
+    number: int,
+    dtype: Any,
+    axis_name: Any = None,
+) -> jax.Array:
+    """Combines one scalar per leaf into `[number]`, over leaves and mesh axes.
+
+    `op` is `jnp.add` or `jnp.maximum` of non-negative scalars. One collective for
+    each set of axes that leaves vary over, whatever the number of groups.
+    """
+    across = jax.lax.psum if op is jnp.add else jax.lax.pmax
+    parts: dict[frozenset, list[list]] = {}
+    for x, i in zip(scalars, index, strict=True):
+        axes = _axes(x, axis_name)
+        parts.setdefault(axes, [[] for _ in range(number)])[i].append(x.astype(dtype))
+    total = jnp.zeros(number, dtype)
+    for axes, rows in parts.items():
+        row = jnp.stack([_pairwise(op, row, dtype) for row in rows])
+        total = op(total, across(row, tuple(axes)) if axes else row)
+    return total
+
+
+def _pairwise(op: Callable, row: list[jax.Array], dtype: Any) -> jax.Array:
+    """Reduces in a balanced tree: the error grows with the log of the length."""
+    while len(row) > 1:
+        row = [op(*row[i : i + 2]) if row[i + 1 :] else row[i]
+               for i in range(0, len(row), 2)]  # fmt: skip
+    return row[0] if row else jnp.zeros([], dtype)
+
+
+def _rescaled(sums: Callable, number: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Runs `sums(scale)`, again at another scale for groups that left the range.
+
+    One scale for all groups, so that nothing in the loop depends on their number.
+    """
+    info = jnp.finfo(dtype)
+    # Three quarters of the exponents: what overflowed comes down and what vanished
+    # comes up, with room for 2^60 elements. Below `tiny`, squares that were lost could
+    # add up to more than a rounding. float32: 2^96 and 2^-72.
+    up = 2.0 ** (info.maxexp * 3 // 4)
+    tiny = float(info.tiny / info.eps) * 2.0**31
+
+    def body(carry):
+        scale, total, used = carry
+        over, under = total == jnp.inf, total < tiny
+        wanted = (scale == 1) | ((scale < 1) & over) | ((scale > 1) & under)
+        total = jnp.where(wanted, sums(scale), total)
+        used = jnp.where(wanted, scale, used)
+        bring_down = (scale == 1) & jnp.any(total == jnp.inf)
+        bring_up = (scale <= 1) & jnp.any(total < tiny)
+        after = jnp.where(bring_down, 1 / up, jnp.where(bring_up, up, 0.0))
+        return after.astype(dtype), total, used
+
+    zeros, ones = jnp.zeros(number, dtype), jnp.ones(number, dtype)
+    start = (jnp.ones([], dtype), zeros, ones)
+    return jax.lax.while_loop(lambda carry: carry[0] > 0, body, start)[1:]
+
+
+def _power(x: jax.Array, power: float) -> jax.Array:
+    """`|x| ** power`, real."""
+    if power == 2:
+        return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else x * x
+    return jnp.abs(x) if power == 1 else jnp.abs(x) ** power
+
+
+def _peak(x: jax.Array) -> jax.Array:
+    """The largest magnitude, infinite where there is a NaN: collectives may lose it."""
+    size = jnp.abs(x)
+    return jnp.max(jnp.where(jnp.isnan(size), jnp.inf, size), initial=0.0)
+
+
+def _reciprocal_power_of_two(x: jax.Array) -> jax.Array:
+    """A power of two within a factor of two of `1 / x`, kept a normal number."""
+    limit = jnp.finfo(x.dtype).maxexp - 2
+    exponent = jnp.frexp(jnp.where(jnp.isfinite(x) & (x > 0), x, 1))[1]
+    return jnp.ldexp(jnp.ones_like(x), jnp.clip(-exponent, -limit, limit))
+
+
+def _dual(unit: jax.Array, ord: float) -> jax.Array:
+    """The derivative of the p-norm at a vector of norm one."""
+    if ord == 2:
+        return unit
+    if ord == math.inf:
+        return jnp.where(
+            jnp.abs(unit) >= 1 - 1e-6, jnp.sign(unit), jnp.zeros_like(unit)
+        )
+    return times(jnp.sign(unit), jnp.abs(unit) ** (ord - 1))

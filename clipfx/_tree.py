@@ -1,0 +1,182 @@
+"""Trees cut into groups: which leaves share a norm, and scaling them by group.
+
+Shape letters: `G` groups, `[...]` a leaf. A *counted* leaf is of real or complex
+floating dtype; all others (integers, bools, keys, `float0`) pass through unseen.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clipfx import _compat
+
+
+class Groups(NamedTuple):
+    """Which counted leaf belongs to which group.
+
+    Attributes:
+      names: One name per group, in alphabetical order, as JAX orders a dict.
+      index: Per leaf of the tree its group, or None where the leaf is not counted.
+    """
+
+    names: tuple[str, ...]
+    index: tuple[int | None, ...]
+
+
+def group_leaves(groups: Any, tree: Any) -> Groups:
+    """Resolves a `groups` argument against the tree in hand.
+
+    Done anew for every tree: `optax.masked` and `optax.partition` take leaves away.
+    Labels are looked up by path, so labels of the whole tree still fit a masked one.
+
+    Args:
+      groups: `"global"`, `"layer"` (the parent of each leaf), `"leaf"`, or a tree
+        prefix of labels.
+      tree: Arrays or `ShapeDtypeStruct`.
+
+    Raises:
+      ValueError: On another string, or where a counted leaf has no label.
+    """
+    if not isinstance(groups, str):
+        label_of = _label_by_path(groups)
+    elif groups in _LABELS:
+        label_of = _LABELS[groups]
+    else:
+        raise ValueError(
+            'groups must be "global", "layer", "leaf" or a tree prefix of labels, got '
+            f'{groups!r}; to put all leaves into one group use "global".'
+        )
+    boxes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_compat.is_boxed)[0]
+    leaves = [(path, leaf) for path, box in boxes for leaf in jax.tree.leaves(box)]
+    labels = [label_of(path) if is_counted(leaf) else None for path, leaf in leaves]
+    always = {"global"} if groups == "global" else set()
+    names = tuple(sorted(always | {label for label in labels if label is not None}))
+    number = dict(zip(names, range(len(names)), strict=True))
+    return Groups(names, tuple(None if x is None else number[x] for x in labels))
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "(root)"
+
+
+_LABELS: dict[str, Callable[[tuple], str]] = {
+    "global": lambda path: "global",
+    "layer": lambda path: _name(path[:-1]),
+    "leaf": _name,
+}
+
+
+def _label_by_path(labels: Any) -> Callable[[tuple], str]:
+    # Keys are compared as text: a dict of labels also fits a dataclass of arrays.
+    words = lambda path: tuple(_name((key,)) for key in path)
+    flat = jax.tree_util.tree_flatten_with_path(labels)[0]
+    by_path = {words(path): str(label) for path, label in flat}
+
+    def label_of(path: tuple) -> str:
+        keys = words(path)
+        for end in range(len(keys) + 1):
+            if keys[:end] in by_path:
+                return by_path[keys[:end]]
+        raise ValueError(
+            f"groups must label every leaf, got no label for {_name(path)!r} (there "
+            f"are labels at {sorted('/'.join(words) for words in by_path)}); label it "
+            "or a parent of it, or take it out with optax.masked."
+        )
+
+    return label_of
+
+
+# ------------------------------------------------------------------- single leaves
+
+
+def is_counted(leaf: Any) -> bool:
+    """Whether a leaf is of real or complex floating dtype."""
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def counted_leaves(tree: Any, groups: Groups) -> list[tuple[jax.Array, int]]:
+    """The counted leaves as arrays, each with its group."""
+    pairs = zip(jax.tree.leaves(tree), groups.index, strict=True)
+    return [(jnp.asarray(leaf), i) for leaf, i in pairs if i is not None]
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """Half precision is computed in float32; anything wider is left alone."""
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
+
+
+def times(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """`x * factor` for a real factor, in the dtype of `x`, complex or not."""
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(times(x.real, factor), times(x.imag, factor))
+    return x * factor.astype(x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _toward_zero(x: jax.Array, dtype: Any) -> jax.Array:
+    """Drops the bits of float32 `x` that `dtype` cannot hold."""
+    info = jnp.finfo(dtype)
+    kept = jnp.uint32(2**32 - 2 ** (23 - info.nmant))
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    normal = jax.lax.bitcast_convert_type(bits & kept, jnp.float32)
+    if info.minexp == jnp.finfo(jnp.float32).minexp:
+        return normal
+    # Below the smallest normal number the spacing is fixed.
+    step = jnp.float32(info.smallest_subnormal)
+    small = jnp.abs(x) < jnp.float32(info.smallest_normal)
+    return jnp.where(small, jnp.trunc(x / step) * step, normal)
+
+
+@_toward_zero.defjvp
+def _toward_zero_jvp(dtype, primals, tangents):
+    return _toward_zero(*primals, dtype), tangents[0]
+
+
+def narrow(wide: jax.Array, dtype: Any) -> jax.Array:
+    """Casts back to `dtype`, to half precision by rounding towards zero.
+
+    What is stored is then never longer than what was computed, so a bound on the
+    computed norm bounds the stored one too, and a second clip finds nothing to do.
+    """
+    if wide.dtype == dtype:
+        return wide
+    return _toward_zero(wide, dtype).astype(dtype)
+
+
+def map_counted(fn: Callable, tree: Any, groups: Groups) -> Any:
+    """Maps `fn(wide leaf, group) -> wide leaf` over counted leaves, keeping dtypes."""
+
+    def on(leaf, i):
+        if i is None:
+            return leaf
+        leaf = jnp.asarray(leaf)
+        return narrow(fn(widen(leaf), i), leaf.dtype)
+
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten([on(*x) for x in zip(leaves, groups.index, strict=True)])
+
+
+def scale_groups(
+    tree: Any, groups: Groups, *factors: jax.Array, drop: jax.Array | None = None
+) -> Any:
+    """Multiplies every leaf by its group's factors `[G]`, one after the other.
+
+    Args:
+      tree: Leaves `[...]`.
+      groups: From `group_leaves(..., tree)`.
+      *factors: `[G]`; two where their product is no normal number.
+      drop: bool `[G]`, groups that become exactly zero, whatever they hold.
+    """
+    rows = [jnp.unstack(row) for row in factors]
+    drops = None if drop is None else jnp.unstack(drop)
+
+    def scale(x, i):
+        for row in rows:
+            x = times(x, row[i])
+        return x if drops is None else jnp.where(drops[i], jnp.zeros_like(x), x)
+
+    return map_counted(scale, tree, groups)

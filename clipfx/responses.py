@@ -1,0 +1,320 @@
+r"""What to do about a norm: pure functions from a norm to the norm it becomes.
+
+A response maps a norm :math:`n \ge 0` and a threshold :math:`c > 0` to
+:math:`\psi_c(n)`, the norm that the group is given. The same functions shape single
+elements, :math:`\operatorname{sign}(x)\,\psi_c(|x|)`, in `clipfx.clip_by_value`.
+
+=============== ===================================== ============ ==================
+response        :math:`\psi_c(n)`                     largest      monotone, smooth
+=============== ===================================== ============ ==================
+`hard`          :math:`\min(n, c)`                    c            weakly, C0
+`tanh`          :math:`c \tanh(n/c)`                  c            yes, C-infinity
+`softsign`      :math:`cn/(c + n)`                    c            yes, C1
+`pseudo_huber`  :math:`n/\sqrt{1 + (n/c)^2}`          c            yes, C-infinity
+`arctan`        :math:`(2c/\pi)\arctan(\pi n/(2c))`   c            yes, C-infinity
+`log`           :math:`c \log(1 + n/c)`               unbounded    yes, C1
+`power(a)`      :math:`c\,(n/c)^a`                    unbounded    yes, C0 at 0
+`normalize`     :math:`c`                             c            jumps at 0
+`reject`        :math:`n` if :math:`n \le c`, else 0  c            no, jumps at c
+`band(low)`     :math:`\min(\max(n, low\,c), c)`      c            weakly, jumps at 0
+=============== ===================================== ============ ==================
+
+"Smooth" is that of the odd extension to negative arguments. All but `power` and the
+three that jump have slope 1 at 0, so small norms pass nearly unchanged, and for those
+the map on vectors is non-expansive in the 2-norm.
+
+Every response broadcasts `norm` and `threshold` (floating arrays of one dtype, `[G]`
+or any shape), gives 0 at norm 0 and at threshold 0, is the identity at threshold
+infinity, stays finite and exact to rounding over the whole range of the dtype, and
+has finite derivatives everywhere. Anything else with that signature is a response too:
+
+>>> import clipfx, jax.numpy as jnp
+>>> redescending = lambda norm, threshold: norm / (1 + (norm / threshold) ** 2)
+>>> tx = clipfx.clip_by_norm(1.0, response=redescending)
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+__all__ = [
+    "Response",
+    "arctan",
+    "band",
+    "hard",
+    "log",
+    "normalize",
+    "power",
+    "pseudo_huber",
+    "reject",
+    "softsign",
+    "tanh",
+]
+
+Response = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def hard(norm: jax.Array, threshold: jax.Array) -> jax.Array:
+    r"""Cuts off at the threshold, :math:`\min(n, c)`.
+
+    Args:
+      norm: `[G]` or any shape, >= 0.
+      threshold: Broadcasts against `norm`, >= 0.
+
+    Returns:
+      The norm that the group is given, of the broadcast shape.
+
+    Example:
+      >>> hard(jnp.array([0.5, 5.0]), jnp.array(1.0))
+      Array([0.5, 1. ], dtype=float32)
+
+    Reference: Pascanu et al., `On the difficulty of training recurrent neural networks
+    <https://arxiv.org/abs/1211.5063>`_, 2013.
+    """
+    return jnp.minimum(norm, threshold)
+
+
+def softsign(norm: jax.Array, threshold: jax.Array) -> jax.Array:
+    r"""Saturates slowly, :math:`cn/(c + n)`; at 50 c it gives 0.98 c.
+
+    Equal to :math:`g/(L_0 + L_1 \lVert g \rVert)` up to a learning rate, with
+    :math:`c = L_0/L_1`.
+
+    Args:
+      norm: `[G]` or any shape, >= 0.
+      threshold: Broadcasts against `norm`, >= 0.
+
+    Returns:
+      The norm that the group is given, of the broadcast shape.
+
+    Example:
+      >>> softsign(jnp.array([0.5, 5.0]), jnp.array(1.0)).round(4)
+      Array([0.3333, 0.8333], dtype=float32)
+
+    Reference: Zhang et al., `Why gradient clipping accelerates training
+    <https://arxiv.org/abs/1905.11881>`_, 2020.
+    """
+    low, ratio = _low_and_ratio(norm, threshold)
+    return low / (1 + ratio)
+
+
+def pseudo_huber(norm: jax.Array, threshold: jax.Array) -> jax.Array:
+    r"""The derivative of the pseudo-Huber loss, :math:`n/\sqrt{1 + (n/c)^2}`.
+
+    Args:
+      norm: `[G]` or any shape, >= 0.
+      threshold: Broadcasts against `norm`, >= 0.
+
+    Returns:
+      The norm that the group is given, of the broadcast shape.
+
+    Example:
+      >>> pseudo_huber(jnp.array([0.5, 5.0]), jnp.array(1.0)).round(4)
+      Array([0.4472, 0.9806], dtype=float32)
+
+    Reference: Charbonnier et al., `Deterministic edge-preserving regularization in
+    computed imaging <https://doi.org/10.1109/83.551699>`_, 1997.
+    """
+    low, ratio = _low_and_ratio(norm, threshold)
+    return low / jnp.sqrt(1 + ratio * ratio)
+
+
+def tanh(norm: jax.Array, threshold: jax.Array) -> jax.Array:
+    r"""Saturates fast, :math:`c \tanh(n/c)`.
+
+    Args:
+      norm: `[G]` or any shape, >= 0.
+      threshold: Broadcasts against `norm`, >= 0.
+
+    Returns:
+      The norm that the group is given, of the broadcast shape.
+
+    Example:
+      >>> tanh(jnp.array([0.5, 5.0]), jnp.array(1.0)).round(4)
+      Array([0.4621, 0.9999], dtype=float32)
+
+    Reference: used for private training in `SoftAdaClip
+    <https://arxiv.org/abs/2510.01447>`_, 2025.
+    """
+    return _curve(lambda r, c: jnp.tanh(r), norm, threshold)
+
+
+def arctan(norm: jax.Array, threshold: jax.Array) -> jax.Array:
+    r"""Saturates slowly, :math:`(2c/\pi)\arctan(\pi n/(2c))`.
+
+    Args:
+      norm: `[G]` or any shape, >= 0.
+      threshold: Broadcasts against `norm`, >= 0.
+
+    Returns:
+      The norm that the group is given, of the broadcast shape.
+
+    Example:
+      >>> arctan(jnp.array([0.5, 5.0]), jnp.array(1.0)).round(4)
+      Array([0.4239, 0.9194], dtype=float32)
+
+    Reference: none; a standard sigmoid scaled to slope 1 and bound c.
+    """
+    half_pi = math.pi / 2
+    return _curve(lambda r, c: jnp.arctan(half_pi * r) / half_pi, norm, threshold)
+
+
+def log(norm: jax.Array, threshold: jax.Array) -> jax.Array:
+    r"""Compresses without a bound, :math:`c \log(1 + n/c)`.
+
+    Args:
+      norm: `[G]` or any shape, >= 0.
+      threshold: Broadcasts against `norm`, >= 0.
+
+    Returns:
+      The norm that the group is given, of the broadcast shape.
+
+    Example:
+      >>> log(jnp.array([0.5, 5.0]), jnp.array(1.0)).round(4)
+      Array([0.4055, 1.7918], dtype=float32)
+
+    Reference: none; the logarithm with slope 1 at 0.
+    """
+
+    def curve(ratio, limit):
+        finite = ratio < jnp.inf
+        beyond = jnp.log(jnp.where(finite, 1, norm)) - jnp.log(limit)
+        return jnp.where(finite, jnp.log1p(jnp.where(finite, ratio, 1)), beyond)
+
+    return _curve(curve, norm, threshold)
+
+
+def power(exponent: float) -> Response:
+    r"""Makes the response :math:`c\,(n/c)^a`, which leaves a norm of c alone.
+
+    With a < 1 larger norms shrink and smaller ones grow; a > 1 does the opposite, and
+    a = 0 is `normalize`.
+
+    Args:
+      exponent: a >= 0, a Python number.
+
+    Returns:
+      A response.
+
+    Raises:
+      ValueError: If the exponent is negative or not finite.
+
+    Example:
+      >>> power(0.5)(jnp.array([0.25, 4.0]), jnp.array(1.0))
+      Array([0.5, 2. ], dtype=float32)
+
+    Reference: the norm form of `SPAMP <https://arxiv.org/abs/2510.01578>`_, 2025.
+    """
+    if not 0 <= exponent < math.inf:
+        raise ValueError(
+            f"exponent must be a finite number >= 0, got {exponent!r}; 0.5 takes the "
+            "square root of a norm measured in thresholds."
+        )
+
+    def respond(norm: jax.Array, threshold: jax.Array) -> jax.Array:
+        # c^(1-a) n^a, from logarithms: n/c itself may leave the range.
+        usable = (norm > 0) & (threshold > 0) & (threshold < jnp.inf)
+        log_norm = jnp.log(jnp.where(usable, norm, 1))
+        log_limit = jnp.log(jnp.where(usable, threshold, 1))
+        shaped = jnp.exp(log_limit + exponent * (log_norm - log_limit))
+        return jnp.where(
+            usable, shaped, jnp.where(threshold > 0, norm, jnp.zeros_like(norm))
+        )
+
+    return respond
+
+
+def normalize(norm: jax.Array, threshold: jax.Array) -> jax.Array:
+    r"""Gives every norm but 0 the length of the threshold, :math:`c`.
+
+    Args:
+      norm: `[G]` or any shape, >= 0.
+      threshold: Broadcasts against `norm`, >= 0.
+
+    Returns:
+      The norm that the group is given, of the broadcast shape.
+
+    Example:
+      >>> normalize(jnp.array([0.0, 0.5, 5.0]), jnp.array(1.0))
+      Array([0., 1., 1.], dtype=float32)
+
+    Reference: Cutkosky and Mehta, `Momentum improves normalized SGD
+    <https://arxiv.org/abs/2002.03305>`_, 2020.
+    """
+    return jnp.where((norm > 0) & (threshold < jnp.inf), threshold, norm)
+
+
+def reject(norm: jax.Array, threshold: jax.Array) -> jax.Array:
+    r"""Drops what exceeds the threshold: :math:`n` if :math:`n \le c`, else 0.
+
+    Args:
+      norm: `[G]` or any shape, >= 0.
+      threshold: Broadcasts against `norm`, >= 0.
+
+    Returns:
+      The norm that the group is given, of the broadcast shape.
+
+    Example:
+      >>> reject(jnp.array([0.5, 5.0]), jnp.array(1.0))
+      Array([0.5, 0. ], dtype=float32)
+
+    Reference: skipping of spikes, as in `PaLM <https://arxiv.org/abs/2204.02311>`_,
+    2022, without rewinding.
+    """
+    return jnp.where(norm > threshold, jnp.zeros_like(norm), norm)
+
+
+def band(low: float) -> Response:
+    r"""Makes the response :math:`\min(\max(n, low\,c), c)`, which also lifts.
+
+    A norm of 0 stays 0: there is no direction to lift it along.
+
+    Args:
+      low: The lower edge as a fraction of the threshold, in [0, 1].
+
+    Returns:
+      A response.
+
+    Raises:
+      ValueError: If `low` is outside [0, 1].
+
+    Example:
+      >>> band(0.5)(jnp.array([0.0, 0.1, 0.7, 5.0]), jnp.array(1.0))
+      Array([0. , 0.5, 0.7, 1. ], dtype=float32)
+
+    Reference: the two-sided interval of `AGGC <https://arxiv.org/abs/2601.11864>`_,
+    2026.
+    """
+    if not 0 <= low <= 1:
+        raise ValueError(
+            f"low must be a fraction of the threshold in [0, 1], got {low!r}; 0 never "
+            "lifts a norm."
+        )
+
+    def respond(norm: jax.Array, threshold: jax.Array) -> jax.Array:
+        usable = (norm > 0) & (threshold < jnp.inf)
+        limit = jnp.where(usable, threshold, 1)
+        return jnp.where(usable, jnp.clip(norm, low * limit, limit), norm)
+
+    return respond
+
+
+def _low_and_ratio(norm: jax.Array, threshold: jax.Array) -> tuple:
+    """The smaller of both and its ratio to the larger: nothing here can overflow."""
+    low, high = jnp.minimum(norm, threshold), jnp.maximum(norm, threshold)
+    usable = (high > 0) & (high < jnp.inf)
+    return low, jnp.where(usable, low / jnp.where(usable, high, 1), 0)
+
+
+def _curve(curve: Callable, norm: jax.Array, threshold: jax.Array) -> jax.Array:
+    """`c * curve(n / c)` for a curve of slope 1 at 0."""
+    usable = (threshold > 0) & (threshold < jnp.inf)
+    limit = jnp.where(usable, threshold, 1)
+    ratio = norm / limit
+    # Where the ratio is nothing beside 1 the curve is straight, and may underflow.
+    shaped = jnp.where(ratio > 2.0**-30, limit * curve(ratio, limit), norm)
+    return jnp.where(
+        usable, shaped, jnp.where(threshold > 0, norm, jnp.zeros_like(norm))
+    )

@@ -1,0 +1,172 @@
+"""What is too large: rules from norms to thresholds, the only part with statistics.
+
+A rule is a `Threshold`, a pair of functions shaped like a gradient transformation:
+
+>>> import clipfx, jax.numpy as jnp
+>>> def largest_so_far(factor):
+...     '''Clips to `factor` times the largest norm seen before, [G].'''
+...     def init(groups, params):
+...         return jnp.full(len(groups.names), jnp.inf)
+...     def update(norm, state, **_):
+...         seen = jnp.where(jnp.isinf(state), norm, jnp.maximum(state, norm))
+...         return factor * state, seen
+...     return clipfx.thresholds.Threshold(init, update)
+>>> tx = clipfx.clip_by_norm(largest_so_far(2.0), groups="layer")
+
+It reads the past, answers, then learns the present. `clipfx.clip_by_norm` throws away
+what it learned on a step where any norm is not finite, so no rule has to guard itself.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from clipfx._tree import Groups
+
+__all__ = ["Threshold", "as_threshold", "constant", "schedule"]
+
+
+class Threshold(NamedTuple):
+    """A rule from norms to thresholds.
+
+    Attributes:
+      init: `init(groups, params) -> state`. `groups.names` has one name per group;
+        `params` may be `ShapeDtypeStruct`. The state is any tree of arrays whose
+        structure, shapes and dtypes never change.
+      update: `update(norm, state, *, groups, updates, params, **extra) -> (threshold,
+        state)` with `norm` float32 `[G]`, capped at the largest float32 and not finite
+        where a gradient is not, and a threshold `[G]` or scalar. `extra` are the
+        keyword arguments of the optimizer's `update`; ignore what is not needed.
+
+    Reference: none; the shape is that of `optax.GradientTransformationExtraArgs`.
+    """
+
+    init: Callable[[Groups, Any], Any]
+    update: Callable[..., tuple[Any, Any]]
+
+
+def constant(limit: Any) -> Threshold:
+    """Makes a rule that always answers the same.
+
+    Args:
+      limit: A number >= 0 (infinity clips nothing), an array `[G]` in the order of
+        `ClipMetrics.groups`, or a dict by group name; traced arrays too.
+
+    Returns:
+      A rule without state.
+
+    Raises:
+      TypeError: If `limit` is of another kind.
+      ValueError: If a concrete entry is negative or NaN, or, once the groups are
+        known, if it does not fit them.
+
+    Example:
+      >>> rule = constant({"encoder": 1.0, "decoder": 0.5})
+
+    Reference: none.
+    """
+    check_values(limit)
+
+    def init(groups: Groups, params: Any) -> tuple[()]:
+        _fit(limit, groups)
+        return ()
+
+    def update(norm, state, *, groups, **_):
+        return _fit(limit, groups), state
+
+    return Threshold(init, update)
+
+
+def schedule(fn: optax.Schedule) -> Threshold:
+    """Makes a rule from an Optax schedule.
+
+    Args:
+      fn: From a step count, int32 scalar starting at 0, to what `constant` takes.
+
+    Returns:
+      A rule whose state is the count. Like all state it stands still on a step whose
+      norm is not finite.
+
+    Example:
+      >>> import optax
+      >>> rule = schedule(optax.linear_schedule(10.0, 1.0, transition_steps=1000))
+
+    Reference: none.
+    """
+
+    def init(groups: Groups, params: Any) -> jax.Array:
+        return jnp.zeros([], jnp.int32)
+
+    def update(norm, count, *, groups, **_):
+        return _fit(fn(count), groups), optax.safe_increment(count)
+
+    return Threshold(init, update)
+
+
+def as_threshold(threshold: Any) -> Threshold:
+    """Makes a rule from whatever a user may pass as a threshold.
+
+    Args:
+      threshold: A `Threshold`, an Optax schedule, or what `constant` takes.
+
+    Returns:
+      A rule.
+
+    Raises:
+      TypeError: If it is none of these.
+      ValueError: See `constant`.
+
+    Example:
+      >>> isinstance(as_threshold(1.0), Threshold)
+      True
+
+    Reference: none.
+    """
+    if isinstance(threshold, Threshold):
+        return threshold
+    return schedule(threshold) if callable(threshold) else constant(threshold)
+
+
+def check_values(limit: Any) -> None:
+    """Checks the kind, and the sign where the values are known."""
+    for x in limit.values() if isinstance(limit, Mapping) else [limit]:
+        array = isinstance(x, jax.Array | np.ndarray | np.generic)
+        number = isinstance(x, int | float) and not isinstance(x, bool)
+        if not (number or (array and jnp.issubdtype(x.dtype, jnp.number))):
+            raise TypeError(
+                "a threshold must be a number, an array [G], a dict by group name, an "
+                f"Optax schedule or a clipfx.thresholds.Threshold, got {x!r}; to clip "
+                "nothing pass math.inf."
+            )
+        known = not isinstance(x, jax.core.Tracer) and (
+            not isinstance(x, jax.Array) or x.is_fully_addressable
+        )
+        if known and not np.all(np.asarray(x, np.float64) >= 0):
+            raise ValueError(
+                f"a threshold must be >= 0, got {x!r}; to clip nothing pass math.inf."
+            )
+
+
+def _fit(limit: Any, groups: Groups) -> jax.Array:
+    """The threshold as float32, scalar or `[G]`."""
+    names = groups.names
+    if isinstance(limit, Mapping):
+        missing = [name for name in names if name not in limit]
+        if missing:
+            raise ValueError(
+                f"a dict of thresholds must name every group, got {sorted(limit)} "
+                f"without {missing}; add them, with math.inf for no clipping."
+            )
+        return jnp.stack([jnp.asarray(limit[name], jnp.float32) for name in names])
+    limit = jnp.asarray(limit).astype(jnp.float32)
+    if limit.shape not in ((), (len(names),)):
+        raise ValueError(
+            f"a threshold must be a scalar or have shape ({len(names)},), one entry "
+            f"for each of the groups {names}, got shape {limit.shape}; pass a dict by "
+            "group name to be sure of the order."
+        )
+    return limit
