@@ -1,6 +1,6 @@
 """`clip_by_norm`: measures, asks the threshold, responds, scales."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import optax
 
 from clipfx import responses
 from clipfx._norms import Norms, check_ord, group_norms
-from clipfx._tree import Groups, group_leaves, scale_groups
+from clipfx._tree import Groups, divide, group_leaves, scale_groups
 from clipfx.thresholds import Threshold, as_threshold
 
 # A factor this close to 1 is 1. It is wider than the rounding of a norm and of what
@@ -98,7 +98,8 @@ def clip_by_norm(
     nonfinite_norm            the whole group becomes NaN, or zero, by `nonfinite`
     nothing_is_learned        from a step with a norm that is not finite
     fixed_state               structure, shapes, dtypes from `init` on; scans
-    one_all_reduce            per step, however many groups (general p: two)
+    one_all_reduce            per step, however many groups (general p: two; under jit
+                              one more for each further way that leaves are split)
     sharded_equals_whole      to 1e-6, under jit and in `shard_map`
     unknown_extra_args        are ignored
     ========================= =======================================================
@@ -167,7 +168,7 @@ def clip_by_norm(
             steps=jnp.zeros(shape, jnp.int32),
             clipped=jnp.zeros(shape, jnp.int32),
             nonfinite=jnp.zeros(shape, jnp.int32),
-            groups=dict.fromkeys(members.names, ()),
+            groups=_keys(params, members),
         )
         return ClipState(rule.init(members, params), metrics)
 
@@ -262,9 +263,8 @@ def tree_clip(
         axis_name=axis_name,
         nonfinite=nonfinite,
     )
-    state: Any
     clipped, state = tx.update(tree, tx.init(tree))
-    return clipped, state.metrics
+    return clipped, cast(ClipState, state).metrics
 
 
 def global_norm(
@@ -310,18 +310,32 @@ def _factors(
     info = jnp.finfo(dtype)
     norm, limit = _reported(norms, dtype), limit.astype(dtype)
     target = response(norm, limit)
-    beyond = (norm >= info.max) & (limit < jnp.inf)  # than what `norm` can say
+    beyond = norm >= info.max  # the true norm may be larger
     same = (jnp.abs(target - norm) <= _SLACK * norm) & ~beyond
     same |= (target == norm) & (limit == jnp.inf)
-    shift = 2.0 ** (info.maxexp * 3 // 4)
-    ordinary = same | (target >= norm / shift) & (target <= norm * shift)
+    # A quotient beyond these powers of two may be no normal number: divide twice.
+    up = 2.0 ** (info.maxexp * 3 // 4)
+    near = (target >= norm / up) & (target <= norm * up) & ~beyond
+    once = same | near | (target == 0)
     # Quotients come last: XLA computes a division once, and anything cheaper again in
     # the loop over every leaf, which takes it 4 times as long to compile.
-    measured = jnp.where(ordinary, norms.value / norms.scale, norms.value)
+    divisor = jnp.where(once, 1, jnp.where(target < norm, up, 1 / up))
+    measured = norms.value * (1 / divisor / norms.scale)
     finite = jnp.isfinite(norms.value)
     target = jnp.where(finite, jnp.where(same, 1, target), nonfinite)
     measured = jnp.where(same | ~finite | (norms.value == 0), 1, measured)
-    return 1 / jnp.where(ordinary, 1, 1 / norms.scale), target / measured
+    return 1 / divisor, divide(target, measured)
+
+
+def _keys(params: Any, members: Groups) -> Any:
+    """The names as structure, or a leaf in their place where nobody can know them.
+
+    `optax.tree.map_params` calls `init` with a stand-in for params and lays the
+    result over a real state; a leaf there covers any names here.
+    """
+    if jax.tree.leaves(params) or isinstance(params, dict | list | tuple | None):
+        return dict.fromkeys(members.names, ())
+    return jnp.zeros(0, jnp.float32)
 
 
 def _check_same_groups(state: ClipState, members: Groups) -> None:

@@ -5,6 +5,7 @@ that overflowed or vanished is taken a second time with the elements multiplied 
 power of two, by the same code in a loop: the usual case pays for one reduction.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -66,99 +67,102 @@ def group_norms(
       axis_name: Mesh axes besides, which all leaves are split over.
     """
     pairs = counted_leaves(tree, groups)
-    leaves, index = [leaf for leaf, _ in pairs], [i for _, i in pairs]
-    wide = [jnp.finfo(widen(leaf).dtype).dtype for leaf in leaves]
-    dtype = jnp.result_type(jnp.float32, *wide)
-    number = len(groups.names)
+    leaves, index = [leaf for leaf, _ in pairs], tuple(i for _, i in pairs)
+    if not groups.names:
+        return Norms(jnp.zeros(0, jnp.float32), jnp.ones(0, jnp.float32))
+    wide = {jnp.finfo(leaf.dtype).dtype for leaf in leaves}
+    dtype = jnp.float64 if jnp.dtype(jnp.float64) in wide else jnp.float32
+    layout = _Layout(index, len(groups.names), dtype, _as_tuple(axis_name))
+    return _jitted(leaves, layout, ord)
 
-    def combine(op, scalars):
-        return combine_leaves(op, scalars, index, number, dtype, axis_name)
 
+class _Layout(NamedTuple):
+    """What of a tree is known while tracing; hashable."""
+
+    index: tuple[int, ...]
+    number: int
+    dtype: Any
+    axis_names: tuple
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _measure(leaves: list[jax.Array], layout: _Layout, ord: float) -> Norms:
     def part(x, scale):
         # A barrier for each leaf: else XLA takes widened leaves out of the loop, and
         # scales of full size, shared by leaves of one shape.
         x, scale = jax.lax.optimization_barrier((x, scale))
         return jnp.sum(_power(times(widen(x), scale), ord))
 
-    @jax.custom_jvp
-    def measure(leaves):
-        if ord in (1, 2):
-            sums = lambda scale: combine(jnp.add, [part(x, scale) for x in leaves])
-            total, scale = _rescaled(sums, number, dtype)
-            return Norms(jnp.sqrt(total) if ord == 2 else total, scale)
-        peak = combine(jnp.maximum, [_peak(widen(x)) for x in leaves])
-        # Other powers leave the range even sooner: divide by the largest first.
-        scale = _reciprocal_power_of_two(peak)
-        if ord == math.inf:
-            return Norms(peak * scale, scale)
-        scales = jnp.unstack(scale)
-        parts = [part(x, scales[i]) for x, i in zip(leaves, index, strict=True)]
-        return Norms(combine(jnp.add, parts) ** (1 / ord), scale)
+    if ord in (1, 2):
+        sums = lambda scale: _combine(jnp.add, [part(x, scale) for x in leaves], layout)
+        total, scale = _rescaled(sums, layout)
+        return Norms(jnp.sqrt(total) if ord == 2 else total, scale)
+    peak = _combine(jnp.maximum, [_peak(widen(x)) for x in leaves], layout)
+    # Other powers leave the range even sooner: divide by the largest first.
+    scale = _reciprocal_power_of_two(peak)
+    if ord == math.inf:
+        return Norms(peak * scale, scale)
+    scales = jnp.unstack(scale)
+    parts = [part(x, scales[i]) for x, i in zip(leaves, layout.index, strict=True)]
+    return Norms(_combine(jnp.add, parts, layout) ** (1 / ord), scale)
 
-    @measure.defjvp
-    def _(primals, tangents):
-        norms = measure(*primals)
-        inverse = jnp.unstack(jnp.where(norms.value > 0, 1 / norms.value, 0))
-        scales = jnp.unstack(norms.scale)
-        # The unit vector dual to x, |u| <= 1: the derivative is its inner product.
-        duals = [
-            _dual(times(times(widen(x), scales[i]), inverse[i]), ord)
-            for x, i in zip(primals[0], index, strict=True)
-        ]
-        dots = [
-            jnp.sum(u.real * widen(dx).real + u.imag * widen(dx).imag)
-            if jnp.iscomplexobj(u)
-            else jnp.sum(u * widen(dx))
-            for u, dx in zip(duals, tangents[0], strict=True)
-        ]
-        slope = combine(jnp.add, dots) * norms.scale
-        if ord == math.inf:  # ties share the derivative
-            ties = combine(jnp.add, [jnp.sum(jnp.abs(u)) for u in duals])
-            slope = slope / jnp.maximum(ties, 1)
-        return norms, Norms(slope, jnp.zeros_like(norms.scale))
 
-    return measure(leaves)
+@_measure.defjvp
+def _measure_jvp(layout, ord, primals, tangents):
+    norms = _measure(*primals, layout, ord)
+    inverse = jnp.unstack(jnp.where(norms.value > 0, 1 / norms.value, 0))
+    scales = jnp.unstack(norms.scale)
+    # The unit vector dual to x, |u| <= 1: the derivative is its inner product.
+    duals = [
+        _dual(times(times(widen(x), scales[i]), inverse[i]), ord)
+        for x, i in zip(primals[0], layout.index, strict=True)
+    ]
+    dots = [_inner(u, widen(dx)) for u, dx in zip(duals, tangents[0], strict=True)]
+    slope = _combine(jnp.add, dots, layout) * norms.scale
+    if ord == math.inf:  # ties share the derivative
+        ties = _combine(jnp.add, [jnp.sum(jnp.abs(u)) for u in duals], layout)
+        slope = slope / jnp.maximum(ties, 1)
+    return norms, Norms(slope, jnp.zeros_like(norms.scale))
+
+
+# Without jit around it, every call outside of jit would compile the loop anew.
+_jitted = jax.jit(_measure, static_argnums=(1, 2), inline=True)
 
 
 def group_sizes(tree: Any, groups: Groups, axis_name: Any = None) -> jax.Array:
     """Counts the elements of each group, float32 `[G]`, over all shards."""
     sizes = [0] * len(groups.names)
     for x, i in counted_leaves(tree, groups):
-        shards = (jax.lax.psum(1, axis) for axis in _axes(x, axis_name))
+        axes = _compat.varying_axes(x) | {*_as_tuple(axis_name)}
+        shards = (jax.lax.psum(1, axis) for axis in axes)
         sizes[i] += x.size * math.prod(shards)
     return jnp.array(sizes, jnp.float32)
 
 
-def _axes(x: jax.Array, axis_name: Any) -> frozenset:
-    """The mesh axes that `x` is split over: those of its type and those named."""
-    named = () if axis_name is None else axis_name
-    named = named if isinstance(named, tuple | list) else (named,)
-    return frozenset({*_compat.varying_axes(x), *named})
+def _as_tuple(axis_name: Any) -> tuple:
+    if axis_name is None:
+        return ()
+    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
 
 
-def combine_leaves(
-    op: Callable,
-    scalars: Sequence[jax.Array],
-    index: Sequence[int],
-    number: int,
-    dtype: Any,
-    axis_name: Any = None,
-) -> jax.Array:
-    """Combines one scalar per leaf into `[number]`, over leaves and mesh axes.
+def _combine(op: Callable, scalars: Sequence[jax.Array], layout: _Layout) -> jax.Array:
+    """Combines one scalar per leaf into `[G]`, over leaves and mesh axes.
 
-    `op` is `jnp.add` or `jnp.maximum` of non-negative scalars. One collective for
-    each set of axes that leaves vary over, whatever the number of groups.
+    `op` is `jnp.add`, or `jnp.maximum` of scalars that are not negative. One
+    collective, whatever the number of groups and however leaves are split.
     """
+    split = [_compat.varying_axes(x) | {*layout.axis_names} for x in scalars]
+    every = frozenset[Any]().union(*split)
+    rows: list[list[jax.Array]] = [[] for _ in range(layout.number)]
+    for x, i, axes in zip(scalars, layout.index, split, strict=True):
+        x = x.astype(layout.dtype)
+        # Of equal copies all but one count as zero.
+        for axis in every - axes:
+            x = jnp.where(jax.lax.axis_index(axis) == 0, x, jnp.zeros_like(x))
+        rows[i].append(x)
+    total = jnp.stack([_pairwise(op, row, layout.dtype) for row in rows])
     across = jax.lax.psum if op is jnp.add else jax.lax.pmax
-    parts: dict[frozenset, list[list]] = {}
-    for x, i in zip(scalars, index, strict=True):
-        axes = _axes(x, axis_name)
-        parts.setdefault(axes, [[] for _ in range(number)])[i].append(x.astype(dtype))
-    total = jnp.zeros(number, dtype)
-    for axes, rows in parts.items():
-        row = jnp.stack([_pairwise(op, row, dtype) for row in rows])
-        total = op(total, across(row, tuple(axes)) if axes else row)
-    return total
+    return across(total, tuple(sorted(every, key=str))) if every else total
 
 
 def _pairwise(op: Callable, row: list[jax.Array], dtype: Any) -> jax.Array:
@@ -169,11 +173,12 @@ def _pairwise(op: Callable, row: list[jax.Array], dtype: Any) -> jax.Array:
     return row[0] if row else jnp.zeros([], dtype)
 
 
-def _rescaled(sums: Callable, number: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def _rescaled(sums: Callable, layout: _Layout) -> tuple[jax.Array, jax.Array]:
     """Runs `sums(scale)`, again at another scale for groups that left the range.
 
     One scale for all groups, so that nothing in the loop depends on their number.
     """
+    dtype = layout.dtype
     info = jnp.finfo(dtype)
     # Three quarters of the exponents: what overflowed comes down and what vanished
     # comes up, with room for 2^60 elements. Below `tiny`, squares that were lost could
@@ -192,8 +197,8 @@ def _rescaled(sums: Callable, number: int, dtype: Any) -> tuple[jax.Array, jax.A
         after = jnp.where(bring_down, 1 / up, jnp.where(bring_up, up, 0.0))
         return after.astype(dtype), total, used
 
-    zeros, ones = jnp.zeros(number, dtype), jnp.ones(number, dtype)
-    start = (jnp.ones([], dtype), zeros, ones)
+    zeros = jnp.zeros(layout.number, dtype)
+    start = (jnp.ones([], dtype), zeros, zeros + 1)
     return jax.lax.while_loop(lambda carry: carry[0] > 0, body, start)[1:]
 
 
@@ -215,6 +220,13 @@ def _reciprocal_power_of_two(x: jax.Array) -> jax.Array:
     limit = jnp.finfo(x.dtype).maxexp - 2
     exponent = jnp.frexp(jnp.where(jnp.isfinite(x) & (x > 0), x, 1))[1]
     return jnp.ldexp(jnp.ones_like(x), jnp.clip(-exponent, -limit, limit))
+
+
+def _inner(u: jax.Array, dx: jax.Array) -> jax.Array:
+    """The real inner product."""
+    if jnp.iscomplexobj(u):
+        return jnp.sum(u.real * dx.real + u.imag * dx.imag)
+    return jnp.sum(u * dx)
 
 
 def _dual(unit: jax.Array, ord: float) -> jax.Array:

@@ -116,6 +116,19 @@ def times(x: jax.Array, factor: jax.Array) -> jax.Array:
     return x * factor.astype(x.dtype)
 
 
+@jax.custom_jvp
+def divide(x: jax.Array, y: jax.Array) -> jax.Array:
+    """`x / y` whose derivative does not square `y`, which may leave the range."""
+    return x / y
+
+
+@divide.defjvp
+def _divide_jvp(primals, tangents):
+    (x, y), (dx, dy) = primals, tangents
+    quotient = divide(x, y)
+    return quotient, divide(dx - quotient * dy, y)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _toward_zero(x: jax.Array, dtype: Any) -> jax.Array:
     """Drops the bits of float32 `x` that `dtype` cannot hold."""

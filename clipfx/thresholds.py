@@ -72,7 +72,8 @@ def constant(limit: Any) -> Threshold:
     check_values(limit)
 
     def init(groups: Groups, params: Any) -> tuple[()]:
-        _fit(limit, groups)
+        if groups.names:
+            _fit(limit, groups)
         return ()
 
     def update(norm, state, *, groups, **_):

@@ -1,0 +1,1 @@
+"""Examples that train something small and show what clipping does to it."""

@@ -1,0 +1,59 @@
+"""What the examples share: tables, pictures, files of metrics."""
+
+import json
+import math
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
+
+
+def make_dir(path: str) -> pathlib.Path:
+    """A directory for results; what an earlier run left there is overwritten.
+
+    Raises:
+      ValueError: If there can be no such directory.
+    """
+    try:
+        pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {path!r}: {error.strerror}.") from None
+    return pathlib.Path(path)
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line for each row under a line of names, the first column to the left."""
+    cells = [list(rows[0]), *([_show(v) for v in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [line[0].ljust(widths[0])]
+            + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]
+        )
+        for line in cells
+    )
+
+
+def plain_ticks(axes: Axes) -> None:
+    """Labels a logarithmic axis that spans little with 2, 5, 10, 20."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def write_jsonl(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
+    """One JSON object a line; null for what is not finite, which JSON cannot say."""
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            plain = {k: None if _beyond_json(v) else v for k, v in row.items()}
+            file.write(json.dumps(plain, allow_nan=False) + "\n")
+
+
+def _show(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _beyond_json(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -1,0 +1,306 @@
+"""A character RNN, trained without clipping and with each kind of it.
+
+    python -m examples.char_rnn
+    python -m examples.char_rnn --text=book.txt --clip=global,layer --steps=2000
+
+Back through many steps of a tanh recurrence the gradient may grow exponentially, and
+one SGD step along such a gradient undoes what was learned (Pascanu et al., 2013). All
+runs start from the same weights and see the same passages in the same order.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from pydoc_data.topics import topics
+from typing import IO, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+from flax import nnx
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import clipfx
+from examples import _common
+
+# A clipper makes a transform from its threshold. `none` has an infinite one: it changes
+# nothing, and counts all the same.
+CLIPPERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "none": lambda max_norm: clipfx.clip_by_global_norm(math.inf),
+    "global": clipfx.clip_by_global_norm,
+    "layer": clipfx.clip_per_layer,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all clippers have in common; each is a flag of the same name."""
+
+    steps: int = 500
+    hidden: int = 256
+    length: int = 100
+    batch: int = 32
+    learning_rate: float = 0.2
+    max_norm: float = 0.5
+    init_scale: float = 0.9
+    seed: int = 0
+
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("text", None, "A file in UTF-8; by default Python's own manual.")
+flags.DEFINE_list("clip", list(CLIPPERS), "Which clippers to compare.")
+flags.DEFINE_integer("steps", Settings.steps, "Steps of each run.", 1)
+flags.DEFINE_integer("hidden", Settings.hidden, "Units of the recurrence.", 1)
+flags.DEFINE_integer("length", Settings.length, "Characters to go back through.", 1)
+flags.DEFINE_integer("batch", Settings.batch, "Passages in a step.", 1)
+flags.DEFINE_float("learning_rate", Settings.learning_rate, "Of SGD, momentum 0.9.")
+flags.DEFINE_float("max_norm", Settings.max_norm, "The threshold of every clipper.")
+flags.DEFINE_float(
+    "init_scale", Settings.init_scale, "Singular values of the recurrence at the start."
+)
+flags.DEFINE_integer("seed", Settings.seed, "Of weights, order and samples.", 0)
+flags.DEFINE_string("out", "out/char_rnn", "The directory to write to.")
+for name in ("learning_rate", "max_norm", "init_scale"):
+    flags.register_validator(name, lambda x: x > 0, "must be greater than 0")
+
+
+Ids = jax.Array | np.ndarray  # places in the alphabet, int32
+
+
+class CharRNN(nnx.Module):
+    """One tanh recurrence between an embedding and a readout: three layers."""
+
+    def __init__(self, characters: int, hidden: int, init_scale: float, rngs: nnx.Rngs):
+        recurrence = nnx.initializers.orthogonal(init_scale)
+        self.embed = nnx.Embed(characters, hidden, rngs=rngs)
+        self.recurrent = nnx.Linear(hidden, hidden, kernel_init=recurrence, rngs=rngs)
+        self.readout = nnx.Linear(hidden, characters, rngs=rngs)
+
+    def step(self, state: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The next state `[batch, hidden]`, twice: to carry and to keep."""
+        state = jnp.tanh(x + self.recurrent(state))
+        return state, state
+
+    def __call__(self, ids: Ids) -> jax.Array:
+        """Logits `[batch, length, characters]` of what follows `[batch, length]`."""
+        x = self.embed(jnp.asarray(ids).T)
+        _, states = jax.lax.scan(self.step, jnp.zeros_like(x[0]), x)
+        return self.readout(states).swapaxes(0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """A run: its lines for `metrics.jsonl`, and what came of it.
+
+    Attributes:
+      clip: Name of the clipper.
+      rows: One dict for each step. `loss` is in bits per character, `norm` that of the
+        whole gradient before clipping, `ms` the time; the rest is
+        `clipfx.metrics.read`.
+      held_out: Bits per character on the tenth of the text that was kept apart.
+      characters: The alphabet of the model.
+      model: Trained.
+    """
+
+    clip: str
+    rows: list[dict[str, Any]]
+    held_out: float
+    characters: str
+    model: CharRNN
+
+    def column(self, name: str) -> np.ndarray:
+        """One number for each step."""
+        return np.array([row[name] for row in self.rows])
+
+    def groups(self, field: str) -> dict[str, np.ndarray]:
+        """A field of the clip's metrics for each group, over the steps."""
+        prefix = f"clip0/{field}/"
+        names = [key for key in self.rows[0] if key.startswith(prefix)]
+        return {key.removeprefix(prefix): self.column(key) for key in names}
+
+
+def load_text(path: str | None = None) -> str:
+    """A UTF-8 file, or Python's manual, some 465 kB; `ValueError` if not readable."""
+    if path is None:
+        return "\n".join(topics.values())
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read {path!r}: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path!r} is not UTF-8 text: byte {error.start} cannot be decoded."
+        ) from None
+
+
+def check_clippers(names: Sequence[str]) -> None:
+    """A `ValueError` for a clipper that is not in the table, and for none at all."""
+    unknown = [name for name in names if name not in CLIPPERS]
+    if unknown or not names:
+        got = f"unknown clipper {unknown[0]!r}" if unknown else "no clipper given"
+        raise ValueError(f"{got}: known are {', '.join(CLIPPERS)}.")
+
+
+def check_text(text: str, length: int) -> None:
+    """A `ValueError` for a text without a passage to train on and one to test on."""
+    if len(text) < 2 * (length + 1):
+        raise ValueError(
+            f"the text has {len(text)} characters, and at length {length} it takes "
+            f"{2 * (length + 1)}: give a longer text or a smaller length."
+        )
+    if len(set(text)) == 1:
+        raise ValueError(f"the text is nothing but {text[0]!r}: give another.")
+
+
+def encode(text: str) -> tuple[str, np.ndarray]:
+    """The alphabet of a text, and the text as places in that alphabet."""
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    alphabet, ids = np.unique(codes, return_inverse=True)
+    return "".join(map(chr, alphabet)), ids.astype(np.int32)
+
+
+def bits_per_character(model: CharRNN, passages: Ids) -> jax.Array:
+    """Mean loss over passages `[batch, length + 1]`."""
+    logits, ids = model(passages[:, :-1]), passages[:, 1:]
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, ids)
+    return loss.mean() / math.log(2)
+
+
+evaluate = nnx.jit(bits_per_character)
+
+
+@nnx.jit
+def train_step(
+    model: CharRNN, optimizer: nnx.Optimizer, passages: Ids
+) -> dict[str, jax.Array]:
+    """Updates the model; gives the numbers of this step."""
+    loss, grads = nnx.value_and_grad(bits_per_character)(model, passages)
+    optimizer.update(model, grads)
+    seen = {"loss": loss, "norm": clipfx.global_norm(grads)}
+    return seen | clipfx.metrics.read(optimizer.opt_state)
+
+
+def train(text: str, clip: str, settings: Settings = Settings()) -> History:
+    """Trains one model with one clipper; `ValueError` if that cannot be done."""
+    check_clippers([clip])
+    check_text(text, settings.length)
+    characters, ids = encode(text)
+    window = settings.length + 1
+    split = len(ids) - max(len(ids) // 10, window)
+    ids, held_out = ids[:split], ids[split:]
+
+    rngs = nnx.Rngs(settings.seed)
+    model = CharRNN(len(characters), settings.hidden, settings.init_scale, rngs)
+    tx = optax.chain(
+        CLIPPERS[clip](settings.max_norm),
+        optax.sgd(settings.learning_rate, momentum=0.9),
+    )
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    order = np.random.default_rng(settings.seed)
+    rows = []
+    progress = tqdm(range(settings.steps), desc=f"{clip:>8}")
+    for step in progress:
+        starts = order.integers(len(ids) - settings.length, size=(settings.batch, 1))
+        begin = time.perf_counter()
+        seen = train_step(model, optimizer, ids[starts + np.arange(window)])
+        seen = {key: value.item() for key, value in jax.device_get(seen).items()}
+        ms = 1000 * (time.perf_counter() - begin)
+        rows.append({"clip": clip, "step": step, "ms": ms, **seen})
+        note = f"loss {seen['loss']:.2f}, norm {seen['norm']:.2g}"
+        progress.set_postfix_str(note, refresh=False)
+
+    passages = held_out[: len(held_out) // window * window].reshape(-1, window)
+    bits = float(evaluate(model, passages[:500]))
+    return History(clip, rows, bits, characters, model)
+
+
+@functools.partial(nnx.jit, static_argnames="count")
+def _sample(model: CharRNN, first: int, key: jax.Array, count: int) -> jax.Array:
+    def step(carry, key):
+        state, last = carry
+        state, _ = model.step(state, model.embed(last))
+        following = jax.random.categorical(key, model.readout(state))
+        return (state, following), following
+
+    last = jnp.full(1, first)
+    start = jnp.zeros_like(model.embed(last)), last
+    return jax.lax.scan(step, start, jax.random.split(key, count))[1][:, 0]
+
+
+def sample(history: History, count: int = 300, seed: int = 0) -> str:
+    """Text that the model makes up, beginning with a new line where it can."""
+    first = max(history.characters.find("\n"), 0)
+    ids = _sample(history.model, first, jax.random.key(seed), count)
+    return "".join(history.characters[i] for i in np.asarray(ids))
+
+
+def summarize(history: History) -> dict[str, Any]:
+    """A row of the table. The first step is left out of the time: it compiles."""
+    loss, norm, ms = map(history.column, ("loss", "norm", "ms"))
+    rates = [float(rate[-1]) for rate in history.groups("clip_rate").values()]
+    return {
+        "clip": history.clip,
+        "bits/char": history.held_out,
+        "largest norm": float(norm.max()),
+        "clip rate": sum(rates) / len(rates),
+        "non-finite": int((~np.isfinite(loss) | ~np.isfinite(norm)).sum()),
+        "ms/step": float(np.median(ms[1:] if len(ms) > 1 else ms)),
+    }
+
+
+def plot(histories: Sequence[History], file: str | pathlib.Path | IO[bytes]) -> None:
+    """Draws loss, gradient norm and thresholds over the steps, as PNG."""
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    losses, norms = figure.subplots(2, sharex=True)
+    for history in histories:
+        steps = history.column("step")
+        losses.plot(steps, history.column("loss"), label=history.clip, lw=1)
+        norms.plot(steps, history.column("norm"), label=history.clip, lw=1)
+    limits = [limit for h in histories for limit in h.groups("threshold").values()]
+    limits = [limit for limit in limits if np.isfinite(limit).any()]
+    for number, limit in enumerate(limits):
+        label = None if number else "threshold"  # once in the legend
+        norms.plot(limit, "k--", lw=1, label=label)
+    losses.set(ylabel="bits per character", yscale="log")
+    norms.set(ylabel="gradient norm before clipping", yscale="log", xlabel="step")
+    _common.plain_ticks(losses)
+    names = norms.get_legend_handles_labels()
+    figure.legend(*names, loc="outside upper center", ncols=len(names[0]))
+    figure.savefig(file, format="png", dpi=120)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs every clipper asked for; prints and writes what they did."""
+    given = FLAGS.flag_values_dict()
+    settings = Settings(**{f.name: given[f.name] for f in dataclasses.fields(Settings)})
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected argument {argv[1]!r}: flags begin with --.")
+        check_clippers(FLAGS.clip)
+        text = load_text(FLAGS.text)
+        check_text(text, settings.length)
+        out = _common.make_dir(FLAGS.out)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from None
+
+    histories = [train(text, clip, settings) for clip in dict.fromkeys(FLAGS.clip)]
+    for history in histories:
+        if math.isfinite(history.held_out):
+            text = sample(history, seed=settings.seed)
+            print(f"\n--- {history.clip} writes:\n{text}")
+    print("\n" + _common.format_table([summarize(history) for history in histories]))
+    print("\nbits/char: on held-out text. clip rate: of the steps, mean over groups.")
+    _common.write_jsonl(out / "metrics.jsonl", (r for h in histories for r in h.rows))
+    plot(histories, out / "char_rnn.png")
+    print(f"Wrote {out / 'metrics.jsonl'} and {out / 'char_rnn.png'}.")
+
+
+if __name__ == "__main__":
+    app.run(main)

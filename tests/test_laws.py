@@ -1,0 +1,445 @@
+"""Every law on every row of the table, in every dtype and every way to run it."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from methods import ELSEWHERE, METHODS, Method
+from trees import DTYPES, assert_close, assert_same, mixed, norm, sample
+
+import clipfx
+from clipfx._tree import group_leaves
+
+ROWS = pytest.mark.parametrize("row", METHODS.values(), ids=METHODS)
+BY_NORM = pytest.mark.parametrize(
+    "row",
+    [row for row in METHODS.values() if row.groups is not None],
+    ids=[name for name, row in METHODS.items() if row.groups is not None],
+)
+HARD = pytest.mark.parametrize(
+    "row",
+    [row for row in METHODS.values() if row.hard],
+    ids=[name for name, row in METHODS.items() if row.hard],
+)
+IN_DTYPES = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+
+
+def make(row: Method, **changed):
+    return row.make(**{**row.args, **changed})
+
+
+def with_threshold(row: Method, value):
+    """The row's transform with another value for its first argument."""
+    return make(row, **{next(iter(row.args)): value})
+
+
+def run(tx, *trees):
+    """All outputs and the last state of eager steps."""
+    state, outs = tx.init(trees[0]), []
+    for tree in trees:
+        out, state = tx.update(tree, state, tree)
+        outs.append(out)
+    return outs, state
+
+
+def metrics_of(state):
+    return state.metrics if isinstance(state, clipfx.ClipState) else state
+
+
+def members(row: Method, tree):
+    """The leaves of each group, by name."""
+    groups = group_leaves(row.groups or "leaf", tree)
+    leaves = jax.tree.leaves(tree)
+    return {
+        name: [x for x, i in zip(leaves, groups.index, strict=True) if i == number]
+        for number, name in enumerate(groups.names)
+    }
+
+
+# ------------------------------------------------------------- ways to run a method
+
+
+def _mesh(axis_type):
+    return jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
+
+
+def eagerly(tx, tree, state):
+    return tx.update(tree, state, tree)
+
+
+def jitted(tx, tree, state):
+    return jax.jit(tx.update)(tree, state, tree)
+
+
+def scanned(tx, tree, state):
+    def step(state, tree):
+        out, state = tx.update(tree, state, tree)
+        return state, out
+
+    state, out = jax.lax.scan(step, state, jax.tree.map(lambda x: x[None], tree))
+    return jax.tree.map(lambda x: x[0], out), state
+
+
+def vmapped(tx, tree, state):
+    pair = lambda t: jax.tree.map(lambda x: jnp.stack([x * 0, x]), t)
+    states = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    out = jax.vmap(tx.update)(pair(tree), states, pair(tree))
+    return jax.tree.map(lambda x: x[1], out)
+
+
+def _placed(mesh, tree):
+    """The first axis of 8 over the mesh; the leaf without one on every device."""
+
+    def place(x):
+        spec = P(*("x" if size == 8 else None for size in x.shape))
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, tree)
+
+
+def on_auto_mesh(tx, tree, state):
+    tree = _placed(_mesh(AxisType.Auto), tree)
+    return jax.jit(tx.update)(tree, state, tree)
+
+
+def on_explicit_mesh(tx, tree, state):
+    mesh = _mesh(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        tree = _placed(mesh, tree)
+        return jax.jit(tx.update)(tree, state, tree)
+
+
+def in_shard_map(tx, tree, state):
+    mesh = _mesh(AxisType.Auto)
+    specs = jax.tree.map(lambda x: x.sharding.spec, _placed(mesh, tree))
+    step = jax.shard_map(
+        lambda tree, state: tx.update(tree, state, tree),
+        mesh=mesh,
+        in_specs=(specs, P()),
+        out_specs=(specs, P()),
+    )
+    return jax.jit(step)(tree, state)
+
+
+WAYS = {
+    way.__name__: way
+    for way in (jitted, scanned, vmapped, on_auto_mesh, on_explicit_mesh, in_shard_map)
+}
+
+
+# ----------------------------------------------------------------------------- laws
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@IN_DTYPES
+@ROWS
+def test_every_way_to_run_gives_the_same(row, dtype, way):
+    tree = sample(dtype)
+    tx = make(row)
+    _, state = tx.update(tree, tx.init(tree), tree)
+    expected, expected_state = eagerly(tx, tree, state)
+    out, new_state = way(tx, tree, state)
+    # One rounding of the dtype: sums in another order may cross it.
+    ulp = 0 if dtype == jnp.float32 else 2.0 ** -(jnp.finfo(dtype).nmant)
+    assert_close(out, expected, rtol=1e-6 + ulp, atol=ulp * 1e-3)
+    assert_close(new_state, expected_state, rtol=2e-6)
+
+
+@IN_DTYPES
+@ROWS
+def test_same_type_out_and_fixed_state(row, dtype):
+    tree = sample(dtype)
+    tx = make(row)
+    state = tx.init(tree)
+    out, new_state = tx.update(tree, state, tree)
+    like = lambda t: jax.tree.map(lambda x: (x.shape, x.dtype), t)
+    assert like(out) == like(tree)
+    assert like(new_state) == like(state)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@ROWS
+def test_fixed_state_and_type_out_of_mixed_trees(row, x64):
+    with jax.enable_x64(x64):
+        tree = {**mixed(), "f64": np.ones(3, np.float64)} if x64 else mixed()
+        if row.groups is not None and not isinstance(row.groups, str):
+            row = row._replace(make=METHODS["clip_per_leaf"].make)
+            row = row._replace(args={"max_norm": 0.5})
+        tx = make(row)
+        state = tx.init(tree)
+        out, new_state = tx.update(tree, state, tree)
+        assert jax.tree.structure(out) == jax.tree.structure(tree)
+        for x, y in zip(jax.tree.leaves(out), jax.tree.leaves(tree), strict=True):
+            assert (x.dtype, x.shape) == (y.dtype, y.shape)
+            if not jnp.issubdtype(y.dtype, jnp.inexact):
+                assert x is y
+        like = lambda t: jax.tree.map(lambda x: (x.shape, x.dtype), t)
+        assert like(new_state) == like(state)
+        for leaf in jax.tree.leaves(state):
+            assert leaf.dtype in (jnp.float32, jnp.int32)
+
+
+@ROWS
+def test_init_needs_no_values(row):
+    tree = sample(jnp.bfloat16)
+    shapes = jax.eval_shape(lambda: tree)
+    assert_same(make(row).init(shapes), make(row).init(tree))
+
+
+@ROWS
+def test_second_step_is_not_traced_again(row):
+    tx, tree = make(row), sample()
+    traces = []
+
+    @jax.jit
+    def step(tree, state):
+        traces.append(1)
+        return tx.update(tree, state, tree)
+
+    _, state = step(tree, tx.init(tree))
+    _, state = step(tree, state)
+    assert traces == [1]
+
+
+@ROWS
+def test_fresh_state_can_be_donated(row):
+    tx, tree = make(row), sample()
+    step = jax.jit(lambda s, t: tx.update(t, s, t)[1], donate_argnums=0)
+    expected = run(tx, tree, tree)[1]
+    assert_close(step(step(tx.init(tree), tree), tree), expected)
+
+
+@IN_DTYPES
+@HARD
+def test_identity_below_threshold(row, dtype):
+    tree = sample(dtype)
+    outs, state = run(with_threshold(row, 1e3), tree)
+    assert_same(outs[0], tree)
+    if row.groups is not None:
+        np.testing.assert_array_equal(state.metrics.factor, 1.0)
+
+
+@IN_DTYPES
+@HARD
+def test_bound_of_what_is_stored(row, dtype):
+    tree = sample(dtype, scale=3.0)
+    (out,), state = run(make(row), tree)
+    for number, leaves in enumerate(members(row, out).values()):
+        if row.groups is None:
+            bound = row.args["max_abs"]
+            measured = norm(leaves, np.inf)
+        else:
+            bound = float(state.metrics.threshold[number])
+            measured = norm(leaves, row.ord)
+        assert measured <= bound * (1 + 1e-6)
+        if "reject" not in str(row.make):
+            assert measured >= bound * 0.99 or measured == 0
+
+
+@IN_DTYPES
+@HARD
+def test_clipping_twice_equals_clipping_once(row, dtype):
+    for seed in range(5):
+        tree = sample(dtype, seed=seed, scale=3.0**seed)
+        once = run(make(row), tree)[0][0]
+        assert_same(run(make(row), once)[0][0], once)
+
+
+@IN_DTYPES
+@BY_NORM
+def test_direction_is_kept(row, dtype):
+    tree = sample(dtype)
+    out = run(make(row), tree)[0][0]
+    before, after = members(row, tree), members(row, out)
+    for name, leaves in before.items():
+        flat = lambda xs: np.concatenate(
+            [np.asarray(x, np.float64).ravel() for x in xs]
+        )
+        x, y = flat(leaves), flat(after[name])
+        if y.any():
+            cosine = x @ y / np.linalg.norm(x) / np.linalg.norm(y)
+            assert cosine > 1 - 4 * float(jnp.finfo(dtype).eps) ** 2 - 1e-12
+
+
+@pytest.mark.parametrize("size", [1e38, 1e20, 1e-20, 1e-30])
+@BY_NORM
+def test_extreme_magnitudes(row, size):
+    tree = sample(scale=size)
+    tree = jax.tree.map(lambda x: jnp.clip(x, -3.2e38, 3.2e38), tree)
+    (out,), state = run(make(row), tree)
+    before, after = members(row, tree), members(row, out)
+    response = inspect.getclosurevars(make(row).update).nonlocals["response"]
+    for number, name in enumerate(before):
+        limit = np.float64(state.metrics.threshold[number])
+        measured = norm(before[name], row.ord)
+        reported = np.float64(state.metrics.norm[number])
+        assert reported == pytest.approx(min(measured, 3.4028235e38), rel=2e-6)
+        with jax.enable_x64(True):
+            seen = min(measured, 3.4028235e38)  # what the response is told
+            target = float(response(jnp.float64(seen), jnp.float64(limit)))
+        assert norm(after[name], row.ord) == pytest.approx(target, rel=3e-6)
+
+
+@ROWS
+def test_zero_in_zero_out(row):
+    tree = jax.tree.map(jnp.zeros_like, sample())
+    outs, state = run(make(row), tree, tree)
+    assert_same(outs[1], tree)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(metrics_of(state)))
+
+
+@ROWS
+def test_zero_threshold_gives_zeros(row):
+    for tree in (sample(), sample(scale=0.0), sample(jnp.float16), sample(scale=1e37)):
+        out = run(with_threshold(row, 0.0), tree)[0][0]
+        assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(out))
+
+
+@ROWS
+def test_infinite_threshold_gives_the_identity(row):
+    tx = with_threshold(row, jnp.inf)
+    for tree in (sample(), sample(scale=0.0), sample(scale=1e37), sample(scale=1e-35)):
+        assert_same(run(tx, tree)[0][0], tree)
+    total = lambda t: sum(jnp.sum(x) for x in jax.tree.leaves(run(tx, t)[0][0]))
+    ones = jax.tree.map(jnp.ones_like, sample())
+    assert_same(jax.grad(total)(sample()), ones)
+    assert_same(jax.grad(total)(sample(scale=0.0)), ones)
+
+
+@ROWS
+def test_negative_threshold(row):
+    for bad in (-1.0, float("nan"), np.float32(-1), jnp.float32(-1)):
+        with pytest.raises(ValueError, match=">= 0"):
+            with_threshold(row, bad)
+    out = jax.jit(lambda c: run(with_threshold(row, c), sample())[0][0])(-1.0)
+    assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(out))
+
+
+@ROWS
+def test_derivative_at_zero_is_finite(row):
+    tx = make(row)
+    total = lambda t: sum(jnp.sum(x) for x in jax.tree.leaves(run(tx, t)[0][0]))
+    zeros = jax.tree.map(jnp.zeros_like, sample())
+    for tree in (zeros, {**zeros, "decoder": sample()["decoder"]}, sample()):
+        for leaf in jax.tree.leaves(jax.grad(total)(tree)):
+            assert np.isfinite(leaf).all()
+    half = sample(jnp.bfloat16, scale=1e-3)  # below the threshold: the derivative is 1
+    for leaf in jax.tree.leaves(jax.grad(total)(half)):
+        assert np.isfinite(np.asarray(leaf, np.float32)).all()
+        assert not row.hard or (np.asarray(leaf, np.float32) == 1).all()
+
+
+@BY_NORM
+def test_derivative_equals_finite_differences(row):
+    tx = make(row)
+    tree, direction = sample(), sample(seed=1)
+
+    def along(step):
+        moved = jax.tree.map(lambda x, d: x + step * d, tree, direction)
+        out, _ = tx.update(moved, tx.init(moved), moved)
+        return sum(jnp.sum(x * x * x) for x in jax.tree.leaves(out))
+
+    with jax.enable_x64(True):
+        tree, direction = jax.tree.map(
+            lambda x: np.asarray(x, np.float64), (tree, direction)
+        )
+        step = 1e-4  # the reported norm is float32 beside the path of derivatives
+        slope = (along(step) - along(-step)) / (2 * step)
+        exact = jax.jvp(along, (0.0,), (1.0,))[1]
+        backward = jax.grad(along)(0.0)
+    np.testing.assert_allclose(exact, slope, rtol=2e-4, atol=1e-6)
+    np.testing.assert_allclose(exact, backward, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@BY_NORM
+def test_nothing_is_learned_from_a_nonfinite_norm(row, bad):
+    tree = sample()
+    hurt = jax.tree.map(lambda x: x, tree)
+    hurt["decoder"]["kernel"] = tree["decoder"]["kernel"].at[3, 2].set(bad)
+    tx = make(row)
+    clean_outs, clean = run(tx, tree, sample(seed=1))
+    outs, state = run(tx, tree, hurt, sample(seed=1))
+    assert_same(outs[-1], clean_outs[-1])
+    assert_same(state.threshold, clean.threshold)
+    for field in ("norm", "threshold", "factor"):
+        assert_same(getattr(state.metrics, field), getattr(clean.metrics, field))
+    assert int(state.metrics.nonfinite.max()) == 1
+    assert int(state.metrics.steps.max()) == 3
+    # The whole group is lost, and no other.
+    dropped = "zero" in str(inspect.getclosurevars(tx.update).nonlocals["nonfinite"])
+    for name, leaves in members(row, outs[1]).items():
+        whole = np.concatenate([np.ravel(x) for x in leaves])
+        hit = name in members(row, {"decoder": hurt["decoder"]})
+        hit = hit or row.groups == "global"
+        if isinstance(row.groups, dict):
+            hit = name == "second"
+        if hit:
+            assert (whole == 0).all() if dropped else np.isnan(whole).all()
+        else:
+            assert np.isfinite(whole).all()
+
+
+@ROWS
+def test_unknown_extra_args_are_ignored(row):
+    tx, tree = make(row), sample()
+    plain = tx.update(tree, tx.init(tree))
+    assert_same(tx.update(tree, tx.init(tree), value=1.0, loss=2.0, key=None), plain)
+
+
+@IN_DTYPES
+@ROWS
+def test_injected_equals_plain(row, dtype):
+    tree = sample(dtype)
+    inject = optax.inject_hyperparams(
+        row.make, static_args=row.static, hyperparam_dtype=jnp.float32
+    )
+    tx = inject(**row.args)
+    state = tx.init(tree)
+    out, state = jax.jit(tx.update)(tree, state, tree)
+    expected = run(make(row), tree)[0][0]
+    ulp = 0 if dtype == jnp.float32 else 2.0 ** -(jnp.finfo(dtype).nmant)
+    assert_close(out, expected, rtol=1e-6 + ulp)
+    ramp = lambda v: lambda count: v * (1 + count.astype(jnp.float32))
+    tx = inject(**{name: ramp(v) for name, v in row.args.items()})
+    assert_close(tx.update(tree, tx.init(tree), tree)[0], expected, rtol=1e-6 + ulp)
+
+
+@BY_NORM
+def test_metrics_agree_with_recomputation(row):
+    tree = sample(scale=3.0)
+    (_, out), state = run(make(row), sample(scale=1e-3), tree)
+    before, after = members(row, tree), members(row, out)
+    m = state.metrics
+    assert tuple(m.groups) == tuple(before)
+    for i, name in enumerate(before):
+        assert float(m.norm[i]) == pytest.approx(norm(before[name], row.ord), rel=1e-6)
+        became = norm(after[name], row.ord)
+        assert float(m.norm[i] * m.factor[i]) == pytest.approx(became, rel=1e-6)
+        assert int(m.steps[i]) == 2
+        assert int(m.clipped[i]) == 1
+        assert int(m.nonfinite[i]) == 0
+
+
+@ROWS
+def test_per_stacked_layer_equals_a_loop(row):
+    trees = [sample(seed=i, scale=3.0**i) for i in range(3)]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+    tx = clipfx.per_stacked_layer(make(row))
+    out, _ = jax.jit(tx.update)(stacked, tx.init(stacked), stacked)
+    for i, tree in enumerate(trees):
+        slice_ = jax.tree.map(lambda x, i=i: x[i], out)
+        assert_close(slice_, run(make(row), tree)[0][0])
+
+
+def test_every_public_transform_is_a_row():
+    made = {
+        name for name in clipfx.__all__ if inspect.isfunction(getattr(clipfx, name))
+    }
+    rows = {row.make.__name__ for row in METHODS.values()}
+    assert made - rows == ELSEWHERE

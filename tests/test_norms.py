@@ -1,0 +1,185 @@
+"""The table of ways in which a norm goes wrong, and its derivative."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from trees import mixed, norm, sample
+
+import clipfx
+
+
+def measured(tree, **kwargs) -> float:
+    return float(clipfx.global_norm(tree, **kwargs))
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        ({"a": jnp.ones(10**6, jnp.bfloat16)}, 1000.0),
+        ({str(i): jnp.ones(1, jnp.bfloat16) for i in range(200)}, math.sqrt(200)),
+        ({"a": jnp.full(4, 300.0, jnp.float16)}, 600.0),
+        ({"a": jnp.full(10**4, 1e-4, jnp.float16)}, 0.01),
+        ({"a": jnp.full(3, 6e4, jnp.float16), "b": jnp.ones(3)}, 6e4 * math.sqrt(3)),
+        ({"a": jnp.full(4, 1e20)}, 2e20),
+        ({"a": jnp.full(4, 1e-23)}, 2e-23),
+        ({"a": jnp.full(70_000, 1.0, jnp.float16)}, math.sqrt(70_000)),
+        ({"a": jnp.zeros(5)}, 0.0),
+        ({}, 0.0),
+        ({"a": None, "b": optax.MaskedNode()}, 0.0),
+        ({"a": jnp.zeros((0, 4)), "b": jnp.full(4, 2.0)}, 4.0),
+        ({"a": jnp.array([3 + 4j, 0], jnp.complex64)}, 5.0),
+        ({"a": jnp.array([100, 100], jnp.int8), "b": jnp.full(1, 2.0)}, 2.0),
+        ({"a": np.zeros(3, jax.dtypes.float0), "b": jnp.full(1, 2.0)}, 2.0),
+        ({"a": jnp.array([True]), "b": 2.0}, 2.0),
+        ({"a": jnp.full(4, 2.0, jnp.float8_e4m3fn)}, 4.0),
+        ({"a": np.full(4, 2.0, np.float32)}, 4.0),
+    ],
+)
+def test_norms_that_others_get_wrong(tree, expected):
+    result = clipfx.global_norm(tree)
+    assert result.dtype == jnp.float32
+    assert not result.weak_type
+    assert result.shape == ()
+    assert float(result) == pytest.approx(
+        expected, rel=2e-4 if expected == 0.01 else 1e-6
+    )
+    clipped, metrics = clipfx.tree_clip(tree, 1.0)
+    assert float(metrics.norm[0]) == float(result)
+    leaves = [x for x in jax.tree.leaves(clipped) if clipfx._tree.is_counted(x)]
+    leaves = [jnp.asarray(x) for x in leaves]
+    assert norm(leaves) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("ord", [1, 1.5, 2, 3, 10, math.inf])
+def test_mixed_trees_and_all_ords(ord):
+    tree = mixed()
+    assert measured(tree, ord=ord) == pytest.approx(norm(tree, ord), rel=1e-6)
+    assert measured(tree, ord=ord) == pytest.approx(
+        float(jax.jit(lambda t: clipfx.global_norm(t, ord=ord))(
+            {k: v for k, v in tree.items() if k != "float0"})), rel=1e-6)  # fmt: skip
+
+
+def test_float64_is_measured_in_float64():
+    with jax.enable_x64(True):
+        tree = {"a": jnp.full(4, 1e200), "b": jnp.ones(3, jnp.float32)}
+        result = clipfx.global_norm(tree)
+        assert result.dtype == jnp.float64
+        assert float(result) == pytest.approx(2e200, rel=1e-14)
+        tiny = clipfx.global_norm({"a": jnp.full(4, 1e-250)})
+        assert float(tiny) == pytest.approx(2e-250, rel=1e-14)
+        clipped, metrics = clipfx.tree_clip(tree, 1.0)
+        np.testing.assert_allclose(clipped["a"], 0.5, rtol=1e-14)
+        assert metrics.norm.dtype == jnp.float32
+        assert float(metrics.norm[0]) == float(np.finfo(np.float32).max)
+
+
+def test_nonfinite_elements_are_seen():
+    for bad in (jnp.nan, jnp.inf, -jnp.inf):
+        tree = {"a": jnp.array([1.0, bad]), "b": jnp.ones(2, jnp.bfloat16)}
+        for ord in (1, 2, 3, math.inf):
+            assert not math.isfinite(measured(tree, ord=ord))
+
+
+def test_groups_of_different_magnitude_do_not_disturb_each_other():
+    tree = {
+        "big": {"w": jnp.full(4, 1e38)},
+        "nan": {"w": jnp.full(4, jnp.nan)},
+        "one": {"w": jnp.full(4, 1.0)},
+        "tiny": {"w": jnp.full(4, 1e-30)},
+        "zero": {"w": jnp.zeros(4)},
+    }
+    for ord in (1, 2, 3, math.inf):
+        power = 0 if ord == math.inf else 1 / ord
+        clipped, metrics = clipfx.tree_clip(tree, 0.5, groups="layer", ord=ord)
+        got = dict(zip(metrics.groups, metrics.norm.tolist(), strict=True))
+        for name, size in (("big", 1e38), ("one", 1.0), ("tiny", 1e-30)):
+            exact = min(size * 4**power, 3.4028235e38)
+            assert got[name] == pytest.approx(exact, rel=1e-6)
+            bound = min(exact, 0.5)
+            assert norm(clipped[name], ord) == pytest.approx(bound, rel=1e-6)
+        assert got["zero"] == 0
+        assert math.isnan(metrics.factor[1])
+
+
+@pytest.mark.parametrize("ord", [1, 2, 3, math.inf])
+@pytest.mark.parametrize("size", [1.0, 1e30, 1e-30])
+def test_derivative_of_the_norm(ord, size):
+    tree = sample(scale=size)
+    slopes = jax.grad(lambda t: clipfx.global_norm(t, ord=ord))(tree)
+    flat = lambda t: np.concatenate([np.float64(x).ravel() for x in jax.tree.leaves(t)])
+    x = flat(tree) / norm(tree, ord)
+    exact = np.sign(x) * np.abs(x) ** (ord - 1) if ord < math.inf else (
+        np.where(np.abs(x) > 1 - 1e-7, np.sign(x), 0))  # fmt: skip
+    np.testing.assert_allclose(flat(slopes), exact, rtol=1e-5, atol=1e-7)
+
+
+def test_derivative_at_zero_ties_complex_and_second_order():
+    zeros = {"a": jnp.zeros(3)}
+    for ord in (1, 2, 3, math.inf):
+        slope = jax.grad(lambda t, ord=ord: clipfx.global_norm(t, ord=ord))(zeros)
+        assert not np.asarray(slope["a"]).any()
+    tie = jax.grad(lambda t: clipfx.global_norm(t, ord=math.inf))(
+        jnp.array([2.0, -2.0])
+    )
+    np.testing.assert_allclose(tie, [0.5, -0.5])
+    z = jnp.array([3 + 4j], jnp.complex64)
+    ours = jax.grad(lambda z: clipfx.global_norm(z))(z)
+    np.testing.assert_allclose(ours, jax.grad(lambda z: jnp.abs(z[0]))(z), rtol=1e-6)
+    x = jnp.array([3.0, 4.0])
+    ours = jax.hessian(lambda x: clipfx.global_norm(x))(x)
+    exact = jax.hessian(lambda x: jnp.sqrt(jnp.sum(x * x)))(x)
+    np.testing.assert_allclose(ours, exact, atol=1e-6)
+
+
+def test_the_usual_case_reads_the_updates_once():
+    """A second pass runs only where the first left the range."""
+    passes = []
+
+    def counted(tree):
+        jax.debug.callback(lambda: passes.append(1))
+        return tree
+
+    from clipfx import _norms
+
+    original = _norms._power
+    _norms._power = lambda x, power: original(counted(x), power)
+    try:
+        for value, expected in ((1.0, 1), (1e-8, 1), (1e18, 1), (1e30, 2), (1e-30, 2)):
+            passes.clear()
+            clipfx.global_norm(jnp.full(3, value)).block_until_ready()
+            jax.effects_barrier()
+            assert len(passes) == expected, value
+    finally:
+        _norms._power = original
+
+
+def test_no_temporary_of_the_size_of_the_updates():
+    tree = {str(i): jnp.ones(2**17) for i in range(4)}
+    tx = optax.chain(clipfx.clip_by_global_norm(1.0), optax.adamw(3e-4))
+    state = tx.init(tree)
+
+    def step(params, state, grads):
+        with jax.numpy_dtype_promotion("standard"):  # Optax needs it
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(tree, state, tree).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**17
+    cost = compiled.cost_analysis()
+    cost = cost[0] if isinstance(cost, list) else cost
+    assert cost["bytes accessed"] / (4 * 4 * 2**17) < 11.2  # adamw alone: 10
+
+
+def test_errors_of_ord():
+    for bad in (0.5, 0, -1, math.nan):
+        with pytest.raises(ValueError, match="ord must be a number >= 1"):
+            clipfx.global_norm(jnp.ones(3), ord=bad)
+    for bad in ("2", True, [2]):
+        with pytest.raises(TypeError, match="ord must be a number >= 1"):
+            clipfx.clip_by_global_norm(1.0, ord=bad)
+    with pytest.raises(TypeError, match="static_args"):
+        jax.jit(lambda p: clipfx.global_norm(jnp.ones(3), ord=p))(2)

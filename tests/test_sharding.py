@@ -1,0 +1,458 @@
+"""Sharded equals whole: on meshes of eight CPU devices, and across two processes."""
+
+import functools
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from trees import assert_close, norm
+
+import clipfx
+
+LABELS = {"a": "first", "b": {"x": "first", "xy": "second"}}
+FALL = lambda count: 0.5 / (1.0 + jnp.asarray(count, jnp.float32))
+METHODS = {
+    "global": functools.partial(clipfx.clip_by_global_norm, 0.5),
+    "ord_1": functools.partial(clipfx.clip_by_global_norm, 0.5, ord=1),
+    "ord_inf": functools.partial(clipfx.clip_by_global_norm, 0.5, ord=math.inf),
+    "ord_3": functools.partial(clipfx.clip_by_global_norm, 0.5, ord=3),
+    "per_layer": functools.partial(clipfx.clip_per_layer, FALL),
+    "block_rms": functools.partial(clipfx.clip_by_block_rms, 0.1),
+    "normalize": functools.partial(clipfx.normalize_by_norm, 2.0),
+    "labels": functools.partial(clipfx.clip_by_norm, 0.5, groups=LABELS),
+    "value": functools.partial(clipfx.clip_by_value, 0.3),
+}
+names = pytest.mark.parametrize("name", METHODS)
+# Those that differ in how they talk to other devices.
+by_hand = pytest.mark.parametrize("name", ["global", "ord_3", "per_layer", "block_rms"])
+
+MIXED = {
+    "a": {"half": P("y"), "whole": P(), "y": P(None, "y")},
+    "b": {"x": P("x"), "xy": P("x", "y")},
+}
+SHAPES = {
+    "a": {"half": (8, 2), "whole": (5,), "y": (3, 4)},
+    "b": {"x": (8, 3), "xy": (8, 4)},
+}
+is_shape = lambda x: isinstance(x, tuple)
+EVEN = jax.tree.map(lambda shape: (8, *shape[1:]), SHAPES, is_leaf=is_shape)
+SPLIT = jax.tree.map(lambda _: P(("x", "y")), SHAPES, is_leaf=is_shape)
+
+
+def tree_of(shapes=SHAPES, size=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    draw = lambda shape: jnp.asarray(size * rng.normal(size=shape), jnp.float32)
+    tree = jax.tree.map(draw, shapes, is_leaf=is_shape)
+    tree["a"]["half"] = tree["a"]["half"].astype(jnp.bfloat16)
+    return tree
+
+
+def mesh_of(kind):
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
+
+
+def place(tree, mesh, specs=MIXED):
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    return jax.device_put(tree, shardings)
+
+
+def assert_equal_to_1e_6(got, want):
+    """In float64; bfloat16 may be rounded to a neighbour."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert_close(x, y, rtol=2.0**-7 if x.dtype == jnp.bfloat16 else 1e-6)
+
+
+def assert_placed_like(updates, grads):
+    for x, y in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+def assert_replicated(state):
+    for x in jax.tree.leaves(state):
+        assert x.is_fully_replicated
+        shards = [np.asarray(shard.data) for shard in x.addressable_shards]
+        assert len(shards) == 8
+        for shard in shards:
+            np.testing.assert_array_equal(shard, shards[0])
+
+
+# Every way to run, each compiled once per method: from gradients on one device to
+# updates and a state.
+
+
+@functools.cache
+def whole(name):
+    tx = METHODS[name]()
+    update = jax.jit(tx.update)
+    return lambda grads: update(grads, tx.init(grads))
+
+
+@functools.cache
+def on_mesh(kind, name):
+    tx, mesh = METHODS[name](), mesh_of(kind)
+    update = jax.jit(tx.update)
+
+    def run(grads):
+        grads = place(grads, mesh)
+        updates, state = update(grads, tx.init(grads))
+        assert_placed_like(updates, grads)
+        assert_replicated(state)
+        return updates, state
+
+    return run
+
+
+@functools.cache
+def in_shard_map(name, specs="mixed", **kwargs):
+    specs = MIXED if specs == "mixed" else SPLIT
+    options = {key: kwargs.pop(key) for key in ["check_vma"] if key in kwargs}
+    tx, mesh = METHODS[name](**kwargs), mesh_of(AxisType.Auto)
+    spread = {"in_specs": (specs, P()), "out_specs": (specs, P())}
+    update = jax.jit(jax.shard_map(tx.update, mesh=mesh, **spread, **options))
+
+    def run(grads):
+        grads = place(grads, mesh, specs)
+        updates, state = update(grads, tx.init(grads))
+        assert_placed_like(updates, grads)
+        assert_replicated(state)
+        return updates, state
+
+    return run
+
+
+auto = functools.partial(on_mesh, AxisType.Auto)
+explicit = functools.partial(on_mesh, AxisType.Explicit)
+WAYS = {"auto": auto, "explicit": explicit, "shard_map": in_shard_map}
+ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+# ------------------------------------------------------------------ ordinary numbers
+
+
+@names
+@ways
+def test_sharded_equals_whole(way, name):
+    grads = tree_of()
+    got = way(name)(grads)
+    assert_equal_to_1e_6(got, whole(name)(grads))
+    assert not np.array_equal(got[0]["b"]["xy"], grads["b"]["xy"])
+
+
+@by_hand
+def test_sharded_equals_whole_with_an_ambient_explicit_mesh(name):
+    grads, mesh, tx = tree_of(), mesh_of(AxisType.Explicit), METHODS[name]()
+    with jax.set_mesh(mesh):
+        placed = place(grads, mesh)
+        state = jax.jit(tx.init)(placed)
+        updates, state = jax.jit(tx.update)(placed, state)
+    assert_placed_like(updates, placed)
+    assert_replicated(state)
+    assert_equal_to_1e_6((updates, state), whole(name)(grads))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_equals_whole_without_jit(kind):
+    grads, tx = tree_of(), METHODS["per_layer"]()
+    placed = place(grads, mesh_of(kind))
+    updates, state = tx.update(placed, tx.init(placed))
+    assert_placed_like(updates, placed)
+    assert_replicated(state.metrics.norm)
+    assert_equal_to_1e_6((updates, state), whole("per_layer")(grads))
+
+
+@ways
+def test_sharded_state_serves_the_next_step(way):
+    tx = METHODS["per_layer"]()
+    mesh = mesh_of(AxisType.Explicit if way is explicit else AxisType.Auto)
+    update = tx.update
+    if way is in_shard_map:
+        spread = {"in_specs": (MIXED, P()), "out_specs": (MIXED, P())}
+        update = jax.shard_map(update, mesh=mesh, **spread)
+
+    def steps(update, grads):
+        update, state = jax.jit(update), tx.init(grads)
+        for _ in range(3):
+            updates, state = update(grads, state)
+        return updates, state
+
+    updates, state = steps(update, place(tree_of(), mesh))
+    assert_replicated(state)
+    assert_equal_to_1e_6((updates, state), steps(tx.update, tree_of()))
+    assert int(state.threshold) == 3
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_derivative_of_sharded_equals_whole(way):
+    mesh = mesh_of(AxisType.Explicit if way == "explicit" else AxisType.Auto)
+
+    def clip(grads, threshold):
+        tx = clipfx.clip_per_layer(threshold)
+        return tx.update(grads, tx.init(grads))[0]
+
+    def loss(clip, grads, threshold, along):
+        dot = lambda x, y: jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32))
+        clipped = clip(grads, threshold)
+        return sum(jax.tree.leaves(jax.tree.map(dot, clipped, along)))
+
+    slope = jax.jit(jax.grad(loss, argnums=(1, 2)), static_argnums=0)
+    placed = clip
+    if way == "shard_map":
+        spread = {"in_specs": (MIXED, P()), "out_specs": MIXED}
+        placed = jax.shard_map(clip, mesh=mesh, **spread)
+    grads, along, threshold = tree_of(), tree_of(seed=1), jnp.float32(0.5)
+    got = slope(placed, place(grads, mesh), threshold, place(along, mesh))
+    want = slope(clip, grads, threshold, along)
+    assert float(jnp.abs(want[1])) > 0.1
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        close = 2.0**-7 if x.dtype == jnp.bfloat16 else 1e-5
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        np.testing.assert_allclose(x, y, rtol=0, atol=close * np.abs(y).max())
+
+
+@pytest.mark.parametrize("spec", [P(None, "x"), P("x")], ids=["within", "across"])
+def test_stacked_layers_may_be_split_within_or_across(spec):
+    grads = {"w": jnp.linspace(-1, 1, 64).reshape(4, 16)}
+    tx = clipfx.per_stacked_layer(clipfx.clip_by_global_norm(0.5))
+    update = jax.jit(tx.update)
+    placed = place(grads, mesh_of(AxisType.Auto), {"w": spec})
+    got = update(placed, tx.init(placed))
+    assert_placed_like(got[0], placed)
+    assert_equal_to_1e_6(got, update(grads, tx.init(grads)))
+
+
+# --------------------------------------------------------------------- axes by name
+
+
+@by_hand
+def test_axis_name_serves_shard_map_without_types(name):
+    grads = tree_of(EVEN)
+    run = in_shard_map(name, "split", axis_name=("x", "y"), check_vma=False)
+    assert_equal_to_1e_6(run(grads), whole(name)(grads))
+
+
+@pytest.mark.parametrize("name", ["per_layer", "block_rms"])
+def test_axis_name_besides_types_counts_nothing_twice(name):
+    grads = tree_of(EVEN)
+    run = in_shard_map(name, "split", axis_name="x")
+    assert_equal_to_1e_6(run(grads), whole(name)(grads))
+
+
+@by_hand
+@pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
+def test_axis_name_serves_pmap(name):
+    grads, tx = tree_of(EVEN), METHODS[name](axis_name="devices")
+    update = jax.pmap(tx.update, axis_name="devices", in_axes=(0, None))
+    updates, states = jax.tree.map(np.asarray, update(grads, tx.init(grads)))
+    for x in jax.tree.leaves(states):  # one row per device
+        np.testing.assert_array_equal(x, np.broadcast_to(x[0], x.shape))
+    state = jax.tree.map(lambda x: x[0], states)
+    assert_equal_to_1e_6((updates, state), whole(name)(grads))
+
+
+# ---------------------------------------------------------- extreme and bad elements
+
+
+@ways
+@pytest.mark.parametrize("size", [1e38, 1e-30])
+@pytest.mark.parametrize(
+    ("name", "ord"), {"global": 2, "ord_1": 1, "ord_3": 3, "ord_inf": math.inf}.items()
+)
+def test_sharded_norms_neither_overflow_nor_vanish(way, name, ord, size):
+    grads = tree_of(size=size)
+    if size < 1:  # lengthen the others, so that these are clipped too
+        grads["a"]["whole"] = grads["a"]["whole"].at[0].set(jnp.float32(1))
+    updates, state = way(name)(grads)
+    exact = norm(grads, ord)
+    reported = min(exact, float(jnp.finfo(jnp.float32).max))
+    np.testing.assert_allclose(state.metrics.norm, [reported], rtol=1e-6)
+    for x, y in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64) * (0.5 / exact)
+        bfloat16 = y.shape == SHAPES["a"]["half"]
+        np.testing.assert_allclose(x, y, rtol=2.0**-7 if bfloat16 else 2e-6)
+
+
+@ways
+def test_sharded_tiny_updates_are_lengthened(way):
+    grads = tree_of(size=1e-30)
+    updates, state = way("normalize")(grads)
+    assert math.isclose(norm(updates), 2.0, rel_tol=2.0**-8)
+    np.testing.assert_allclose(state.metrics.norm, [norm(grads)], rtol=1e-6)
+
+
+BAD = {"nan": jnp.nan, "inf": -jnp.inf}
+
+
+@ways
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("name", ["per_layer", "ord_inf", "ord_3"])
+def test_one_bad_element_on_one_shard_is_seen_by_all(way, bad, name):
+    grads = tree_of()
+    grads["b"]["xy"] = grads["b"]["xy"].at[5, 3].set(bad)
+    updates, state = way(name)(grads)
+    lost = {"b"} if name == "per_layer" else {"a", "b"}
+    for key in lost:
+        for x in jax.tree.leaves(updates[key]):
+            assert jnp.isnan(x).all()
+    if name == "per_layer":  # the other layer does not notice
+        np.testing.assert_array_equal(state.metrics.nonfinite, [0, 1])
+        assert_equal_to_1e_6(updates["a"], whole(name)(tree_of())[0]["a"])
+        assert int(state.threshold) == 0  # nothing was learned
+    else:
+        np.testing.assert_array_equal(state.metrics.nonfinite, [1])
+
+
+# -------------------------------------------------------------------- communication
+
+LAYERS = {f"layer_{i:02}": {"bias": (8,), "kernel": (8, 4)} for i in range(24)}
+
+
+@functools.cache
+def program(way, name, bias, kernel):
+    """A clip of 48 leaves, ready to be compiled."""
+    grads = jax.tree.map(lambda shape: jnp.ones(shape), LAYERS, is_leaf=is_shape)
+    specs = {layer: {"bias": bias, "kernel": kernel} for layer in LAYERS}
+    mesh = mesh_of(AxisType.Explicit if way == "explicit" else AxisType.Auto)
+    tx = METHODS[name]()
+    update = tx.update
+    if way == "shard_map":
+        spread = {"in_specs": (specs, P()), "out_specs": (specs, P())}
+        update = jax.shard_map(update, mesh=mesh, **spread)
+    return jax.jit(update).lower(place(grads, mesh, specs), tx.init(grads))
+
+
+def number_of(collective, text):
+    return len(re.findall(rf" {collective}(?:-start)?\(", text))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("name", "number"),
+    # A general p has to know the largest element of all before it sums powers.
+    {"global": 1, "per_layer": 1, "ord_3": 2, "value": 0}.items(),
+)
+def test_one_all_reduce_however_many_leaves_and_groups(way, name, number):
+    text = program(way, name, P("x"), P("x")).compile().as_text()
+    assert number_of("all-reduce", text) == number
+    for other in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert number_of(other, text) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), {"global": 1, "per_layer": 1, "ord_3": 2, "value": 0}.items()
+)
+def test_shard_map_needs_no_combining_of_all_reduces_by_xla(name, number):
+    text = program("shard_map", name, P("x"), P("x")).as_text()
+    assert text.count("stablehlo.all_reduce") == number
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_leaves_split_over_different_axes_take_few_all_reduces(way):
+    # Under jit XLA reduces a leaf split over x and y over one axis after the other.
+    text = program(way, "per_layer", P("x"), P("x", "y")).compile().as_text()
+    assert 1 <= number_of("all-reduce", text) <= (1 if way == "shard_map" else 2)
+    assert number_of("all-gather", text) == 0
+
+
+# ------------------------------------------------------------------- two processes
+
+WORKER = """
+    import json, sys
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec as P
+    import clipfx
+
+    port, process = sys.argv[1], int(sys.argv[2])
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize("localhost:" + port, 2, process)
+    mesh = jax.make_mesh((4,), ("x",))
+    assert len(jax.local_devices()) == 2 and len(jax.devices()) == 4
+
+    def part(rows):
+        data = np.sin(np.arange(8 * rows, dtype=np.float32)).reshape(8, rows)
+        sharding = NamedSharding(mesh, P("x"))
+        return jax.make_array_from_callback(data.shape, sharding, lambda i: data[i])
+
+    grads = {"a": {"w": part(3)}, "b": {"w": part(5)}}
+    tx = clipfx.clip_per_layer(0.5)
+    in_shards = jax.shard_map(
+        tx.update, mesh=mesh, in_specs=(P("x"), P()), out_specs=(P("x"), P()))
+    for update in (tx.update, in_shards):
+        updates, state = jax.jit(update)(grads, jax.jit(tx.init)(grads))
+        shards = [
+            [name, shard.index[0].start, np.asarray(shard.data).tolist()]
+            for name in "ab" for shard in updates[name]["w"].addressable_shards]
+        read = {k: float(v) for k, v in clipfx.metrics.read(state).items()}
+        print("RESULT", json.dumps([shards, read]))
+"""
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def run_two(script):
+    """What each of two processes prints as results."""
+    flag = "--xla_force_host_platform_device_count=2"
+    env = {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+    port = str(free_port())
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(script), port, str(i)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=30) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    for worker, (_, errors) in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, errors[-3000:]
+    lines = [out.splitlines() for out, _ in outputs]
+    return [
+        [json.loads(line[7:]) for line in own if line.startswith("RESULT ")]
+        for own in lines
+    ]
+
+
+def test_two_processes_equal_one():
+    rows = lambda n: jnp.sin(jnp.arange(8 * n, dtype=jnp.float32)).reshape(8, n)
+    grads = {"a": {"w": rows(3)}, "b": {"w": rows(5)}}
+    tx = clipfx.clip_per_layer(0.5)
+    updates, state = tx.update(grads, tx.init(grads))
+    want = clipfx.metrics.read(state)
+    results = run_two(WORKER)
+    for way in range(2):
+        seen = set()
+        for process in range(2):
+            shards, read = results[process][way]
+            assert read.keys() == want.keys()
+            np.testing.assert_allclose(
+                list(read.values()), [float(want[k]) for k in read], rtol=1e-6
+            )
+            for name, start, values in shards:
+                whole = updates[name]["w"][start : start + 2]
+                np.testing.assert_allclose(values, whole, rtol=1e-6, atol=1e-12)
+                seen.add((name, start))
+        assert seen == {(name, start) for name in "ab" for start in (0, 2, 4, 6)}
