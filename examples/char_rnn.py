@@ -47,7 +47,7 @@ class Settings:
     length: int = 100
     batch: int = 32
     learning_rate: float = 0.2
-    max_norm: float = 0.5
+    max_norm: float = 1.0
     init_scale: float = 0.9
     seed: int = 0
 
@@ -288,7 +288,7 @@ def main(argv: Sequence[str]) -> None:
         check_text(text, settings.length)
         out = _common.make_dir(FLAGS.out)
     except ValueError as error:
-        raise app.UsageError(str(error)) from None
+        raise SystemExit(f"char_rnn: {error}") from None
 
     histories = [train(text, clip, settings) for clip in dict.fromkeys(FLAGS.clip)]
     for history in histories:

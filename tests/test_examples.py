@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import app, flags
+from absl import flags
 from absl.testing import flagsaver
 from flax import nnx
 
@@ -151,12 +151,12 @@ def test_char_rnn_bad_text(tmp_path, content, message):
     path = tmp_path / "bad.txt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(app.UsageError, match=message):
+    with pytest.raises(SystemExit, match=message):
         run_main(tmp_path, text=str(path))
 
 
 def test_char_rnn_bad_out(tmp_path, text_file):
-    with pytest.raises(app.UsageError, match=r"cannot write to .*text\.txt"):
+    with pytest.raises(SystemExit, match=r"cannot write to .*text\.txt"):
         run_main(tmp_path, text=text_file, out=text_file)
 
 
@@ -168,12 +168,12 @@ BAD_CLIPS = {
 
 @pytest.mark.parametrize("clip, message", BAD_CLIPS.values(), ids=BAD_CLIPS)
 def test_char_rnn_bad_clip(tmp_path, clip, message):
-    with pytest.raises(app.UsageError, match=message):
+    with pytest.raises(SystemExit, match=message):
         run_main(tmp_path, clip=clip)
 
 
 def test_char_rnn_stray_argument():
-    with pytest.raises(app.UsageError, match="unexpected argument 'layer'"):
+    with pytest.raises(SystemExit, match="unexpected argument 'layer'"):
         char_rnn.main(["char_rnn", "layer"])
 
 
