@@ -18,12 +18,14 @@
 # each layer's clipped.
 
 # %%
-REPOSITORY = "https://github.com/clipfx/clipfx"  # where Colab installs clipfx from
+# Where Colab installs clipfx from: the address that you opened this notebook at.
+REPOSITORY = "https://github.com/OWNER/clipfx"  # @param {type:"string"}
 
 import pathlib
 import sys
 
 if "google.colab" in sys.modules:
+    assert "OWNER" not in REPOSITORY, "Fill in the address of the repository above."
     # %pip install -q "clipfx-jax[examples] @ git+$REPOSITORY"
     # !test -d clipfx || git clone -q --depth=1 $REPOSITORY clipfx
     root = pathlib.Path("clipfx").resolve()
