@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from methods import ELSEWHERE, METHODS, Method
-from trees import DTYPES, assert_close, assert_same, mixed, norm, sample
+from trees import DTYPES, assert_close, assert_same, enable_x64, mixed, norm, sample
 
 import clipfx
 from clipfx._tree import group_leaves
@@ -165,7 +165,7 @@ def test_same_type_out_and_fixed_state(row, dtype):
 @pytest.mark.parametrize("x64", [False, True])
 @ROWS
 def test_fixed_state_and_type_out_of_mixed_trees(row, x64):
-    with jax.enable_x64(x64):
+    with enable_x64(x64):
         tree = {**mixed(), "f64": np.ones(3, np.float64)} if x64 else mixed()
         if row.groups is not None and not isinstance(row.groups, str):
             row = row._replace(make=METHODS["clip_per_leaf"].make)
@@ -279,7 +279,7 @@ def test_extreme_magnitudes(row, size):
         measured = norm(before[name], row.ord)
         reported = np.float64(state.metrics.norm[number])
         assert reported == pytest.approx(min(measured, 3.4028235e38), rel=2e-6)
-        with jax.enable_x64(True):
+        with enable_x64(True):
             seen = min(measured, 3.4028235e38)  # what the response is told
             target = float(response(jnp.float64(seen), jnp.float64(limit)))
         assert norm(after[name], row.ord) == pytest.approx(target, rel=3e-6)
@@ -344,7 +344,7 @@ def test_derivative_equals_finite_differences(row):
         out, _ = tx.update(moved, tx.init(moved), moved)
         return sum(jnp.sum(x * x * x) for x in jax.tree.leaves(out))
 
-    with jax.enable_x64(True):
+    with enable_x64(True):
         tree, direction = jax.tree.map(
             lambda x: np.asarray(x, np.float64), (tree, direction)
         )

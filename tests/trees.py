@@ -1,10 +1,13 @@
 """Sample trees and their norms in float64, for every test."""
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 
 SHAPES = {"decoder": {"kernel": (8, 5)}, "encoder": {"bias": (4,), "kernel": (3, 8)}}
+# Since JAX 0.8 it is `jax.enable_x64`.
+enable_x64 = (jax if hasattr(jax, "enable_x64") else jax.experimental).enable_x64
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
