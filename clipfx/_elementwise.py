@@ -49,11 +49,7 @@ def clip_by_value(
         )
     check_values(max_abs)
     shape = responses.hard if response is None else response
-    if not callable(shape):
-        raise TypeError(
-            f"response must be a function from norms and thresholds to norms, got "
-            f"{response!r}; clipfx.responses has them."
-        )
+    responses.check_response(shape)
 
     def bound(x: jax.Array, _: int) -> jax.Array:
         limit = jnp.maximum(jnp.asarray(max_abs).astype(jnp.finfo(x.dtype).dtype), 0)

@@ -173,6 +173,15 @@ def _pairwise(op: Callable, row: list[jax.Array], dtype: Any) -> jax.Array:
     return row[0] if row else jnp.zeros([], dtype)
 
 
+def far(dtype: Any) -> float:
+    """A power of two at three quarters of the exponents, 2^96 for float32.
+
+    Divided by it what overflowed comes down, and multiplied what vanished comes up,
+    with room for 2^60 elements.
+    """
+    return 2.0 ** (jnp.finfo(dtype).maxexp * 3 // 4)
+
+
 def _rescaled(sums: Callable, layout: _Layout) -> tuple[jax.Array, jax.Array]:
     """Runs `sums(scale)`, again at another scale for groups that left the range.
 
@@ -180,10 +189,8 @@ def _rescaled(sums: Callable, layout: _Layout) -> tuple[jax.Array, jax.Array]:
     """
     dtype = layout.dtype
     info = jnp.finfo(dtype)
-    # Three quarters of the exponents: what overflowed comes down and what vanished
-    # comes up, with room for 2^60 elements. Below `tiny`, squares that were lost could
-    # add up to more than a rounding. float32: 2^96 and 2^-72.
-    up = 2.0 ** (info.maxexp * 3 // 4)
+    up = far(dtype)
+    # Below this, squares that were lost could add up to more than a rounding: 2^-72.
     tiny = float(info.tiny / info.eps) * 2.0**31
 
     def body(carry):

@@ -308,6 +308,15 @@ def band(low: float) -> Response:
     return respond
 
 
+def check_response(response: object) -> None:
+    """Says what a response has to be, where it is none."""
+    if not callable(response):
+        raise TypeError(
+            "response must be a function from norms and thresholds to norms, got "
+            f"{response!r}; clipfx.responses has them."
+        )
+
+
 def _low_and_ratio(norm: jax.Array, threshold: jax.Array) -> tuple:
     """The smaller of both and its ratio to the larger: nothing here can overflow."""
     low, high = jnp.minimum(norm, threshold), jnp.maximum(norm, threshold)

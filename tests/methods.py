@@ -21,7 +21,6 @@ class Method(NamedTuple):
         alone, and a second clip finds nothing to do.
       groups: Which leaves share a norm; None for a transform of single elements.
       static: Arguments that injection must leave alone.
-      identity_at_infinity: Whether an infinite threshold changes nothing.
     """
 
     make: Callable[..., optax.GradientTransformationExtraArgs]
@@ -30,7 +29,6 @@ class Method(NamedTuple):
     groups: Any = "global"
     ord: float = 2
     static: tuple[str, ...] = ()
-    identity_at_infinity: bool = True
 
 
 LABELS = {"decoder": "second", "encoder": {"bias": "second", "kernel": "first"}}

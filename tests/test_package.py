@@ -7,6 +7,8 @@ import inspect
 import pathlib
 import pkgutil
 import re
+import subprocess
+import sys
 import types
 
 import jax
@@ -59,18 +61,12 @@ def test_layers_hold():
                 names = [a.name.split(".")[1] for a in node.names
                          if a.name.startswith("clipfx.")]  # fmt: skip
                 outside = {a.name.split(".")[0] for a in node.names} - {"clipfx"}
-                allowed = {"jax", "optax", "numpy"} | set(sys_names())
+                allowed = {"jax", "optax", "numpy", *sys.stdlib_module_names}
                 assert outside <= allowed, (layer, outside)
             else:
                 continue
             for name in names:
                 assert name in LAYERS[:number], f"{layer} imports {name}"
-
-
-def sys_names():
-    import sys
-
-    return sys.stdlib_module_names
 
 
 def test_private_interfaces_of_jax_stay_in_compat():
@@ -130,9 +126,6 @@ def test_doctests(module):
 
 def test_import_needs_no_flax():
     """Boxes are recognised where Flax is loaded, and Flax is never loaded for it."""
-    import subprocess
-    import sys
-
     code = "import clipfx, sys; print({'flax', 'chex', 'equinox'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
