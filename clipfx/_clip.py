@@ -13,7 +13,7 @@ from clipfx.thresholds import Threshold, as_threshold
 
 # A factor this close to 1 is 1. It is wider than the rounding of a norm and of what
 # was scaled by it, so that a clipped group is left alone when it is clipped again.
-_SLACK = 2.0**-21
+SLACK = 2.0**-21
 
 
 class ClipMetrics(NamedTuple):
@@ -25,7 +25,8 @@ class ClipMetrics(NamedTuple):
       threshold: float32 `[G]`, of the last step.
       factor: float32 `[G]`, what the updates of the last step were multiplied by.
       steps: int32 `[G]`, steps seen, all groups alike.
-      clipped: int32 `[G]`, steps whose norm was finite and above its threshold.
+      clipped: int32 `[G]`, steps whose norm was finite and, by more than rounding,
+        above its threshold.
       nonfinite: int32 `[G]`, steps whose norm was infinite or NaN.
       groups: The names of the groups, the keys of a dict of nothing: names are part
         of the structure, not of the data.
@@ -148,33 +149,19 @@ def clip_by_norm(
     rule = as_threshold(threshold)
     p = check_ord(ord)
     responses.check_response(response)
-    if nonfinite not in ("propagate", "zero"):
-        raise ValueError(
-            f'nonfinite must be "propagate" or "zero", got {nonfinite!r}; to skip the '
-            "whole step wrap the optimizer in optax.apply_if_finite."
-        )
+    check_nonfinite(nonfinite)
 
     def init(params: Any) -> ClipState:
         members = group_leaves(groups, params)
-        shape = (len(members.names),)
-        metrics = ClipMetrics(  # each an array of its own: states are donated
-            norm=jnp.zeros(shape, jnp.float32),
-            threshold=jnp.full(shape, jnp.inf, jnp.float32),
-            factor=jnp.ones(shape, jnp.float32),
-            steps=jnp.zeros(shape, jnp.int32),
-            clipped=jnp.zeros(shape, jnp.int32),
-            nonfinite=jnp.zeros(shape, jnp.int32),
-            groups=_keys(params, members),
-        )
-        return ClipState(rule.init(members, params), metrics)
+        return ClipState(rule.init(members, params), fresh_metrics(params, members))
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         members = group_leaves(groups, updates)
-        _check_same_groups(state, members)
+        check_same_groups(state, members)
         norms = group_norms(updates, members, p, axis_name)
-        norm = _reported(norms)
+        norm = reported(norms)
         limit, learned = rule.update(
             norm,
             state.threshold,
@@ -186,23 +173,10 @@ def clip_by_norm(
         limit = jnp.maximum(jnp.asarray(limit).astype(jnp.float32), 0)
         limit = jnp.broadcast_to(limit, norm.shape)
         finite = jnp.isfinite(norms.value)
-        instead = 0.0 if nonfinite == "zero" else jnp.nan
-        before, factor = _factors(norms, limit, response, instead)
+        before, factor = factors(norms, limit, response, nonfinite)
         drop = ~finite if nonfinite == "zero" else None
         clipped = scale_groups(updates, members, before, factor, drop=drop)
-        seen = state.metrics
-        metrics = ClipMetrics(
-            norm=norm,
-            threshold=limit,
-            factor=(before * factor).astype(jnp.float32),
-            steps=seen.steps + 1,
-            clipped=seen.clipped + (finite & (norm > limit)).astype(jnp.int32),
-            nonfinite=seen.nonfinite + (~finite).astype(jnp.int32),
-            groups=seen.groups,
-        )
-        keep = lambda new, old: jnp.where(finite.all(), new, old)
-        learned = jax.tree.map(keep, learned, state.threshold)
-        return clipped, ClipState(learned, metrics)
+        return clipped, next_state(state, learned, norm, limit, before * factor)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -288,26 +262,26 @@ def global_norm(
     Reference: none.
     """
     norms = group_norms(tree, group_leaves("global", tree), check_ord(ord), axis_name)
-    return _reported(norms, norms.value.dtype)[0]
+    return reported(norms, norms.value.dtype)[0]
 
 
-def _reported(norms: Norms, dtype: Any = jnp.float32) -> jax.Array:
+def reported(norms: Norms, dtype: Any = jnp.float32) -> jax.Array:
     """The norms as plain numbers, at most the largest of `dtype`."""
     largest = jnp.asarray(jnp.finfo(dtype).max, norms.value.dtype)
     capped = jnp.minimum(norms.value / norms.scale, largest)
     return jnp.where(jnp.isfinite(norms.value), capped, norms.value).astype(dtype)
 
 
-def _factors(
-    norms: Norms, limit: jax.Array, response: responses.Response, nonfinite: float
+def factors(
+    norms: Norms, limit: jax.Array, response: responses.Response, nonfinite: str
 ) -> tuple[jax.Array, jax.Array]:
     """Two factors `[G]` to apply in turn: their product may be no normal number."""
     dtype = norms.value.dtype
     info = jnp.finfo(dtype)
-    norm, limit = _reported(norms, dtype), limit.astype(dtype)
+    norm, limit = reported(norms, dtype), limit.astype(dtype)
     target = response(norm, limit)
     beyond = norm >= info.max  # the true norm may be larger
-    same = (jnp.abs(target - norm) <= _SLACK * norm) & ~beyond
+    same = (jnp.abs(target - norm) <= SLACK * norm) & ~beyond
     same |= (target == norm) & (limit == jnp.inf)
     # A quotient beyond these powers of two may be no normal number: divide twice.
     up = far(dtype)
@@ -315,12 +289,59 @@ def _factors(
     once = same | near | (target == 0)
     # Quotients come last: XLA computes a division once, and anything cheaper again in
     # the loop over every leaf, which takes it twice as long to compile.
-    divisor = jnp.where(once, 1, jnp.where(target < norm, up, 1 / up))
+    divisor = jnp.where(once, 1, jnp.where(target <= norm, up, 1 / up))
     measured = norms.value * (1 / divisor / norms.scale)
     finite = jnp.isfinite(norms.value)
-    target = jnp.where(finite, jnp.where(same, 1, target), nonfinite)
+    instead = 0.0 if nonfinite == "zero" else jnp.nan
+    target = jnp.where(finite, jnp.where(same, 1, target), instead)
     measured = jnp.where(same | ~finite | (norms.value == 0), 1, measured)
     return 1 / divisor, divide(target, measured)
+
+
+def exceeds(norm: jax.Array, limit: jax.Array) -> jax.Array:
+    """Whether a norm is above its threshold by more than rounding."""
+    return norm * (1 - SLACK) > limit
+
+
+def check_nonfinite(nonfinite: Any) -> None:
+    """Checks the policy for norms that are not finite."""
+    if nonfinite not in ("propagate", "zero"):
+        raise ValueError(
+            f'nonfinite must be "propagate" or "zero", got {nonfinite!r}; to skip the '
+            "whole step wrap the optimizer in optax.apply_if_finite."
+        )
+
+
+def fresh_metrics(params: Any, members: Groups) -> ClipMetrics:
+    """Metrics before the first step, each an array of its own: states are donated."""
+    shape = (len(members.names),)
+    return ClipMetrics(
+        norm=jnp.zeros(shape, jnp.float32),
+        threshold=jnp.full(shape, jnp.inf, jnp.float32),
+        factor=jnp.ones(shape, jnp.float32),
+        steps=jnp.zeros(shape, jnp.int32),
+        clipped=jnp.zeros(shape, jnp.int32),
+        nonfinite=jnp.zeros(shape, jnp.int32),
+        groups=_keys(params, members),
+    )
+
+
+def next_state(
+    state: ClipState, learned: Any, norm: Any, limit: Any, factor: Any
+) -> ClipState:
+    """Counts the step; keeps what was learned, if every norm `[G]` is finite."""
+    finite, seen = jnp.isfinite(norm), state.metrics
+    metrics = ClipMetrics(
+        norm=norm,
+        threshold=limit,
+        factor=factor.astype(jnp.float32),
+        steps=seen.steps + 1,
+        clipped=seen.clipped + (finite & exceeds(norm, limit)).astype(jnp.int32),
+        nonfinite=seen.nonfinite + (~finite).astype(jnp.int32),
+        groups=seen.groups,
+    )
+    keep = lambda new, old: jnp.where(finite.all(), new, old)
+    return ClipState(jax.tree.map(keep, learned, state.threshold), metrics)
 
 
 def _keys(params: Any, members: Groups) -> Any:
@@ -334,7 +355,7 @@ def _keys(params: Any, members: Groups) -> Any:
     return jnp.zeros(0, jnp.float32)
 
 
-def _check_same_groups(state: ClipState, members: Groups) -> None:
+def check_same_groups(state: ClipState, members: Groups) -> None:
     if not isinstance(state, ClipState):
         raise TypeError(
             f"the state of a clip by norm must be a ClipState, got {type(state)}; pass "

@@ -1,5 +1,6 @@
 """The named methods: groups, threshold and response, with a paper."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,8 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from clipfx import responses
+from clipfx._checks import check_number, is_known
 from clipfx._clip import clip_by_norm
 from clipfx._norms import group_sizes
+from clipfx._tree import divide
+from clipfx.snr import min_snr
 from clipfx.thresholds import Threshold, as_threshold
 
 
@@ -195,68 +199,171 @@ def normalize_by_norm(
     )
 
 
-def per_stacked_layer(
-    tx: optax.GradientTransformation,
+def smooth_norm(
+    l0: Any,
+    l1: Any,
+    *,
+    groups: Any = "global",
+    axis_name: Any = None,
+    nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
-    """Applies a transform to each slice of layers that are stacked for `scan`.
+    r"""Divides by the smoothness that the gradient's norm implies.
 
-    Where L equal layers are one leaf `[L, ...]`, a norm "per layer" or "per leaf" is
-    the norm of all of them. This maps `tx` over the leading axis of every leaf, so
-    each layer has a norm, and statistics, of its own. For a model with other leaves
-    too, wrap it in `optax.masked` or `optax.partition`.
+    .. math:: g \leftarrow g / (L_0 + L_1 \lVert g \rVert)
+
+    the step for a loss whose curvature is at most
+    :math:`L_0 + L_1 \lVert \nabla f \rVert`; a learning rate multiplies it as usual.
+    Up to the factor :math:`1/L_0` it is `clipfx.responses.softsign` with the threshold
+    :math:`L_0/L_1`; with :math:`L_1 = 0` a constant factor, with :math:`L_0 = 0`
+    normalisation.
 
     Args:
-      tx: Any transform; its updates, params and state are mapped, extra arguments are
-        given to every slice whole.
+      l0: :math:`L_0` >= 0, in units of curvature.
+      l1: :math:`L_1` >= 0, in units of curvature per gradient norm; not both zero.
+      groups: See `clipfx.clip_by_norm`. Static.
+      axis_name: See `clipfx.clip_by_norm`. Static.
+      nonfinite: See `clipfx.clip_by_norm`. Static.
 
     Returns:
-      A transform whose state is that of `tx` with a leading axis, `[L, ...]`.
+      A transform with `clipfx.ClipState`; its metrics are `[G]`, with the threshold
+      :math:`L_0/L_1`. Updates `[...]` keep structure, shapes and dtypes; none is
+      longer than :math:`1/L_1`.
 
     Raises:
-      TypeError: If `tx` is not a gradient transformation.
-      ValueError: If the leaves do not share the size of their leading axis.
+      TypeError: If an argument is not a number.
+      ValueError: If one is negative, or both are zero.
 
     Example:
-      >>> tx = per_stacked_layer(clip_by_global_norm(1.0))
-      >>> layers = {"w": jnp.array([[3.0, 4.0], [0.3, 0.4]])}
-      >>> clipped, _ = tx.update(layers, tx.init(layers))
-      >>> clipped["w"]
-      Array([[0.6, 0.8],
-             [0.3, 0.4]], dtype=float32)
+      >>> tx = optax.chain(smooth_norm(1.0, 10.0), optax.sgd(0.1))
 
-    Reference: none; Levanter and axlearn each carry a clip of their own for this.
+    Reference: Zhang et al., `Why gradient clipping accelerates training
+    <https://arxiv.org/abs/1905.11881>`_, 2020.
     """
-    if not isinstance(tx, optax.GradientTransformation):
+    check_number("l0", l0, "[0, inf)", "1 keeps small gradients as they are")
+    check_number("l1", l1, "[0, inf)", "0 divides by l0 alone")
+    if isinstance(l0, int | float) and isinstance(l1, int | float) and l0 == l1 == 0:
+        raise ValueError("l0 and l1 must not both be 0; l0=1 keeps small gradients.")
+
+    def half_way(norm, state, **_):
+        positive = jnp.asarray(l1) > 0
+        return jnp.where(positive, l0 / jnp.where(positive, l1, 1), jnp.inf), state
+
+    def respond(norm, _):
+        a, b = (jnp.asarray(x).astype(norm.dtype) for x in (l0, l1))
+        n = jnp.where(norm > 0, norm, 1)
+        steep = divide(n, a + b * jnp.minimum(n, 1))  # for norms up to 1
+        flat = 1 / (divide(a, n) + b)
+        return jnp.where(norm > 0, jnp.where(n > 1, flat, steep), 0)
+
+    return clip_by_norm(
+        Threshold(lambda groups, params: (), half_way),
+        groups=groups,
+        response=respond,
+        axis_name=axis_name,
+        nonfinite=nonfinite,
+    )
+
+
+def clip_by_snr(
+    max_norm: Any,
+    *,
+    rule: Callable[[jax.Array], jax.Array] | None = None,
+    gamma: Any = 5.0,
+    low: Any = 1e-3,
+    high: Any = 1e3,
+    groups: Any = "global",
+    response: responses.Response | None = None,
+    axis_name: Any = None,
+    nonfinite: str = "propagate",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Clips a diffusion model's update by the signal-to-noise ratio of its timestep.
+
+    .. math:: g_k \leftarrow g_k \, \min(1, c_k(t) / \lVert g_k \rVert), \quad
+        c_k(t) = c_k \operatorname{clip}(m(\mathrm{SNR}(t)), low, high)
+
+    The multiple m is a rule of `clipfx.snr`, by default
+    :math:`\min(1, \gamma/\mathrm{SNR})`. It is meant for the gradient of the
+    *unweighted* loss, multiplied by the weight afterwards; on a weighted gradient it
+    suppresses the timesteps of high SNR twice. `update` takes the ratio as `snr=`:
+
+    >>> import clipfx
+    >>> ratios = clipfx.snr.cosine(1000)
+    >>> tx = optax.chain(clip_by_snr(1.0), optax.adam(1e-3))
+    >>> params = {"w": jnp.zeros(2)}
+    >>> grads = {"w": jnp.array([3.0, 4.0])}
+    >>> updates, state = tx.update(grads, tx.init(params), params, snr=ratios[10])
+
+    One ratio per update means one timestep per batch. Where a batch mixes timesteps,
+    clip the gradient of every example by itself, at `max_norm * rule(snr)`.
+
+    Args:
+      max_norm: :math:`c_k`: a number >= 0, an array `[G]`, a dict by group, or an Optax
+        schedule.
+      rule: From the ratio to a multiple of the threshold; None means
+        `clipfx.snr.min_snr`. Static.
+      gamma: Of `clipfx.snr.min_snr`, > 0; not used with another rule.
+      low: The least multiple, where the ratio is infinite.
+      high: The largest multiple, where the ratio is 0.
+      groups: See `clipfx.clip_by_norm`. Static.
+      response: See `clipfx.clip_by_norm`; None means `hard`. Static.
+      axis_name: See `clipfx.clip_by_norm`. Static.
+      nonfinite: See `clipfx.clip_by_norm`. Static.
+
+    Returns:
+      A transform with `clipfx.ClipState`; its metrics are `[G]`. Updates `[...]` keep
+      structure, shapes and dtypes. `update` needs `snr=`, a scalar >= 0.
+
+    Raises:
+      TypeError: If an argument is of the wrong kind, or `update` is not given `snr`.
+      ValueError: If a number is out of range, or `snr` is an array of several.
+
+    Example:
+      >>> tx = clip_by_snr(1.0, rule=clipfx.snr.inverse)
+      >>> clipped, _ = tx.update(grads, tx.init(params), snr=4.0)
+      >>> clipped["w"]
+      Array([0.15, 0.2 ], dtype=float32)
+
+    Reference: none; the bound that `Min-SNR weighting
+    <https://arxiv.org/abs/2303.09556>`_, 2023, puts on the loss, put on the gradient.
+    """
+    limits = as_threshold(max_norm)
+    if rule is not None and not callable(rule):
         raise TypeError(
-            f"tx must be an optax.GradientTransformation, got {tx!r}; pass the "
-            "transform itself, as in per_stacked_layer(clip_by_global_norm(1.0))."
+            "rule must be a function from a ratio to a multiple of the threshold, got "
+            f"{rule!r}; clipfx.snr has them."
         )
-    inner = optax.with_extra_args_support(tx)
+    check_number("gamma", gamma, "(0, inf)", "5 is the usual choice")
+    check_number("low", low, "[0, inf)", "the least multiple is 1e-3 by default")
+    check_number("high", high, "[0, inf]", "the largest multiple is 1e3 by default")
 
-    def init(params):
-        size = _stack_size(params)
-        if not any(
-            isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)
-        ):
-            return jax.vmap(tx.init)(params)
-        one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-        repeat = lambda x: jnp.broadcast_to(x, (size, *jnp.shape(x)))
-        return jax.tree.map(repeat, tx.init(jax.tree.map(one, params)))
+    def update(norm, state, *, snr=None, **extra):
+        limit, state = limits.update(norm, state, **extra)
+        ratio = jnp.maximum(_check_snr(snr), 0)
+        multiple = rule(ratio) if rule else min_snr(ratio, gamma)
+        multiple = jnp.clip(jnp.asarray(multiple).astype(jnp.float32), low, high)
+        return jnp.asarray(limit).astype(jnp.float32) * multiple, state
 
-    def update(updates, state, params=None, **extra_args):
-        _stack_size(updates)
-        each = lambda u, s, p: inner.update(u, s, p, **extra_args)
-        return jax.vmap(each)(updates, state, params)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return clip_by_norm(
+        Threshold(limits.init, update),
+        groups=groups,
+        response=response or responses.hard,
+        axis_name=axis_name,
+        nonfinite=nonfinite,
+    )
 
 
-def _stack_size(tree: Any) -> int:
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
-    sizes = {shape[:1] for shape in shapes}
-    if len(sizes) != 1 or sizes == {()}:
+def _check_snr(snr: Any) -> jax.Array:
+    if snr is None:
+        raise TypeError(
+            "snr must be passed to update, the signal-to-noise ratio of the timestep, "
+            "got nothing; call tx.update(updates, state, params, snr=snr[t])."
+        )
+    if jnp.ndim(snr) > 0:
         raise ValueError(
-            "per_stacked_layer expects leaves that share the size of a leading axis, "
-            f"got shapes {shapes}; take the others out with optax.masked."
+            f"snr must be a scalar, one timestep for the whole update, got shape "
+            f"{jnp.shape(snr)}; to give every example of a batch its own timestep use "
+            "per-example clipping, with max_norm * rule(snr) as thresholds."
         )
-    return sizes.pop()[0]
+    if is_known(snr) and not float(snr) >= 0:
+        raise ValueError(f"snr must be a number >= 0, got {snr!r}; clipfx.snr has it.")
+    return jnp.asarray(snr).astype(jnp.float32)

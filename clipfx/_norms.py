@@ -129,6 +129,25 @@ def _measure_jvp(layout, ord, primals, tangents):
 _jitted = jax.jit(_measure, static_argnums=(1, 2), inline=True)
 
 
+def cosines(
+    a: Any, b: Any, groups: Groups, norms: tuple[Norms, Norms], axis_name: Any = None
+) -> jax.Array:
+    """The cosine `[G]` between two trees whose norms are known, 0 where one is 0."""
+
+    def unit(x, n, i):
+        size = jnp.where(n.value[i] > 0, n.value[i], 1)
+        return times(times(widen(x), n.scale[i]), 1 / size)
+
+    pairs = zip(counted_leaves(a, groups), counted_leaves(b, groups), strict=True)
+    dots = [
+        _inner(unit(x, norms[0], i), unit(y, norms[1], i)) for (x, i), (y, _) in pairs
+    ]
+    index = tuple(i for i in groups.index if i is not None)
+    dtype = norms[0].value.dtype
+    layout = _Layout(index, len(groups.names), dtype, _as_tuple(axis_name))
+    return _combine(jnp.add, dots, layout)
+
+
 def group_sizes(tree: Any, groups: Groups, axis_name: Any = None) -> jax.Array:
     """Counts the elements of each group, float32 `[G]`, over all shards."""
     sizes = [0] * len(groups.names)

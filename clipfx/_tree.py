@@ -49,13 +49,18 @@ def group_leaves(groups: Any, tree: Any) -> Groups:
             'groups must be "global", "layer", "leaf" or a tree prefix of labels, got '
             f'{groups!r}; to put all leaves into one group use "global".'
         )
-    boxes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_compat.is_boxed)[0]
-    leaves = [(path, leaf) for path, box in boxes for leaf in jax.tree.leaves(box)]
+    leaves = leaves_with_path(tree)
     labels = [label_of(path) if is_counted(leaf) else None for path, leaf in leaves]
     always = {"global"} if groups == "global" else set()
     names = tuple(sorted(always | {label for label in labels if label is not None}))
     number = dict(zip(names, range(len(names)), strict=True))
     return Groups(names, tuple(None if x is None else number[x] for x in labels))
+
+
+def leaves_with_path(tree: Any) -> list[tuple[tuple, Any]]:
+    """The leaves in order; a path ends where a box of Flax begins."""
+    boxes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_compat.is_boxed)[0]
+    return [(path, leaf) for path, box in boxes for leaf in jax.tree.leaves(box)]
 
 
 def _name(path: tuple) -> str:
@@ -69,22 +74,34 @@ _LABELS: dict[str, Callable[[tuple], str]] = {
 }
 
 
-def _label_by_path(labels: Any) -> Callable[[tuple], str]:
+def prefix_lookup(prefix: Any, is_leaf: Callable | None = None) -> Callable:
+    """From a path to the entry of a tree prefix at or above it, None without one."""
     # Keys are compared as text: a dict of labels also fits a dataclass of arrays.
     words = lambda path: tuple(_name((key,)) for key in path)
-    flat = jax.tree_util.tree_flatten_with_path(labels)[0]
-    by_path = {words(path): str(label) for path, label in flat}
+    flat = jax.tree_util.tree_flatten_with_path(prefix, is_leaf=is_leaf)[0]
+    by_path = {words(path): entry for path, entry in flat}
+
+    def find(path: tuple) -> Any:
+        keys = words(path)
+        ends = (keys[:end] for end in range(len(keys) + 1))
+        return next((by_path[end] for end in ends if end in by_path), None)
+
+    return find
+
+
+def _label_by_path(labels: Any) -> Callable[[tuple], str]:
+    find = prefix_lookup(labels)
 
     def label_of(path: tuple) -> str:
-        keys = words(path)
-        for end in range(len(keys) + 1):
-            if keys[:end] in by_path:
-                return by_path[keys[:end]]
-        raise ValueError(
-            f"groups must label every leaf, got no label for {_name(path)!r} (there "
-            f"are labels at {sorted('/'.join(words) for words in by_path)}); label it "
-            "or a parent of it, or take it out with optax.masked."
-        )
+        label = find(path)
+        if label is None:
+            known = jax.tree_util.tree_flatten_with_path(labels)[0]
+            raise ValueError(
+                f"groups must label every leaf, got no label for {_name(path)!r} "
+                f"(there are labels at {sorted(_name(path) for path, _ in known)}); "
+                "label it or a parent of it, or take it out with optax.masked."
+            )
+        return str(label)
 
     return label_of
 
@@ -138,6 +155,8 @@ def _toward_zero(x: jax.Array, dtype: Any) -> jax.Array:
     normal = jax.lax.bitcast_convert_type(bits & kept, jnp.float32)
     if info.minexp == jnp.finfo(jnp.float32).minexp:
         return normal
+    largest = jnp.float32(info.max)
+    normal = jnp.where(jnp.isinf(x), x, jnp.clip(normal, -largest, largest))
     # Below the smallest normal number the spacing is fixed.
     step = jnp.float32(info.smallest_subnormal)
     small = jnp.abs(x) < jnp.float32(info.smallest_normal)
@@ -160,17 +179,43 @@ def narrow(wide: jax.Array, dtype: Any) -> jax.Array:
     return _toward_zero(wide, dtype).astype(dtype)
 
 
-def map_counted(fn: Callable, tree: Any, groups: Groups) -> Any:
-    """Maps `fn(wide leaf, group) -> wide leaf` over counted leaves, keeping dtypes."""
+def wide_zeros(tree: Any) -> Any:
+    """Zeros like each counted leaf, float32 or wider, and nothing for the others."""
 
-    def on(leaf, i):
-        if i is None:
-            return leaf
-        leaf = jnp.asarray(leaf)
-        return narrow(fn(widen(leaf), i), leaf.dtype)
+    def zeros(x):
+        if not is_counted(x):
+            return jnp.zeros(0, jnp.float32)
+        dtype = jnp.result_type(x)
+        dtype = jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+        # Of an array, which knows its sharding, or of its shape.
+        return (
+            jnp.zeros_like(x, dtype)
+            if isinstance(x, jax.Array)
+            else jnp.zeros(jnp.shape(x), dtype)
+        )
 
+    return jax.tree.map(zeros, tree)
+
+
+def widen_counted(fn: Callable, tree: Any, groups: Groups) -> Any:
+    """Maps `fn(wide leaf, group) -> wide leaf` over counted leaves."""
+    on = lambda x, i: x if i is None else fn(widen(jnp.asarray(x)), i)
     leaves, treedef = jax.tree.flatten(tree)
     return treedef.unflatten([on(*x) for x in zip(leaves, groups.index, strict=True)])
+
+
+def narrow_counted(wide: Any, tree: Any, groups: Groups) -> Any:
+    """Casts counted leaves back to the dtypes that `tree` has there."""
+    on = lambda w, x, i: x if i is None else narrow(w, jnp.asarray(x).dtype)
+    leaves, treedef = jax.tree.flatten(tree)
+    wide = jax.tree.leaves(wide)
+    rows = zip(wide, leaves, groups.index, strict=True)
+    return treedef.unflatten([on(*row) for row in rows])
+
+
+def map_counted(fn: Callable, tree: Any, groups: Groups) -> Any:
+    """Maps `fn(wide leaf, group) -> wide leaf` over counted leaves, keeping dtypes."""
+    return narrow_counted(widen_counted(fn, tree, groups), tree, groups)
 
 
 def scale_groups(

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from clipfx._checks import is_known
 from clipfx._tree import Groups
 
 __all__ = ["Threshold", "as_threshold", "constant", "schedule"]
@@ -143,10 +144,7 @@ def check_values(limit: Any) -> None:
                 f"Optax schedule or a clipfx.thresholds.Threshold, got {x!r}; to clip "
                 "nothing pass math.inf."
             )
-        known = not isinstance(x, jax.core.Tracer) and (
-            not isinstance(x, jax.Array) or x.is_fully_addressable
-        )
-        if known and not np.all(np.asarray(x, np.float64) >= 0):
+        if is_known(x) and not np.all(np.asarray(x, np.float64) >= 0):
             raise ValueError(
                 f"a threshold must be >= 0, got {x!r}; to clip nothing pass math.inf."
             )

@@ -15,12 +15,19 @@ class Method(NamedTuple):
 
     Attributes:
       make: From keyword arguments to the transform.
-      args: The numeric arguments, which `optax.inject_hyperparams` can reach; the
-        first is the threshold. With these the sample trees are clipped.
+      args: The numeric arguments, which `optax.inject_hyperparams` can reach. With
+        these the sample trees are clipped.
       hard: No group is longer than its threshold afterwards, shorter ones are left
         alone, and a second clip finds nothing to do.
-      groups: Which leaves share a norm; None for a transform of single elements.
+      groups: Which leaves share a norm; None where the state is no `ClipState`.
+      ord: Of the norm.
       static: Arguments that injection must leave alone.
+      threshold: The first argument is one: 0 gives zeros, infinity the identity.
+      by_norm: Each group is scaled as a whole; the norm in the metrics is its norm.
+      adaptive: The threshold is computed from norms, in float32.
+      extra: What `update` needs besides params.
+      shard: Arguments that `shard_map` needs.
+      elements: The state has numbers for every element.
     """
 
     make: Callable[..., optax.GradientTransformationExtraArgs]
@@ -29,6 +36,12 @@ class Method(NamedTuple):
     groups: Any = "global"
     ord: float = 2
     static: tuple[str, ...] = ()
+    threshold: bool = True
+    by_norm: bool = True
+    adaptive: bool = False
+    extra: dict[str, Any] = {}  # noqa: RUF012
+    shard: dict[str, Any] = {}  # noqa: RUF012
+    elements: bool = False
 
 
 LABELS = {"decoder": "second", "encoder": {"bias": "second", "kernel": "first"}}
@@ -41,6 +54,28 @@ def by_norm(**kwargs: Any) -> Callable:
 
 def by_value(response: Callable) -> Callable:
     return lambda max_abs: clipfx.clip_by_value(max_abs, response=response)
+
+
+def rule(make: Callable, args: dict[str, float], **fields: Any) -> Method:
+    """A row whose threshold is not an argument."""
+    return Method(make, args, **{"threshold": False, "adaptive": True, **fields})
+
+
+def spamp_of(power_of: str) -> Callable:
+    return lambda decay: clipfx.spamp(decay, power_of=power_of)
+
+
+def skip_spikes(num_std: float) -> optax.GradientTransformationExtraArgs:
+    clip = clipfx.clip_by_global_norm(0.5)
+    return clipfx.skip_spikes(clip, num_std=num_std, window=8, min_steps=2)
+
+
+def error_feedback(max_ratio: float) -> optax.GradientTransformationExtraArgs:
+    return clipfx.error_feedback(clipfx.clip_by_global_norm(0.5), max_ratio=max_ratio)
+
+
+def clip_group_ratio(max_ratio: float) -> optax.GradientTransformationExtraArgs:
+    return clipfx.clip_group_ratio(max_ratio, groups="layer")
 
 
 METHODS: dict[str, Method] = {
@@ -79,7 +114,88 @@ METHODS: dict[str, Method] = {
     "tanh_by_value": Method(
         by_value(responses.tanh), {"max_abs": 0.1}, hard=False, groups=None
     ),
+    "smooth_norm": Method(
+        clipfx.smooth_norm, {"l0": 1.0, "l1": 0.5}, hard=False, threshold=False
+    ),
+    "clip_by_snr": Method(clipfx.clip_by_snr, {"max_norm": 0.5}, extra={"snr": 7.0}),
+    "autoclip": rule(clipfx.autoclip, {"percentile": 50.0}, static=("window",)),
+    "quantile_clip": rule(clipfx.quantile_clip, {"quantile": 0.5, "rate": 0.2}),
+    "zclip": rule(clipfx.zclip, {"z_threshold": 2.5, "max_norm": 0.5}),
+    "zclip_after_warm_up": rule(
+        clipfx.zclip, {"z_threshold": 2.5, "warmup_steps": 1, "decay": 0.9}
+    ),
+    "adagc": rule(clipfx.adagc, {"max_ratio": 1.04, "max_norm": 0.5}, groups="leaf"),
+    "adagc_after_warm_up": rule(
+        clipfx.adagc, {"max_ratio": 1.5, "warmup_steps": 0}, groups="leaf"
+    ),
+    "band_by_history": rule(
+        clipfx.band_by_history, {"low": 0.9, "high": 1.1}, groups="layer", hard=False
+    ),
+    "norm_stabilizer": rule(
+        clipfx.norm_stabilizer, {"mean_decay": 0.7}, groups="leaf", hard=False
+    ),
+    "clip_group_ratio": Method(
+        clip_group_ratio,
+        {"max_ratio": 0.5},
+        groups="layer",
+        hard=False,
+        adaptive=True,
+    ),
+    "clip_by_curvature": rule(
+        clipfx.clip_by_curvature,
+        {"learning_rate": 1.5, "max_factor": 2.0},
+        hard=False,
+        elements=True,
+    ),
+    "spamp": rule(
+        clipfx.spamp, {"decay": 0.9}, groups="leaf", hard=False, by_norm=False
+    ),
+    "spamp_rms": rule(
+        spamp_of("rms"), {"decay": 0.9}, groups="leaf", hard=False, by_norm=False
+    ),
+    "spamp_norm": rule(spamp_of("norm"), {"decay": 0.9}, groups="leaf", hard=False),
+    "clip_spikes": rule(
+        clipfx.clip_spikes, {"decay": 0.9}, groups="leaf", hard=False, by_norm=False
+    ),
+    "clip_by_params": rule(
+        clipfx.clip_by_params,
+        {"max_ratio": 0.1, "min_step": 0.01},
+        groups="leaf",
+        hard=False,
+        by_norm=False,
+    ),
+    "clip_by_params_element": rule(
+        lambda max_ratio: clipfx.clip_by_params(max_ratio, per="element"),
+        {"max_ratio": 0.1},
+        groups=None,
+        hard=False,
+    ),
+    "agc": Method(
+        clipfx.agc,
+        {"max_ratio": 0.1, "eps": 1e-3},
+        groups=None,
+        hard=False,
+        shard={"axis_name": {"decoder": "x", "encoder": ()}},
+    ),
+    "grad_power": rule(clipfx.grad_power, {"power": 1.2}, groups=None, hard=False),
+    "spam_clip": rule(
+        clipfx.spam_clip,
+        {"threshold": 0.5, "warmup_steps": 1},
+        groups=None,
+        hard=False,
+        elements=True,
+    ),
+    "skip_spikes": rule(skip_spikes, {"num_std": 2.0}, groups=None, hard=False),
+    "error_feedback": rule(
+        error_feedback, {"max_ratio": 0.5}, groups=None, hard=False, elements=True
+    ),
 }
 
 # Public functions that are no transforms to be clipped with, and where they are tested.
-ELSEWHERE = {"clip_by_norm", "per_stacked_layer", "tree_clip", "global_norm"}
+ELSEWHERE = {
+    "clip_by_norm",
+    "global_norm",
+    "per_stacked_layer",
+    "tree_clip",
+    "weight_decay_balance",
+}

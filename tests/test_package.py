@@ -18,9 +18,11 @@ import clipfx
 
 PACKAGE = pathlib.Path(clipfx.__file__).parent
 # A module imports only from those before it.
-LAYERS = ["_compat", "_tree", "_norms", "responses", "thresholds", "_clip",
-          "_elementwise", "_methods", "metrics"]  # fmt: skip
-NAMESPACES = [clipfx.metrics, clipfx.responses, clipfx.thresholds]
+LAYERS = ["_compat", "_checks", "_tree", "_norms", "_statistics", "responses",
+          "thresholds", "snr", "_clip", "_elementwise", "_methods", "_adaptive",
+          "_averages", "_power", "_spikes", "_relative", "_steps", "_wrappers",
+          "metrics"]  # fmt: skip
+NAMESPACES = [clipfx.metrics, clipfx.responses, clipfx.snr, clipfx.thresholds]
 
 
 def public():

@@ -1,0 +1,383 @@
+"""Methods that measure updates against the parameters they change."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipfx import _compat, responses
+from clipfx._checks import check_choice, check_number, check_params
+from clipfx._clip import (
+    ClipState,
+    check_nonfinite,
+    check_same_groups,
+    clip_by_norm,
+    exceeds,
+    factors,
+    fresh_metrics,
+    next_state,
+    reported,
+)
+from clipfx._norms import far, group_norms
+from clipfx._statistics import multiple
+from clipfx._tree import (
+    divide,
+    group_leaves,
+    is_counted,
+    leaves_with_path,
+    map_counted,
+    narrow,
+    prefix_lookup,
+    scale_groups,
+    times,
+    widen,
+)
+from clipfx.thresholds import Threshold
+
+
+def agc(
+    max_ratio: Any = 0.01,
+    eps: Any = 1e-3,
+    *,
+    axis: Any = None,
+    axis_name: Any = None,
+    nonfinite: str = "propagate",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Bounds the gradient of each unit by a share of the unit's weights.
+
+    .. math:: G_i \leftarrow G_i \min\Bigl(1, \lambda
+        \frac{\max(\lVert W_i \rVert, \epsilon)}{\lVert G_i \rVert}\Bigr)
+
+    for the units i of every leaf: what feeds one output. Without `axis` the rank says
+    which axes a unit runs over: of scalars, vectors and leaves of one long axis all, of
+    rank 2 and 3 the first, of rank 4 and more all but the last. That is right for
+    kernels stored input first, as in Flax and Haiku; say it for others. An embedding
+    `[V, D]` wants `axis=1`, an attention output kernel `[heads, head_dim, out]`
+    `axis=(0, 1)`, and a one-dimensional convolution `[width, in, out]` too.
+
+    The paper leaves out the classifier's weights, and clips biases and gains:
+
+    >>> not_head = lambda params: {name: name != "head" for name in params}
+    >>> tx = optax.chain(optax.masked(agc(0.01), not_head), optax.sgd(0.1))
+
+    Weights of zero still move, by :math:`\lambda\epsilon` per step and unit of learning
+    rate: layers that start at zero start slowly.
+
+    Args:
+      max_ratio: :math:`\lambda` >= 0; 0.01 for batches of 1024 and more, up to 0.16 for
+        small ones.
+      eps: :math:`\epsilon` >= 0, the least norm that weights count as.
+      axis: Axes that a unit runs over: an int or a tuple of ints for all leaves, or a
+        dict by path, a tree prefix, of such. Without an entry the rank decides. Static.
+      axis_name: Mesh axes that units are split over, for `shard_map` and `pmap`: a
+        name, a tuple of names, or a dict by path of such; `()` if each unit lies whole
+        on one device. Needed in `shard_map` for leaves that are split: whether along a
+        unit or between units their type does not tell. Static.
+      nonfinite: What becomes of a unit whose norm is infinite or NaN. See
+        `clipfx.clip_by_norm`. Static.
+
+    Returns:
+      A transform without state; `update` needs params. Updates `[...]` keep structure,
+      shapes, dtypes and sharding.
+
+    Raises:
+      TypeError: If an argument is of the wrong kind, or `update` is not given params.
+      ValueError: If a number is negative, `axis` does not fit a leaf, or a leaf is
+        split in `shard_map` and `axis_name` says nothing of it.
+
+    Example:
+      >>> tx = agc(0.1)
+      >>> params = {"kernel": jnp.array([[3.0, 0.3], [4.0, 0.4]])}
+      >>> grads = {"kernel": jnp.array([[6.0, 0.03], [8.0, 0.04]])}
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> updates["kernel"]
+      Array([[0.3 , 0.03],
+             [0.4 , 0.04]], dtype=float32)
+
+    Differs from the source: ranks above 4 are taken too. `optax.adaptive_grad_clip`
+    reduces the same axes, whatever its docstring says of rank 3.
+
+    Reference: Brock et al., `High-performance large-scale image recognition without
+    normalization <https://arxiv.org/abs/2102.06171>`_, 2021.
+    """
+    check_number("max_ratio", max_ratio, "[0, inf]", "0.01 is what the paper takes")
+    check_number("eps", eps, "[0, inf)", "1e-3 is what the paper takes")
+    check_nonfinite(nonfinite)
+    is_entry = lambda node: not isinstance(node, Mapping)
+    axis_of = prefix_lookup(axis, is_entry)
+    names_of = prefix_lookup(axis_name, is_entry)
+
+    def clip(path, x, w):
+        if not is_counted(x):
+            return x
+        x = jnp.asarray(x)
+        axes = _unit_axes(path, x.shape, axis_of(path))
+        over = names_of(path)
+        over = _mesh_axes(path, x, w) if over is None else over
+        over = (over,) if isinstance(over, str) else tuple(over)
+        g, w = widen(x), widen(jnp.asarray(w))
+        norm, size = (_unit_norm(v, axes, over).astype(jnp.finfo(g.dtype).dtype)
+                      for v in (g, w))  # fmt: skip
+        limit = multiple(jnp.maximum(max_ratio, 0), jnp.maximum(size, eps))
+        over_limit = exceeds(norm, limit)
+        # Two factors, since one may be no normal number.
+        up = far(norm.dtype)
+        first = jnp.where(over_limit & (norm / up > limit), 1 / up, 1)
+        second = jnp.where(over_limit, norm * first, 1)
+        second = divide(jnp.where(over_limit, limit, 1), second)
+        clipped = times(times(g, first), second)
+        finite = jnp.isfinite(norm)
+        instead = jnp.full_like(g, 0 if nonfinite == "zero" else jnp.nan)
+        return narrow(jnp.where(finite, clipped, instead), x.dtype)
+
+    def update(updates, state, params=None, **extra_args):
+        check_params(params, "agc")
+        weights = jax.tree.leaves(params)
+        rows = zip(leaves_with_path(updates), weights, strict=True)
+        clipped = [clip(path, x, w) for (path, x), w in rows]
+        return jax.tree.structure(updates).unflatten(clipped), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+def _unit_axes(path: tuple, shape: tuple[int, ...], axis: Any) -> tuple[int, ...]:
+    rank = len(shape)
+    if axis is None:
+        if sum(size > 1 for size in shape) <= 1:
+            return tuple(range(rank))
+        return (0,) if rank < 4 else tuple(range(rank - 1))
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    if not all(isinstance(a, int) and -rank <= a < rank for a in axes):
+        raise ValueError(
+            f"axis must name axes of every leaf, got {axis!r} for {_show(path)} of "
+            f"shape {shape}; pass a dict by path, such as "
+            '{"embed": 1, "attention": {"out": (0, 1)}}.'
+        )
+    return axes
+
+
+def _mesh_axes(path: tuple, *leaves: Any) -> tuple:
+    split = set[str]().union(*(_compat.varying_axes(x) for x in leaves))
+    if split:
+        raise ValueError(
+            f"axis_name must say whether units of {_show(path)} are split over the "
+            f"mesh axes {sorted(split)}, got nothing; name those that they are split "
+            "over, () for none, in a dict by path where leaves differ."
+        )
+    return ()
+
+
+def _show(path: tuple) -> str:
+    return jax.tree_util.keystr(path) or "the only leaf"
+
+
+def _unit_norm(x: jax.Array, axes: tuple, over: tuple) -> jax.Array:
+    """The 2-norm along axes, which stay with length 1; also of elements of 1e38."""
+    square = lambda v: jnp.square(v.real) + jnp.square(v.imag)
+    up = far(jnp.finfo(x.dtype).dtype)
+    total = jnp.sum(square(x), axes, keepdims=True)
+    small = jnp.sum(square(x / up), axes, keepdims=True)
+    if over:
+        total, small = jax.lax.psum((total, small), over)
+    root = lambda v: jnp.sqrt(jnp.where(v > 0, v, 1))
+    largest = jnp.finfo(total.dtype).max
+    rescued = jnp.minimum(root(small) * up, largest)
+    norm = jnp.where(jnp.isinf(total) & jnp.isfinite(small), rescued, root(total))
+    return jnp.where(total == 0, 0, norm)
+
+
+def clip_by_params(
+    max_ratio: Any = 0.5,
+    min_step: Any = 0.01,
+    *,
+    per: str = "tensor",
+    groups: Any = "leaf",
+    axis_name: Any = None,
+    nonfinite: str = "propagate",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Bounds the step of every parameter by a share of the parameter.
+
+    .. math:: |u_i| \le \lambda |w_i| + \delta
+
+    for *updates* u, so behind the optimizer and its learning rate. Either a whole
+    tensor is scaled until its worst element fits, which keeps the direction, or each
+    element by itself:
+
+    .. math:: u \leftarrow u \min\Bigl(1, \min_i \frac{\lambda |w_i| + \delta}{|u_i|}
+        \Bigr), \qquad \text{or} \qquad u_i \leftarrow \operatorname{sign}(u_i)
+        \min(|u_i|, \lambda |w_i| + \delta) .
+
+    With the first, one weight of zero binds its tensor to steps of :math:`\delta`:
+    with a tiny :math:`\delta` a bias that starts at zero freezes.
+
+    Args:
+      max_ratio: :math:`\lambda` >= 0.
+      min_step: :math:`\delta` >= 0, in units of the parameters.
+      per: `"tensor"` or `"element"`. Static.
+      groups: What a tensor is, by default a leaf. See `clipfx.clip_by_norm`. Static.
+      axis_name: See `clipfx.clip_by_norm`. Static.
+      nonfinite: See `clipfx.clip_by_norm`; for single elements NaN stays NaN. Static.
+
+    Returns:
+      A transform; `update` needs params. Per tensor its state is `clipfx.ClipState`
+      with metrics `[G]`, in which the norm is the largest ratio of step to bound and
+      the threshold 1; per element it has no state. Updates `[...]` keep structure,
+      shapes and dtypes.
+
+    Raises:
+      TypeError: If an argument is of the wrong kind, or `update` is not given params.
+      ValueError: If a number is negative, or `per` unknown.
+
+    Example:
+      >>> tx = optax.chain(optax.adagrad(0.1), clip_by_params(0.5, 0.01))
+
+    Differs from the source: a transform for any optimizer, there Adagrad is part of
+    it; :math:`\delta` is :math:`10^{-7}` in the authors' code, and the values here are
+    those of the paper. Their third term, a multiple of Adagrad's preconditioner, is
+    zero by default and left out.
+
+    Reference: Tang et al., `Improving training stability for multitask ranking models
+    <https://arxiv.org/abs/2302.09178>`_, 2023.
+    """
+    check_number("max_ratio", max_ratio, "[0, inf]", "0.5 is what the paper takes")
+    check_number("min_step", min_step, "[0, inf]", "0.01 is what the paper takes")
+    check_choice("per", per, ("tensor", "element"))
+    check_nonfinite(nonfinite)
+
+    def bound(w):
+        size = jnp.abs(widen(jnp.asarray(w)))
+        return jnp.maximum(multiple(max_ratio, size) + min_step, 0)
+
+    def per_element(updates, state, params=None, **extra_args):
+        check_params(params, "clip_by_params")
+        members = group_leaves("global", updates)
+        weights = iter(jax.tree.leaves(params))
+
+        def clip(x, i):
+            limit = bound(next(weights)).astype(jnp.finfo(x.dtype).dtype)
+            if jnp.iscomplexobj(x):
+                size = jnp.abs(jnp.where(x == 0, 1, x))
+                return times(x, jnp.minimum(size, limit) / size)
+            return jnp.clip(x, -limit, limit)
+
+        pairs = zip(jax.tree.leaves(params), members.index, strict=True)
+        weights = iter([w for w, i in pairs if i is not None])
+        return map_counted(clip, updates, members), state
+
+    if per == "element":
+        return optax.GradientTransformationExtraArgs(
+            optax.init_empty_state, per_element
+        )
+
+    def init(params):
+        members = group_leaves(groups, params)
+        return ClipState((), fresh_metrics(params, members))
+
+    def update(updates, state, params=None, **extra_args):
+        check_params(params, "clip_by_params")
+        members = group_leaves(groups, updates)
+        check_same_groups(state, members)
+
+        def ratio(x, w):
+            x, limit = widen(jnp.asarray(x)), bound(w)
+            size = jnp.abs(jnp.where(x == 0, 1, x))
+            limit = limit.astype(size.dtype)
+            info = jnp.finfo(size.dtype)
+            quotient = jnp.minimum(size / jnp.maximum(limit, info.tiny), info.max)
+            quotient = jnp.where(jnp.isinf(size), size, quotient)
+            return jnp.where(x == 0, jnp.zeros_like(size), quotient)
+
+        rows = zip(
+            jax.tree.leaves(updates),
+            jax.tree.leaves(params),
+            members.index,
+            strict=True,
+        )
+        ratios = [x if i is None else ratio(x, w) for x, w, i in rows]
+        norms = group_norms(ratios, members, float("inf"), axis_name)
+        worst = reported(norms)
+        one = jnp.ones_like(worst)
+        before, factor = factors(norms, one, responses.hard, nonfinite)
+        # A step where no step is allowed.
+        stop = worst >= jnp.finfo(jnp.float32).max
+        stop &= jnp.isfinite(worst)
+        drop = stop | ~jnp.isfinite(worst) if nonfinite == "zero" else stop
+        clipped = scale_groups(updates, members, before, factor, drop=drop)
+        total = jnp.where(stop, 0, before * factor)
+        return clipped, next_state(state, (), worst, one, total)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def clip_group_ratio(
+    max_ratio: Any,
+    *,
+    groups: Any,
+    reference: str | None = None,
+    axis_name: Any = None,
+    nonfinite: str = "propagate",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps every group's norm within a multiple of the median group's.
+
+    .. math:: g_k \leftarrow g_k \min\Bigl(1, \rho\,
+        \frac{\operatorname{median}_j \lVert g_j \rVert}{\lVert g_k \rVert}\Bigr)
+
+    or of one named group's norm. Groups whose norm is zero or not finite have no say
+    in the median. A gradient multiplied by a constant is clipped alike.
+
+    Args:
+      max_ratio: :math:`\rho` >= 0.
+      groups: Between which groups to balance: `"layer"`, `"leaf"` or a tree prefix of
+        labels. See `clipfx.clip_by_norm`. Static.
+      reference: Name of a group to measure the others by, which is never clipped
+        itself; None for the median. If its norm is zero or not finite, nothing is
+        clipped. Static.
+      axis_name: See `clipfx.clip_by_norm`. Static.
+      nonfinite: See `clipfx.clip_by_norm`. Static.
+
+    Returns:
+      A transform with `clipfx.ClipState`; its metrics are `[G]`. Updates `[...]` keep
+      structure, shapes and dtypes.
+
+    Raises:
+      TypeError: If `max_ratio` is not a number.
+      ValueError: If it is negative, or `reference` is not a group.
+
+    Example:
+      >>> tx = clip_group_ratio(2.0, groups="leaf", reference="decoder")
+      >>> grads = {"encoder": jnp.array([3.0, 4.0]), "decoder": jnp.ones(1)}
+      >>> clipped, _ = tx.update(grads, tx.init(grads))
+      >>> clipped["encoder"]
+      Array([1.2, 1.6], dtype=float32)
+
+    Reference: none.
+    """
+    check_number("max_ratio", max_ratio, "[0, inf]", "math.inf clips nothing")
+
+    def init(groups, params):
+        if reference is not None and groups.names and reference not in groups.names:
+            raise ValueError(
+                f"reference must be the name of a group, got {reference!r}; the groups "
+                f"are {groups.names}."
+            )
+        return ()
+
+    def update(norm, state, *, groups, **_):
+        usable = jnp.isfinite(norm) & (norm > 0)
+        if reference is None:
+            usual = jnp.nanmedian(jnp.where(usable, norm, jnp.nan))
+            usual = jnp.where(usable.any(), usual, 0)
+            return jnp.where(usable.any(), multiple(max_ratio, usual), jnp.inf), state
+        at = groups.names.index(reference)
+        usual = jnp.where(usable[at], norm[at], 0)
+        limit = jnp.where(usable[at], multiple(max_ratio, usual), jnp.inf)
+        return jnp.where(jnp.arange(norm.size) == at, jnp.inf, limit), state
+
+    return clip_by_norm(
+        Threshold(init, update),
+        groups=groups,
+        axis_name=axis_name,
+        nonfinite=nonfinite,
+    )

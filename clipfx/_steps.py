@@ -1,0 +1,281 @@
+"""What steps do to parameters: curvature along them, and balance with weight decay."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipfx import responses
+from clipfx._checks import check_number, check_params
+from clipfx._clip import clip_by_norm
+from clipfx._norms import Norms, cosines, group_norms
+from clipfx._statistics import increment, unbiased_weight
+from clipfx._tree import Groups, divide, group_leaves, is_counted, widen
+from clipfx.thresholds import Threshold
+
+
+class _Secant(NamedTuple):
+    """The last point and its gradient, and the curvature `[G]` so far."""
+
+    params: Any
+    updates: Any
+    steps: jax.Array
+    curvature: jax.Array
+    secants: jax.Array
+
+
+def clip_by_curvature(
+    learning_rate: Any,
+    *,
+    max_product: Any = 0.5,
+    max_factor: Any = 1.0,
+    decay: Any = 0.9,
+    groups: Any = "global",
+    axis_name: Any = None,
+    nonfinite: str = "propagate",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Shortens steps where the gradient turns fast, and may lengthen them on plateaus.
+
+    .. math:: L_t = \frac{\lVert g_t - g_{t-1} \rVert}{\lVert w_t - w_{t-1} \rVert},
+        \qquad g_t \leftarrow g_t \min\Bigl(s_{\max},
+        \frac{\kappa}{\eta\, \bar L_t}\Bigr)
+
+    with :math:`\bar L` the bias-corrected average of L. On a quadratic plain gradient
+    descent is stable while :math:`\eta L < 2`. Noise between batches counts as
+    curvature, and inflates L by up to
+    :math:`\lVert \text{noise} \rVert / (\eta \lVert g \rVert)`: for large batches, or
+    gradients averaged before.
+
+    Memory: two more numbers per parameter, the last params and updates.
+
+    Args:
+      learning_rate: :math:`\eta` > 0, that of the optimizer behind, for plain gradient
+        steps. For a schedule use `optax.inject_hyperparams`.
+      max_product: :math:`\kappa` > 0, the most that learning rate times curvature may
+        be.
+      max_factor: :math:`s_{\max}` > 0; above 1 it lengthens steps where the gradient
+        hardly changes.
+      decay: Of the average, in [0, 1); 0 takes the last secant alone.
+      groups: See `clipfx.clip_by_norm`. Static.
+      axis_name: See `clipfx.clip_by_norm`. Static.
+      nonfinite: See `clipfx.clip_by_norm`. Static.
+
+    Returns:
+      A transform with `clipfx.ClipState`; `update` needs params. Its metrics are `[G]`,
+      in which the threshold is what the norm became. Updates `[...]` keep structure,
+      shapes and dtypes. The first step is the identity.
+
+    Raises:
+      TypeError: If an argument is of the wrong kind, or `update` is not given params.
+      ValueError: If a number is out of range.
+
+    Example:
+      >>> tx = optax.chain(clip_by_curvature(0.1, max_factor=4.0), optax.sgd(0.1))
+
+    Differs from the source: a clip in front of any step size, where there the secant
+    sets the step size itself.
+
+    Reference: Malitsky and Mishchenko, `Adaptive gradient descent without descent
+    <https://arxiv.org/abs/1910.09529>`_, 2020.
+    """
+    advice = "pass the optimizer's"
+    check_number("learning_rate", learning_rate, "(0, inf)", advice)
+    check_number("max_product", max_product, "(0, inf)", "0.5 is cautious, 2 the edge")
+    check_number("max_factor", max_factor, "(0, inf)", "1 never lengthens a step")
+    check_number("decay", decay, "[0, 1)", "0.9 remembers about 10 steps")
+
+    def init(groups, params):
+        def zeros(x):
+            if not is_counted(x):
+                return jnp.zeros(0, jnp.float32)
+            if isinstance(x, jax.Array):  # knows its sharding
+                return jnp.zeros_like(x)
+            return jnp.zeros(jnp.shape(x), jnp.result_type(x))
+
+        number = len(groups.names)
+        return _Secant(
+            params=jax.tree.map(zeros, params),
+            updates=jax.tree.map(zeros, params),
+            steps=jnp.zeros([], jnp.int32),
+            curvature=jnp.zeros(number, jnp.float32),
+            secants=jnp.zeros(number, jnp.int32),
+        )
+
+    def update(norm, state, *, groups, updates, params, **_):
+        check_params(params, "clip_by_curvature")
+        index = groups.index
+        pairs = [
+            _differences(new, old, index)
+            for new, old in ((params, state.params), (updates, state.updates))
+        ]
+        number = len(groups.names)
+        counted = tuple(i for i in index if i is not None)
+        both = Groups(groups.names * 2, (*counted, *(i + number for i in counted)))
+        norms = group_norms([*pairs[0], *pairs[1]], both, axis_name=axis_name)
+        exact = norms.value.astype(jnp.float32), norms.scale.astype(jnp.float32)
+        (moved, turned), (moved_in, turned_in) = (x.reshape(2, number) for x in exact)
+        known = (state.steps > 0) & (moved > 0)
+        secant = divide(turned, jnp.where(known, moved, 1)) * (moved_in / turned_in)
+        known &= jnp.isfinite(secant)
+        secants = state.secants + known.astype(jnp.int32)
+        weight = unbiased_weight(decay, jnp.maximum(secants, 1))
+        mean = (1 - weight) * state.curvature + weight * jnp.where(known, secant, 0)
+        curvature = jnp.where(known, mean, state.curvature)
+        product = learning_rate * curvature
+        factor = max_product / jnp.where(product > 0, product, 1)
+        factor = jnp.where(product > 0, jnp.minimum(factor, max_factor), max_factor)
+        factor = jnp.where(secants > 0, factor, 1)
+        learned = _Secant(
+            _replaced(state.params, params, index),
+            _replaced(state.updates, updates, index),
+            increment(state.steps),
+            curvature,
+            secants,
+        )
+        return norm * factor, learned
+
+    return clip_by_norm(
+        Threshold(init, update),
+        groups=groups,
+        response=responses.normalize,
+        axis_name=axis_name,
+        nonfinite=nonfinite,
+    )
+
+
+def _differences(new: Any, old: Any, index: tuple) -> list[jax.Array]:
+    rows = zip(jax.tree.leaves(new), jax.tree.leaves(old), index, strict=True)
+    wide = lambda x: widen(jnp.asarray(x))
+    return [wide(x) - wide(y).astype(wide(x).dtype)
+            for x, y, i in rows if i is not None]  # fmt: skip
+
+
+def _replaced(old: Any, new: Any, index: tuple) -> Any:
+    leaves, treedef = jax.tree.flatten(old)
+    rows = zip(leaves, jax.tree.leaves(new), index, strict=True)
+    return treedef.unflatten(
+        [x if i is None else jnp.asarray(y).astype(x.dtype) for x, y, i in rows]
+    )
+
+
+class WeightDecayBalance(NamedTuple):
+    r"""Where a clipped step and weight decay hold each other, per group.
+
+    Attributes:
+      weight: `[G]`, :math:`\lVert w \rVert`.
+      update: `[G]`, :math:`\lVert u \rVert`.
+      cosine: `[G]`, of the step `-u` with `w`: positive where it points away from the
+        origin.
+      opposed: `[G]`, :math:`\lambda \lVert w \rVert`: the threshold at which a step
+        straight away from the origin is undone altogether.
+      radial: `[G]`, :math:`\lambda \lVert w \rVert / \cos\varphi`: the threshold at
+        which step and decay cancel along w; infinite where the cosine is not positive.
+        Below it the weights shrink along w, above they grow.
+      exact: `[G]`, the threshold at which the norm of w stays what it is; infinite
+        where no step can do that.
+      reached: bool `[G]`, whether u is as long as `exact`, so that a clip there acts.
+      groups: The names of the groups, the keys of a dict of nothing.
+
+    Reference: none.
+    """
+
+    weight: jax.Array
+    update: jax.Array
+    cosine: jax.Array
+    opposed: jax.Array
+    radial: jax.Array
+    exact: jax.Array
+    reached: jax.Array
+    groups: dict[str, tuple[()]]
+
+
+def weight_decay_balance(
+    updates: Any,
+    params: Any,
+    *,
+    weight_decay: Any,
+    learning_rate: Any,
+    scaled: bool = True,
+    groups: Any = "layer",
+    axis_name: Any = None,
+) -> WeightDecayBalance:
+    r"""Finds the thresholds at which a clipped step cancels weight decay.
+
+    For :math:`w \leftarrow (1 - \eta\lambda) w - \eta u` with u of length c, and
+    :math:`\cos\varphi = -\langle u, w \rangle / (\lVert u \rVert \lVert w \rVert)`:
+
+    .. math:: c_{\text{opposed}} = \lambda \lVert w \rVert, \qquad
+        c_{\text{radial}} = \frac{\lambda \lVert w \rVert}{\cos\varphi}, \qquad
+        c_{\text{exact}} = \frac{\lVert w \rVert}{\eta} \Bigl(-(1-e)\cos\varphi +
+        \sqrt{(1-e)^2 \cos^2\varphi + 2e - e^2}\Bigr), \quad e = \eta\lambda .
+
+    For a cosine of 0 the last is :math:`\lVert w \rVert \sqrt{2\lambda/\eta -
+    \lambda^2}`, the rotational equilibrium. It is a diagnostic: nothing is changed.
+    With Adam, whose result does not depend on the scale of gradients, pass the update
+    that Adam made, not the gradient. Decay that is added to the gradient before the
+    clip has no such threshold: the clip scales both.
+
+    Args:
+      updates: Leaves `[...]`: gradients for SGD, else what the optimizer made of them,
+        before the learning rate.
+      params: Leaves `[...]` of the same structure.
+      weight_decay: :math:`\lambda` >= 0.
+      learning_rate: :math:`\eta` > 0.
+      scaled: Whether the decay is multiplied by the learning rate, as in `optax.adamw`;
+        else :math:`w \leftarrow (1 - \lambda) w - \eta u`. Static.
+      groups: See `clipfx.clip_by_norm`. Static.
+      axis_name: See `clipfx.clip_by_norm`. Static.
+
+    Returns:
+      `WeightDecayBalance`, `[G]` each, float32, or float64 if a leaf is.
+
+    Raises:
+      TypeError: If an argument is not a number.
+      ValueError: If one is out of range.
+
+    Example:
+      >>> w = {"w": jnp.array([3.0, 4.0])}
+      >>> u = {"w": jnp.array([-3.0, -4.0])}
+      >>> balance = weight_decay_balance(u, w, weight_decay=0.1, learning_rate=0.01)
+      >>> [f"{x.item():.3f}" for x in (balance.cosine, balance.radial, balance.exact)]
+      ['1.000', '0.500', '0.500']
+
+    Reference: the equilibrium is that of Kosson et al., `Rotational equilibrium
+    <https://arxiv.org/abs/2305.17212>`_, 2024; the thresholds follow from the update.
+    """
+    check_number("weight_decay", weight_decay, "[0, inf)", "pass the optimizer's")
+    check_number("learning_rate", learning_rate, "(0, inf)", "pass the optimizer's")
+    members = group_leaves(groups, updates)
+    measure = lambda tree: group_norms(tree, members, axis_name=axis_name)
+    sizes = measure(updates), measure(params)
+    cosine = -cosines(updates, params, members, sizes, axis_name)
+    plain = lambda norms: norms.value / norms.scale
+    update, weight = (plain(norms) for norms in _same_dtype(sizes))
+    cosine = cosine.astype(weight.dtype)
+    rate = jnp.asarray(learning_rate).astype(weight.dtype)
+    decay = jnp.asarray(weight_decay).astype(weight.dtype)
+    decay = decay if scaled else decay / rate
+    opposed = decay * weight
+    away = cosine > 0
+    radial = jnp.where(away, opposed / jnp.where(away, cosine, 1), jnp.inf)
+    share = rate * decay
+    keep = (1 - share) * cosine
+    rest = share * (2 - share)
+    possible = keep * keep + rest >= 0
+    root = jnp.sqrt(jnp.where(possible, keep * keep + rest, 0))
+    # Of the two forms of the root the one that does not cancel.
+    down = rest / jnp.where(keep > 0, keep + root, 1)
+    exact = jnp.where(keep > 0, down, root - keep) * weight / rate
+    exact = jnp.where(possible & (exact >= 0), exact, jnp.inf)
+    names = dict.fromkeys(members.names, ())
+    reached = update >= exact
+    return WeightDecayBalance(
+        weight, update, cosine, opposed, radial, exact, reached, names
+    )
+
+
+def _same_dtype(sizes: tuple[Norms, Norms]) -> tuple[Norms, Norms]:
+    wide = jnp.promote_types(sizes[0].value.dtype, sizes[1].value.dtype)
+    cast = lambda n: Norms(n.value.astype(wide), n.scale.astype(wide))
+    return cast(sizes[0]), cast(sizes[1])
