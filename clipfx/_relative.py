@@ -85,7 +85,8 @@ def agc(
     Raises:
       TypeError: If an argument is of the wrong kind, or `update` is not given params.
       ValueError: If a number is negative, `axis` does not fit a leaf, or a leaf is
-        split in `shard_map` and `axis_name` says nothing of it.
+        split in `shard_map` and `axis_name`, or `axis` where its shards are vectors,
+        says nothing of it.
 
     Example:
       >>> tx = agc(0.1)
@@ -113,10 +114,11 @@ def agc(
         if not is_counted(x):
             return x
         x = jnp.asarray(x)
-        axes = _unit_axes(path, x.shape, axis_of(path))
+        split = _compat.varying_axes(x) | _compat.varying_axes(w)
         over = names_of(path)
-        over = _mesh_axes(path, x, w) if over is None else over
+        over = _no_mesh_axes(path, split) if over is None else over
         over = (over,) if isinstance(over, str) else tuple(over)
+        axes = _unit_axes(path, x.shape, axis_of(path), bool(over or split))
         g, w = widen(x), widen(jnp.asarray(w))
         norm, size = (_unit_norm(v, axes, over).astype(jnp.finfo(g.dtype).dtype)
                       for v in (g, w))  # fmt: skip
@@ -142,10 +144,18 @@ def agc(
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
-def _unit_axes(path: tuple, shape: tuple[int, ...], axis: Any) -> tuple[int, ...]:
+def _unit_axes(
+    path: tuple, shape: tuple[int, ...], axis: Any, split: bool
+) -> tuple[int, ...]:
     rank = len(shape)
     if axis is None:
-        if sum(size > 1 for size in shape) <= 1:
+        vector = sum(size > 1 for size in shape) <= 1
+        if vector and split and rank > 1:
+            raise ValueError(
+                f"axis must be given for {_show(path)}, which is split, got a shard of "
+                f"shape {shape}; it does not tell whether the whole leaf is a vector."
+            )
+        if vector:
             return tuple(range(rank))
         return (0,) if rank < 4 else tuple(range(rank - 1))
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
@@ -158,8 +168,7 @@ def _unit_axes(path: tuple, shape: tuple[int, ...], axis: Any) -> tuple[int, ...
     return axes
 
 
-def _mesh_axes(path: tuple, *leaves: Any) -> tuple:
-    split = set[str]().union(*(_compat.varying_axes(x) for x in leaves))
+def _no_mesh_axes(path: tuple, split: frozenset[str]) -> tuple:
     if split:
         raise ValueError(
             f"axis_name must say whether units of {_show(path)} are split over the "
@@ -181,7 +190,7 @@ def _unit_norm(x: jax.Array, axes: tuple, over: tuple) -> jax.Array:
     small = jnp.sum(square(x / up), axes, keepdims=True)
     if over:
         total, small = jax.lax.psum((total, small), over)
-    root = lambda v: jnp.sqrt(jnp.where(v > 0, v, 1))
+    root = lambda v: jnp.sqrt(jnp.where(v == 0, 1, v))
     largest = jnp.finfo(total.dtype).max
     rescued = jnp.minimum(root(small) * up, largest)
     norm = jnp.where(jnp.isinf(total) & jnp.isfinite(small), rescued, root(total))
@@ -284,9 +293,11 @@ def clip_by_params(
             x, limit = widen(jnp.asarray(x)), bound(w)
             size = jnp.abs(jnp.where(x == 0, 1, x))
             limit = limit.astype(size.dtype)
-            info = jnp.finfo(size.dtype)
-            quotient = jnp.minimum(size / jnp.maximum(limit, info.tiny), info.max)
-            quotient = jnp.where(jnp.isinf(size), size, quotient)
+            largest = jnp.finfo(size.dtype).max
+            room = limit > 0
+            quotient = jnp.minimum(size / jnp.where(room, limit, 1), largest)
+            quotient = jnp.where(room, quotient, largest)
+            quotient = jnp.where(jnp.isfinite(size), quotient, size)
             return jnp.where(x == 0, jnp.zeros_like(size), quotient)
 
         rows = zip(

@@ -175,7 +175,7 @@ METHODS: dict[str, Method] = {
         {"max_ratio": 0.1, "eps": 1e-3},
         groups=None,
         hard=False,
-        shard={"axis_name": {"decoder": "x", "encoder": ()}},
+        shard={"axis_name": {"decoder": "x", "encoder": ()}, "axis": 0},
     ),
     "grad_power": rule(clipfx.grad_power, {"power": 1.2}, groups=None, hard=False),
     "spam_clip": rule(

@@ -512,3 +512,86 @@ def test_map_params_over_the_state_of_a_chain():
         )  # fmt: skip
         assert mapped[1].trace == specs
         assert mapped[0].metrics.norm == "other"
+
+
+STATEFUL = {
+    "spam_clip": (clipfx.spam_clip(), lambda state: state.rms),
+    "error_feedback": (
+        clipfx.error_feedback(clipfx.clip_by_global_norm(1.0)),
+        lambda state: state.error,
+    ),
+    "clip_by_curvature": (
+        clipfx.clip_by_curvature(0.1),
+        lambda state: state.threshold.params,
+    ),
+    "skip_spikes": (
+        clipfx.skip_spikes(optax.trace(0.9)),
+        lambda state: state.inner.trace,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_state_of_every_element_is_found_and_laid_out_like_params(name):
+    tx, of = STATEFUL[name]
+    params = {"a": {"w": jnp.ones(4)}, "b": {"w": jnp.ones(4)}}
+    specs = {"a": {"w": "spec a"}, "b": {"w": "spec b"}}
+    mapped = optax.tree.map_params(
+        tx, lambda _, spec: spec, tx.init(params), specs,
+        transform_non_params=lambda _: "other",
+    )  # fmt: skip
+    assert of(mapped) == specs
+    shapes = jax.eval_shape(lambda: params)
+    assert_same(tx.init(shapes), tx.init(params))
+
+
+def test_adaptive_state_survives_orbax_and_continues_alike(tmp_path):
+    tx = clipfx.skip_spikes(
+        optax.chain(
+            clipfx.zclip(warmup_steps=2),
+            clipfx.adagc(),
+            clipfx.autoclip(50.0, window=3),
+            clipfx.spamp(),
+            clipfx.spam_clip(),
+        ),
+        window=4,
+    )
+    state = tx.init(PARAMS)
+    for size in (1.0, 2.0, 3.0):
+        _, state = tx.update(scaled(GRADS, size), state, PARAMS, value=size)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", tx.init(PARAMS))
+    assert_same(restored, state)
+    grads = scaled(GRADS, 9.0)
+    assert_same(
+        tx.update(grads, restored, PARAMS, value=1.0),
+        tx.update(grads, state, PARAMS, value=1.0),
+    )
+
+
+def test_a_stateful_clip_inside_multi_steps_learns_once_per_emitted_step():
+    tx = optax.MultiSteps(clipfx.autoclip(window=8), every_k_schedule=3)
+    state = tx.init(PARAMS)
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(6):
+            _, state = tx.update(GRADS, state, PARAMS)
+    assert int(state.inner_opt_state.threshold.count) == 2
+
+
+def test_methods_with_params_work_masked_and_partitioned():
+    only_dec = lambda params: {"dec": True, "enc": False}
+    clips = {"dec": clipfx.agc(0.1), "enc": clipfx.clip_by_params(0.1, 0.0)}
+    tx = optax.chain(
+        optax.masked(clipfx.agc(0.1), only_dec),
+        optax.partition(clips, {"dec": "dec", "enc": "enc"}),
+        optax.masked(clipfx.clip_by_curvature(0.1), only_dec),
+        optax.masked(clipfx.error_feedback(clipfx.clip_by_global_norm(1.0)), only_dec),
+        optax.masked(clipfx.spam_clip(), only_dec),
+    )
+    state = tx.init(PARAMS)
+    for _ in range(2):
+        out, state = jax.jit(tx.update)(GRADS, state, PARAMS)
+    np.testing.assert_allclose(out["enc"]["w"], [0.0, 1.2], rtol=1e-6)
+    np.testing.assert_allclose(out["dec"]["b"], 0.3, rtol=1e-6)

@@ -55,3 +55,82 @@ def test_stacked_layers_of_any_transform():
         want, expected = plain.update(stacked, expected)
     assert_close(out, want)
     assert_close(tx.init(jax.eval_shape(lambda: stacked)), tx.init(stacked))
+
+
+@pytest.mark.parametrize(("l0", "l1"), [(1.0, 10.0), (0.3, 0.0), (0.0, 2.0)])
+def test_smooth_norm_divides_by_the_smoothness(l0, l1):
+    for scale in (1e-3, 1.0, 1e3, 1e30):
+        tree = sample(scale=scale)
+        tx = clipfx.smooth_norm(l0, l1)
+        out, state = tx.update(tree, tx.init(tree))
+        want = norm(tree) / (l0 + l1 * norm(tree))
+        assert norm(out) == pytest.approx(want, rel=2e-6)
+        limit = float(state.metrics.threshold[0])
+        assert limit == pytest.approx(l0 / l1 if l1 else math.inf)
+    if l0 and l1:
+        soft, _ = clipfx.tree_clip(
+            sample(), l0 / l1, response=clipfx.responses.softsign
+        )
+        out, _ = tx.update(sample(), tx.init(sample()))
+        assert_close(out, jax.tree.map(lambda x: x / l0, soft), rtol=2e-6)
+
+
+def test_smooth_norm_descends_where_plain_descent_explodes():
+    """On x^4 curvature grows with the gradient; from 50 a fixed step flies away."""
+    grad = lambda x: 4 * x**3
+    plain = smooth = jnp.float32(50.0)
+    tx = clipfx.smooth_norm(1.0, 1.0)
+    state = tx.init(plain)
+    for _ in range(5):
+        plain = plain - 0.1 * grad(plain)
+    for _ in range(300):
+        step, state = tx.update(grad(smooth), state)
+        smooth = smooth - 0.5 * step
+    assert not abs(float(plain)) < 1e30
+    assert abs(float(smooth)) < 0.2
+
+
+def test_warm_up_of_the_rate_equals_a_schedule_of_the_threshold_where_it_binds():
+    ramp = lambda count: (jnp.asarray(count, jnp.float32) + 1) / 10
+    rng = np.random.default_rng(0)
+    grads = [{"w": 5 + rng.normal(size=3).astype(np.float32)} for _ in range(10)]
+
+    def walk(threshold, rate):
+        tx = clipfx.clip_by_global_norm(threshold)
+        state, w = tx.init(grads[0]), np.zeros(3)
+        for count, g in enumerate(grads):
+            out, state = tx.update(g, state)
+            w = w - float(rate(count)) * np.asarray(out["w"])
+        return w
+
+    one = lambda count: 1.0
+    np.testing.assert_allclose(walk(1.0, ramp), walk(ramp, one), rtol=1e-5)
+    # And not where it does not bind.
+    assert not np.allclose(walk(1e3, ramp), walk(lambda c: 1e3 * ramp(c), one))
+
+
+def test_heavy_ball_behind_a_clip_falls_into_a_cycle_of_known_width():
+    """Beyond its stability limit, with half the gap alpha c / (2 (1 + beta))."""
+    rate, beta, curvature, c = 1.0, 0.5, 4.0, 5.0
+    tx = optax.chain(clipfx.clip_by_global_norm(c), optax.trace(beta))
+    x = jnp.float32(0.1)
+    state, points = tx.init(x), []
+    for _ in range(400):
+        step, state = tx.update(curvature * x, state)
+        x = x - rate * step
+        points.append(float(x))
+    half_gap = abs(points[-1] - points[-2]) / 2
+    assert half_gap == pytest.approx(rate * c / (2 * (1 + beta)), rel=1e-5)
+    assert half_gap == pytest.approx(1.6667, abs=1e-4)
+
+
+def test_a_diffusion_step_of_flax_passes_the_ratio_on():
+    from flax import nnx
+
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    tx = optax.chain(clipfx.clip_by_snr(1.0), optax.sgd(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((1, 2)))) * 100)(model)
+    optimizer.update(model, grads, snr=jnp.float32(50.0))
+    read = clipfx.metrics.read(optimizer.opt_state)
+    assert float(read["clip0/threshold/global"]) == pytest.approx(0.1)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from methods import METHODS as TABLE
 from trees import assert_close, norm
 
 import clipfx
@@ -363,6 +364,42 @@ def test_leaves_split_over_different_axes_take_few_all_reduces(way):
     text = program(way, "per_layer", P("x"), P("x", "y")).compile().as_text()
     assert 1 <= number_of("all-reduce", text) <= (1 if way == "shard_map" else 2)
     assert number_of("all-gather", text) == 0
+
+
+# One for the norm of the updates; some methods need a second one, of something that is
+# known only after it, or of a tree of their own.
+NUMBER = {
+    "clip_by_curvature": 2,  # of the differences of params and updates
+    "spamp": 2,  # of what the power made of the updates
+    "spamp_rms": 2,
+    "error_feedback": 2,  # of what was cut off
+    "ord_3_per_layer": 2,
+    "skip_spikes": 2,  # its own, and that of the clip inside
+    **dict.fromkeys(
+        ["clip_by_value", "tanh_by_value", "grad_power", "spam_clip",
+         "clip_by_params_element", "agc"], 0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [k for k, row in TABLE.items() if not isinstance(row.groups, dict)]
+)
+def test_every_method_takes_as_few_all_reduces_as_it_can(name):
+    row = TABLE[name]
+    shapes = {layer: LAYERS[layer] for layer in list(LAYERS)[:4]}
+    grads = jax.tree.map(lambda shape: jnp.ones(shape), shapes, is_leaf=is_shape)
+    tx, mesh = row.make(**row.args), mesh_of(AxisType.Auto)
+    placed = jax.device_put(grads, NamedSharding(mesh, P("x")))
+    update = jax.jit(lambda g, s, p: tx.update(g, s, p, **row.extra))
+    text = update.lower(placed, tx.init(placed), placed).compile().as_text()
+    number = NUMBER.get(name, 1)
+    if name == "agc":  # one per leaf whose units are split, combined by XLA
+        assert 1 <= number_of("all-reduce", text) <= 2
+    else:
+        assert number_of("all-reduce", text) == number
+    for other in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert number_of(other, text) == 0
 
 
 # ------------------------------------------------------------------- two processes

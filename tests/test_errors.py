@@ -1,0 +1,252 @@
+"""Bad input gets one sentence that names the argument and says what to do."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from trees import sample
+
+import clipfx
+
+SGD = optax.sgd(0.1)
+
+
+def updated(tx, params="same", **extra):
+    """One step of a transform."""
+    tree = sample()
+    return tx.update(tree, tx.init(tree), tree if params == "same" else params, **extra)
+
+
+ERRORS = [
+    (lambda: clipfx.clip_by_norm(-1.0), ValueError, "must be >= 0, got -1.0"),
+    (lambda: clipfx.clip_by_norm(math.nan), ValueError, "must be >= 0, got nan"),
+    (
+        lambda: clipfx.clip_by_norm([1.0]),
+        TypeError,
+        r"a threshold must be .*got \[1.0\]",
+    ),
+    (lambda: clipfx.clip_by_norm("1"), TypeError, "a threshold must be a number"),
+    (lambda: clipfx.clip_by_norm(True), TypeError, "a threshold must be a number"),
+    (lambda: clipfx.clip_by_norm(None), TypeError, "math.inf"),
+    (lambda: clipfx.clip_by_norm({"a": -1.0}), ValueError, "must be >= 0"),
+    (lambda: clipfx.clip_by_norm(np.array([1.0, -2.0])), ValueError, "must be >= 0"),
+    (lambda: clipfx.clip_by_norm(1.0, ord=0), ValueError, "ord must be"),
+    (
+        lambda: clipfx.clip_by_norm(1.0, response="hard"),
+        TypeError,
+        "responses has them",
+    ),
+    (lambda: clipfx.clip_by_norm(1.0, nonfinite="skip"), ValueError, "apply_if_finite"),
+    (
+        lambda: clipfx.clip_by_norm(1.0, groups="layers").init(sample()),
+        ValueError,
+        "got 'layers'",
+    ),
+    (
+        lambda: clipfx.clip_by_norm(1.0, groups={"decoder": "a"}).init(sample()),
+        ValueError,
+        "no label for 'encoder/bias'",
+    ),
+    (
+        lambda: clipfx.clip_by_norm(jnp.ones(3), groups="layer").init(sample()),
+        ValueError,
+        r"shape \(2,\).*\('decoder', 'encoder'\), got shape \(3,\)",
+    ),
+    (
+        lambda: clipfx.clip_by_norm({"decoder": 1.0}, groups="layer").init(sample()),
+        ValueError,
+        r"without \['encoder'\]",
+    ),
+    (
+        lambda: clipfx.clip_by_norm(1.0, groups="layer").update(
+            {"a": {"w": jnp.ones(2)}},
+            clipfx.clip_by_norm(1.0, groups="layer").init(sample()),
+        ),
+        ValueError,
+        r"init saw \('decoder', 'encoder'\), update saw \('a',\)",
+    ),
+    (
+        lambda: clipfx.clip_by_norm(1.0).update(sample(), ()),
+        TypeError,
+        "must be a ClipState",
+    ),
+    (lambda: clipfx.tree_clip(sample(), lambda count: 1.0), TypeError, "needs state"),
+    (
+        lambda: clipfx.tree_clip(sample(), clipfx.thresholds.constant(1.0)),
+        TypeError,
+        "needs state",
+    ),
+    (lambda: clipfx.clip_by_value(lambda count: 1.0), TypeError, "inject_hyperparams"),
+    (lambda: clipfx.clip_by_value({"a": 1.0}), TypeError, "max_abs must be a number"),
+    (lambda: clipfx.clip_by_value(1.0, response=3), TypeError, "responses has them"),
+    (
+        lambda: clipfx.per_stacked_layer(clipfx.clip_by_norm),
+        TypeError,
+        "transform itself",
+    ),
+    (
+        lambda: clipfx.per_stacked_layer(clipfx.clip_by_norm(1.0)).init(sample()),
+        ValueError,
+        "share the size of a leading axis",
+    ),
+    (
+        lambda: clipfx.per_stacked_layer(clipfx.clip_by_norm(1.0)).init(jnp.ones([])),
+        ValueError,
+        "share the size of a leading axis",
+    ),
+    # Numbers out of range name the argument.
+    (
+        lambda: clipfx.autoclip(-1),
+        ValueError,
+        r"percentile must be .*\[0, 100\], got -1",
+    ),
+    (lambda: clipfx.autoclip(101.0), ValueError, r"percentile must be .* got 101.0"),
+    (lambda: clipfx.autoclip(math.nan), ValueError, "percentile must be"),
+    (lambda: clipfx.autoclip("10"), TypeError, "percentile must be a number"),
+    (lambda: clipfx.autoclip(window=0), ValueError, "window must be"),
+    (lambda: clipfx.autoclip(window=2.5), ValueError, "window must be a whole number"),
+    (lambda: clipfx.autoclip(window=None), TypeError, "window must be a number"),
+    (
+        lambda: jax.jit(lambda n: clipfx.autoclip(window=n).init(sample()))(5),
+        TypeError,
+        'window must be a static .*static_args="window"',
+    ),
+    (lambda: clipfx.quantile_clip(1.5), ValueError, "quantile must be"),
+    (lambda: clipfx.quantile_clip(rate=0), ValueError, "rate must be"),
+    (lambda: clipfx.quantile_clip(min_norm=-1), ValueError, "min_norm must be"),
+    (lambda: clipfx.zclip(0), ValueError, "z_threshold must be"),
+    (lambda: clipfx.zclip(decay=1.0), ValueError, r"decay must be .*\[0, 1\), got 1.0"),
+    (lambda: clipfx.zclip(decay=-0.1), ValueError, "decay must be"),
+    (lambda: clipfx.zclip(max_norm=-1), ValueError, "max_norm must be"),
+    (lambda: clipfx.zclip(clip_factor=2), ValueError, "clip_factor must be"),
+    (lambda: clipfx.zclip(warmup_steps=0), ValueError, "warmup_steps must be"),
+    (lambda: clipfx.zclip(target="max"), ValueError, "target must be .*got 'max'"),
+    (lambda: clipfx.adagc(-1), ValueError, "max_ratio must be"),
+    (lambda: clipfx.adagc(decay=1), ValueError, "decay must be"),
+    (lambda: clipfx.adagc(decay=jnp.float32(1)), ValueError, "decay must be"),
+    (lambda: clipfx.adagc(max_norm=lambda count: 1.0), TypeError, "max_norm must be"),
+    (lambda: clipfx.adagc(warmup_steps=-1), ValueError, "warmup_steps must be"),
+    (lambda: clipfx.band_by_history(low=2), ValueError, "low must be"),
+    (lambda: clipfx.band_by_history(high=0.5), ValueError, "high must be"),
+    (lambda: clipfx.band_by_history(decay=1.5), ValueError, "decay must be"),
+    (lambda: clipfx.band_by_history(min_norm=-1), ValueError, "min_norm must be"),
+    (lambda: clipfx.norm_stabilizer(1.0), ValueError, "mean_decay must be"),
+    (lambda: clipfx.norm_stabilizer(0.7, 1), ValueError, "square_decay must be"),
+    (lambda: clipfx.spamp(1.0), ValueError, "decay must be"),
+    (lambda: clipfx.spamp(min_power=0), ValueError, "min_power must be"),
+    (lambda: clipfx.spamp(init="one"), ValueError, "init must be"),
+    (lambda: clipfx.spamp(power_of="x"), ValueError, "power_of must be"),
+    (lambda: clipfx.spamp(curve=0.7), TypeError, "curve must be a function"),
+    (lambda: clipfx.spamp(nonfinite="skip"), ValueError, "nonfinite must be"),
+    (lambda: clipfx.grad_power(-1), ValueError, "power must be"),
+    (lambda: clipfx.grad_power(math.inf), ValueError, "power must be"),
+    (lambda: clipfx.smooth_norm(-1, 1), ValueError, "l0 must be"),
+    (lambda: clipfx.smooth_norm(1, -1), ValueError, "l1 must be"),
+    (lambda: clipfx.smooth_norm(0, 0), ValueError, "must not both be 0"),
+    (lambda: clipfx.clip_spikes(1.0), ValueError, "decay must be"),
+    (lambda: clipfx.spam_clip(-1), ValueError, "threshold must be"),
+    (lambda: clipfx.spam_clip(decay=1), ValueError, "decay must be"),
+    (lambda: clipfx.spam_clip(warmup_steps=0), ValueError, "warmup_steps must be"),
+    (lambda: clipfx.agc(-0.1), ValueError, "max_ratio must be"),
+    (lambda: clipfx.agc(eps=-1), ValueError, "eps must be"),
+    (lambda: updated(clipfx.agc(axis=2)), ValueError, "axis must name axes"),
+    (lambda: updated(clipfx.agc(axis={"decoder": 5})), ValueError, "axis must name"),
+    (lambda: updated(clipfx.agc(), None), TypeError, "params must be passed to agc"),
+    (lambda: clipfx.clip_by_params(-1), ValueError, "max_ratio must be"),
+    (lambda: clipfx.clip_by_params(min_step=-1), ValueError, "min_step must be"),
+    (lambda: clipfx.clip_by_params(per="leaf"), ValueError, "per must be"),
+    *[
+        (
+            lambda per=per: updated(clipfx.clip_by_params(per=per), None),
+            TypeError,
+            "params must be passed to clip_by_params",
+        )
+        for per in ("tensor", "element")
+    ],
+    (
+        lambda: clipfx.clip_group_ratio(-1, groups="layer"),
+        ValueError,
+        "max_ratio must be",
+    ),
+    (
+        lambda: updated(clipfx.clip_group_ratio(1, groups="layer", reference="x")),
+        ValueError,
+        r"reference must be .*got 'x'.*\('decoder', 'encoder'\)",
+    ),
+    (lambda: clipfx.clip_by_curvature(0), ValueError, "learning_rate must be"),
+    (lambda: clipfx.clip_by_curvature(0.1, decay=1), ValueError, "decay must be"),
+    (
+        lambda: clipfx.clip_by_curvature(lambda count: 0.1),
+        TypeError,
+        "learning_rate must be a number",
+    ),
+    (
+        lambda: updated(clipfx.clip_by_curvature(0.1), None),
+        TypeError,
+        "params must be passed to clip_by_curvature",
+    ),
+    (
+        lambda: clipfx.weight_decay_balance(
+            sample(), sample(), weight_decay=-1, learning_rate=0.1
+        ),
+        ValueError,
+        "weight_decay must be",
+    ),
+    (
+        lambda: clipfx.weight_decay_balance(
+            sample(), sample(), weight_decay=0.1, learning_rate=0
+        ),
+        ValueError,
+        "learning_rate must be",
+    ),
+    (lambda: clipfx.skip_spikes(optax.adam), TypeError, "inner must be"),
+    (lambda: clipfx.skip_spikes(SGD, window=0), ValueError, "window must be"),
+    (lambda: clipfx.skip_spikes(SGD, num_std=0), ValueError, "num_std must be"),
+    (lambda: clipfx.skip_spikes(SGD, min_steps=1), ValueError, "min_steps must be"),
+    (
+        lambda: updated(clipfx.skip_spikes(SGD), value=jnp.ones(3)),
+        ValueError,
+        r"value must be a scalar, .*got shape \(3,\)",
+    ),
+    (lambda: clipfx.error_feedback(1.0), TypeError, "clip must be"),
+    (lambda: clipfx.error_feedback(SGD, max_ratio=-1), ValueError, "max_ratio must be"),
+    (lambda: clipfx.clip_by_snr(-1.0), ValueError, "must be >= 0"),
+    (lambda: clipfx.clip_by_snr(1.0, gamma=0), ValueError, "gamma must be"),
+    (lambda: clipfx.clip_by_snr(1.0, low=-1), ValueError, "low must be"),
+    (lambda: clipfx.clip_by_snr(1.0, rule="min_snr"), TypeError, "clipfx.snr has them"),
+    (lambda: updated(clipfx.clip_by_snr(1.0)), TypeError, "snr must be passed"),
+    (
+        lambda: updated(clipfx.clip_by_snr(1.0), snr=jnp.ones(8)),
+        ValueError,
+        r"snr must be a scalar.*\(8,\).*per-example",
+    ),
+    (lambda: updated(clipfx.clip_by_snr(1.0), snr=-1.0), ValueError, "snr must be"),
+    (lambda: clipfx.snr.ddpm_linear(10), ValueError, "num_steps must be"),
+    (lambda: clipfx.snr.cosine(0), ValueError, "num_steps must be"),
+    (lambda: clipfx.snr.cosine(max_beta=1), ValueError, "max_beta must be"),
+    (
+        lambda: clipfx.snr.from_betas([0.5, 1.5]),
+        ValueError,
+        "betas must be .*0.5 to 1.5",
+    ),
+    (
+        lambda: clipfx.snr.from_alpha_bar(jnp.ones((2, 2))),
+        ValueError,
+        r"alpha_bar must be a vector .*\(2, 2\)",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", ERRORS, ids=[case[2] for case in ERRORS])
+def test_bad_input_gets_one_sentence(case):
+    call, kind, text = case
+    with pytest.raises(kind, match=text) as caught:
+        call()
+    message = str(caught.value)
+    assert message[0].islower()
+    assert message.endswith(".")
+    assert "; " in message  # what was expected and what came; what to do
+    assert "\n" not in message
