@@ -7,8 +7,6 @@ median over the turns is compared with `adamw` alone in the same turn. `floor` i
 least that any clip can do: sum the squares, take a minimum, multiply.
 """
 
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +14,7 @@ import optax
 from absl import app, flags
 
 import clipfx
+from benchmarks._timing import compiled, gradients, in_turns, words
 
 _TURNS = flags.DEFINE_integer("turns", 15, "Timed steps of each variant.")
 _TREES = flags.DEFINE_list("trees", ["1x25000000", "25x1000000", "500x2000"], "LxN.")
@@ -45,57 +44,23 @@ VARIANTS = {
 }
 
 
-def compiled(clip, leaves: int, size: int, dtype):
-    """A compiled donating step, its arguments, and seconds to trace and compile."""
-    params = {f"layer{i}": {"w": jnp.full(size, 0.1, dtype)} for i in range(leaves)}
-    tx = optax.chain(clip, optax.adamw(3e-4))
-    state = tx.init(params)
-
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    start = time.perf_counter()
-    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
-    traced = time.perf_counter()
-    step = lowered.compile()
-    return step, (params, state), (traced - start, time.perf_counter() - traced)
-
-
 def measure_speed(leaves: int, size: int, dtype) -> None:
     """Prints one row per variant for one tree."""
-    steps, carries, times = {}, {}, {name: [] for name in VARIANTS}
+    steps, carries = {}, {}
     for name, make in VARIANTS.items():
-        steps[name], carries[name], _ = compiled(make(), leaves, size, dtype)
-    key = jax.random.key(0)
-    grads = {
-        f"layer{i}": {
-            "w": jax.random.normal(jax.random.fold_in(key, i), (size,), dtype)
-        }
-        for i in range(leaves)
-    }
-    for turn in range(_TURNS.value + 2):
-        names = list(VARIANTS)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            jax.block_until_ready(carries[name])
-            start = time.perf_counter()
-            for _ in range(_CHAIN.value):
-                carries[name] = steps[name](*carries[name], grads)
-            jax.block_until_ready(carries[name])
-            times[name].append((time.perf_counter() - start) / _CHAIN.value)
+        tx = optax.chain(make(), optax.adamw(3e-4))
+        steps[name], carries[name], _ = compiled(tx, leaves, size, dtype)
+    grads = gradients(leaves, size, dtype)
+    times = in_turns(steps, carries, grads, _TURNS.value, _CHAIN.value)
     total = leaves * size
     print(f"\n{leaves} x {size:,} {dtype}")
     print(f"{'':14}{'ms':>8}{'/adamw':>8}{'/floor':>8}{'words':>8}{'temp':>8}")
     for name in VARIANTS:
-        ms, base, least = (np.array(times[n][2:]) for n in (name, "adamw", "floor"))
-        cost = steps[name].cost_analysis()
-        cost = cost[0] if isinstance(cost, list) else cost
-        words = cost["bytes accessed"] / total / jnp.dtype(dtype).itemsize
-        temp = steps[name].memory_analysis().temp_size_in_bytes
-        temp = temp / total / jnp.dtype(dtype).itemsize
+        ms, base, least = (times[n] for n in (name, "adamw", "floor"))
+        traffic, temp = words(steps[name], total, dtype)
         print(
             f"{name:14}{1e3 * np.median(ms):8.2f}{np.median(ms / base):8.2f}"
-            f"{np.median(ms / least):8.2f}{words:8.2f}{temp:8.3f}",
+            f"{np.median(ms / least):8.2f}{traffic:8.2f}{temp:8.3f}",
             flush=True,
         )
 
@@ -108,7 +73,8 @@ def measure_compilation(leaves: int) -> None:
     )
     best = {}
     for name, make in VARIANTS.items():
-        runs = [compiled(make(), leaves, 2000, jnp.float32)[2] for _ in range(3)]
+        tx = optax.chain(make(), optax.adamw(3e-4))
+        runs = [compiled(tx, leaves, 2000, jnp.float32)[2] for _ in range(3)]
         best[name] = np.min(runs, axis=0)
     for name, (trace, compile_) in best.items():
         ratio = (trace + compile_) / best["optax"].sum()

@@ -122,20 +122,30 @@ def skip_spikes(
         factor = jnp.broadcast_to(taken.astype(jnp.float32), (2,))
         learned = push(state.clip.threshold, seen)
         clip = next_state(state.clip, learned, seen, edge, factor)
-        stepped, after = wrapped.update(updates, state.inner, params, **extra_args)
-        # A select of each leaf fuses into the step; a branch would not.
-        zero = lambda x: jnp.where(taken, x, jnp.zeros_like(x)) if is_counted(x) else x
-        keep = lambda x, y: x if _is_float0(x) else jnp.where(taken, x, y)
-        stepped = jax.tree.map(zero, stepped)
-        after = jax.tree.map(keep, after, state.inner)
+        leaves, treedef = jax.tree.flatten(updates)
+        counted = [at for at, x in enumerate(leaves) if is_counted(x)]
+
+        def step():
+            stepped, after = wrapped.update(updates, state.inner, params, **extra_args)
+            stepped = jax.tree.leaves(stepped)
+            return [stepped[at] for at in counted], after
+
+        def skip():
+            like = jax.eval_shape(step)[0]
+            pairs = zip(counted, like, strict=True)
+            # Their values are dropped below; as zeros they would not vary over meshes.
+            return [
+                jnp.asarray(leaves[at]).astype(x.dtype) for at, x in pairs
+            ], state.inner
+
+        # A select of every leaf of the state takes more time and memory than a branch.
+        stepped, after = jax.lax.cond(taken, step, skip)
+        for at, x in zip(counted, stepped, strict=True):
+            leaves[at] = jnp.where(taken, x, jnp.zeros_like(x))
         skipped = state.skipped + (~taken).astype(jnp.int32)
-        return stepped, SkipState(clip, skipped, after)
+        return treedef.unflatten(leaves), SkipState(clip, skipped, after)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _is_float0(x: Any) -> bool:
-    return jax.dtypes.result_type(x) == jax.dtypes.float0
 
 
 def _edge(window: Window, num_std: Any, min_steps: Any) -> jax.Array:

@@ -63,7 +63,7 @@ else:
     settings = char_rnn.Settings(steps=2000)
 
 text = char_rnn.load_text()
-histories = [char_rnn.train(text, clip, settings) for clip in char_rnn.CLIPPERS]
+histories = [char_rnn.train(text, clip, settings) for clip in char_rnn.DEFAULT]
 print(_common.format_table([char_rnn.summarize(history) for history in histories]))
 
 # %%

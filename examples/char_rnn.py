@@ -1,7 +1,7 @@
-"""A character RNN, trained without clipping and with each kind of it.
+"""A character RNN, trained without clipping and with any kind of it.
 
     python -m examples.char_rnn
-    python -m examples.char_rnn --text=book.txt --clip=global,layer --steps=2000
+    python -m examples.char_rnn --text=book.txt --clip=global,zclip,agc --steps=2000
 
 Back through many steps of a tanh recurrence the gradient may grow exponentially, and
 one SGD step along such a gradient undoes what was learned (Pascanu et al., 2013). At
@@ -31,14 +31,6 @@ from tqdm import tqdm
 import clipfx
 from examples import _common
 
-# A clipper makes a transform from its threshold. `none` has an infinite one: it changes
-# nothing, and counts all the same.
-CLIPPERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
-    "none": lambda max_norm: clipfx.clip_by_global_norm(math.inf),
-    "global": clipfx.clip_by_global_norm,
-    "layer": clipfx.clip_per_layer,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -54,9 +46,55 @@ class Settings:
     seed: int = 0
 
 
+# A clipper puts a method in front of an optimizer, or where else it belongs.
+Clipper = Callable[
+    [Settings, optax.GradientTransformation], optax.GradientTransformation
+]
+
+
+def before(clip: Callable[[float], optax.GradientTransformation]) -> Clipper:
+    """The clip that a threshold makes, in front of the optimizer."""
+    return lambda settings, tx: optax.chain(clip(settings.max_norm), tx)
+
+
+# `none` has an infinite threshold: it changes nothing, and counts all the same. Those
+# that ignore the threshold find their own.
+CLIPPERS: dict[str, Clipper] = {
+    "none": before(lambda max_norm: clipfx.clip_by_global_norm(math.inf)),
+    "global": before(clipfx.clip_by_global_norm),
+    "layer": before(clipfx.clip_per_layer),
+    "value": before(clipfx.clip_by_value),
+    "rms": before(clipfx.clip_by_block_rms),
+    "normalize": before(clipfx.normalize_by_norm),
+    "smooth_norm": before(lambda max_norm: clipfx.smooth_norm(1.0, 1 / max_norm)),
+    "error_feedback": before(
+        lambda max_norm: clipfx.error_feedback(clipfx.clip_by_global_norm(max_norm))
+    ),
+    "autoclip": before(lambda _: clipfx.autoclip()),
+    "quantile": before(lambda _: clipfx.quantile_clip()),
+    "zclip": before(lambda _: clipfx.zclip()),
+    "adagc": before(lambda max_norm: clipfx.adagc(max_norm=max_norm)),
+    "band": before(lambda _: clipfx.band_by_history()),
+    "group_ratio": before(lambda _: clipfx.clip_group_ratio(2.0, groups="layer")),
+    "spamp": before(lambda _: clipfx.spamp()),
+    "grad_power": before(lambda _: clipfx.grad_power()),
+    "stabilizer": before(lambda _: clipfx.norm_stabilizer()),
+    "spikes": before(lambda _: clipfx.clip_spikes()),
+    "spam": before(lambda _: clipfx.spam_clip()),
+    # A unit of the embedding is a row, that of the linear layers a column.
+    "agc": before(lambda _: clipfx.agc(axis={"embed": {"embedding": 1}})),
+    "curvature": lambda settings, tx: optax.chain(
+        clipfx.clip_by_curvature(settings.learning_rate), tx
+    ),
+    "params": lambda _, tx: optax.chain(tx, clipfx.clip_by_params()),
+    "skip_spikes": lambda _, tx: optax.chain(clipfx.skip_spikes(tx)),
+}
+DEFAULT = ("none", "global", "layer")
+
+
 FLAGS = flags.FLAGS
 flags.DEFINE_string("text", None, "A file in UTF-8; by default Python's own manual.")
-flags.DEFINE_list("clip", list(CLIPPERS), "Which clippers to compare.")
+flags.DEFINE_list("clip", list(DEFAULT), f"Of {', '.join(CLIPPERS)}.")
 flags.DEFINE_integer("steps", Settings.steps, "Steps of each run.", 1)
 flags.DEFINE_integer("hidden", Settings.hidden, "Units of the recurrence.", 1)
 flags.DEFINE_integer("length", Settings.length, "Characters to go back through.", 1)
@@ -183,7 +221,7 @@ def train_step(
 ) -> dict[str, jax.Array]:
     """Updates the model; gives the numbers of this step."""
     loss, grads = nnx.value_and_grad(bits_per_character)(model, passages)
-    optimizer.update(model, grads)
+    optimizer.update(model, grads, value=loss)
     seen = {"loss": loss, "norm": clipfx.global_norm(grads)}
     return seen | clipfx.metrics.read(optimizer.opt_state)
 
@@ -199,10 +237,8 @@ def train(text: str, clip: str, settings: Settings = Settings()) -> History:
 
     rngs = nnx.Rngs(settings.seed)
     model = CharRNN(len(characters), settings.hidden, settings.init_scale, rngs)
-    tx = optax.chain(
-        CLIPPERS[clip](settings.max_norm),
-        optax.sgd(settings.learning_rate, momentum=0.9),
-    )
+    sgd = optax.sgd(settings.learning_rate, momentum=0.9)
+    tx = CLIPPERS[clip](settings, sgd)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     order = np.random.default_rng(settings.seed)
@@ -251,7 +287,7 @@ def summarize(history: History) -> dict[str, Any]:
         "clip": history.clip,
         "bits/char": history.held_out,
         "largest norm": float(norm.max()),
-        "clip rate": sum(rates) / len(rates),
+        "clip rate": sum(rates) / len(rates) if rates else math.nan,
         "non-finite": int((~np.isfinite(loss) | ~np.isfinite(norm)).sum()),
         "ms/step": float(np.median(ms[1:] if len(ms) > 1 else ms)),
     }
@@ -299,6 +335,9 @@ def main(argv: Sequence[str]) -> None:
             print(f"\n--- {history.clip} writes:\n{text}")
     print("\n" + _common.format_table([summarize(history) for history in histories]))
     print("\nbits/char: on held-out text. clip rate: of the steps, mean over groups.")
+    print(
+        f"The threshold is {settings.max_norm:g} for those that do not find their own."
+    )
     _common.write_jsonl(out / "metrics.jsonl", (r for h in histories for r in h.rows))
     plot(histories, out / "char_rnn.png")
     print(f"Wrote {out / 'metrics.jsonl'} and {out / 'char_rnn.png'}.")

@@ -41,14 +41,14 @@ def run_main(tmp_path, **given):
 def test_char_rnn_end_to_end(tmp_path, text_file, capsys):
     rows = run_main(tmp_path, text=text_file)
     assert [(row["clip"], row["step"]) for row in rows] == [
-        (clip, step) for clip in char_rnn.CLIPPERS for step in range(3)
+        (clip, step) for clip in char_rnn.DEFAULT for step in range(3)
     ]
     assert {"loss", "norm", "ms"} < rows[0].keys()
     assert rows[0]["clip0/threshold/global"] is None
     assert rows[3]["clip0/threshold/global"] == 1.0
     assert "clip0/factor/recurrent" in rows[-1]
     table = capsys.readouterr().out.splitlines()
-    for clip in char_rnn.CLIPPERS:
+    for clip in char_rnn.DEFAULT:
         assert any(line.split()[:1] == [clip] for line in table)
         assert f"--- {clip} writes:" in table
     picture = tmp_path / "out" / "char_rnn.png"
@@ -162,7 +162,7 @@ def test_char_rnn_bad_out(tmp_path, text_file):
 
 BAD_CLIPS = {
     "unknown": (["none", "sgd"], "unknown clipper 'sgd': known are none, global, "),
-    "nothing": ([], "no clipper given: known are none, global, layer"),
+    "nothing": ([], "no clipper given: known are none, global, layer, "),
 }
 
 
@@ -205,3 +205,12 @@ def test_format_table_aligns():
         "none   12.35",
         "layer    nan",
     ]
+
+
+def test_char_rnn_takes_every_method(tmp_path):
+    clips = [clip for clip in char_rnn.CLIPPERS if clip not in char_rnn.DEFAULT]
+    rows = run_main(tmp_path, steps=2, clip=clips)
+    assert {row["clip"] for row in rows} == set(clips)
+    assert len(clips) == 20
+    learned = [row for row in rows if row["clip"] == "skip_spikes"]
+    assert learned[0]["clip0/norm/loss"] == pytest.approx(learned[0]["loss"], rel=1e-6)
