@@ -57,6 +57,16 @@ def test_adagc_ratchets_below_the_mean_norm(sigma, rate, share):
     assert after[late].mean() / before[late].mean() == pytest.approx(share, abs=0.04)
 
 
+@pytest.mark.parametrize(
+    ("sigma", "rate"), [(0.1, 0.0), (0.3, 0.07), (0.6, 0.24), (1.0, 0.37)]
+)
+def test_adagc_with_a_larger_ratio_hardly_ratchets(sigma, rate):
+    values = np.random.default_rng(0).lognormal(0, sigma, (30_000, 1))
+    tx = clipfx.adagc(1.5, decay=0.98, warmup_steps=1, max_norm=np.inf)
+    before, _, limits, _ = run(tx, values)
+    assert (before > limits)[10_000:].mean() == pytest.approx(rate, abs=0.02)
+
+
 def test_adagc_creeps_upwards():
     values = np.concatenate([np.ones((100, 1)), np.full((3000, 1), 10.0)])
     _, after, _, _ = run(clipfx.adagc(max_norm=np.inf), values)

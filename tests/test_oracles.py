@@ -119,6 +119,25 @@ def test_one_value_everywhere(value, dtype):
         np.testing.assert_allclose(np.asarray(x, np.float64), y, 1e-6 + spacing)
 
 
+@pytest.mark.parametrize(("ord", "most"), [(1, 50**0.5), (2, 1.0), (math.inf, 7.0)])
+def test_only_scaling_to_the_2_norm_never_moves_two_gradients_apart(ord, most):
+    """Elsewhere by up to the root of the dimension, here 50."""
+    clip = lambda x: np.asarray(clipfx.tree_clip(x, 1.0, ord=ord)[0], np.float64)
+    step = 1e-3
+    start = np.zeros(50) if ord == 1 else np.ones(50)
+    other = start.copy()
+    if ord == 1:
+        start[0] = other[0] = 1
+        other[1:] = step
+    else:
+        start = start / np.linalg.norm(start, ord)
+        other = start.copy()
+        other[0] += step
+    x, y = (v.astype(np.float32) for v in (start, other))
+    ratio = np.linalg.norm(clip(x) - clip(y)) / np.linalg.norm(x - y)
+    assert ratio == pytest.approx(most, rel=0.06)
+
+
 # ------------------------------------------------------------------ property tests
 
 # One shape for all examples, padded with zeros: everything is compiled once.
