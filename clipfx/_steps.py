@@ -213,8 +213,11 @@ def weight_decay_balance(
     For a cosine of 0 the last is :math:`\lVert w \rVert \sqrt{2\lambda/\eta -
     \lambda^2}`, the rotational equilibrium. It is a diagnostic: nothing is changed.
     With Adam, whose result does not depend on the scale of gradients, pass the update
-    that Adam made, not the gradient. Decay that is added to the gradient before the
-    clip has no such threshold: the clip scales both.
+    that Adam made, not the gradient; coordinate by coordinate it cancels decay where
+    :math:`|u_i| = \lambda |w_i|`. Steps of sign descent thus hold :math:`|w_i|` at
+    :math:`1/\lambda`, SGD that always clips :math:`\lVert w \rVert` at
+    :math:`c/\lambda`. Decay that is added to the gradient before the clip has no such
+    threshold: the clip scales both.
 
     Args:
       updates: Leaves `[...]`: gradients for SGD, else what the optimizer made of them,

@@ -1,11 +1,13 @@
-"""What the examples share: tables, pictures, files of metrics."""
+"""What the examples share: text, tables, pictures, files of metrics."""
 
 import json
 import math
 import pathlib
 from collections.abc import Iterable, Sequence
+from pydoc_data.topics import topics
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -21,6 +23,27 @@ def make_dir(path: str) -> pathlib.Path:
     except OSError as error:
         raise ValueError(f"cannot write to {path!r}: {error.strerror}.") from None
     return pathlib.Path(path)
+
+
+def load_text(path: str | None = None) -> str:
+    """A UTF-8 file, or Python's manual, some 465 kB; `ValueError` if not readable."""
+    if path is None:
+        return "\n".join(topics.values())
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read {path!r}: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path!r} is not UTF-8 text: byte {error.start} cannot be decoded."
+        ) from None
+
+
+def encode(text: str) -> tuple[str, np.ndarray]:
+    """The alphabet of a text, and the text as places in that alphabet."""
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    alphabet, ids = np.unique(codes, return_inverse=True)
+    return "".join(map(chr, alphabet)), ids.astype(np.int32)
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -16,7 +16,6 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Sequence
-from pydoc_data.topics import topics
 from typing import IO, Any
 
 import jax
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 import clipfx
 from examples import _common
+from examples._common import encode, load_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,20 +165,6 @@ class History:
         return {key.removeprefix(prefix): self.column(key) for key in names}
 
 
-def load_text(path: str | None = None) -> str:
-    """A UTF-8 file, or Python's manual, some 465 kB; `ValueError` if not readable."""
-    if path is None:
-        return "\n".join(topics.values())
-    try:
-        return pathlib.Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot read {path!r}: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path!r} is not UTF-8 text: byte {error.start} cannot be decoded."
-        ) from None
-
-
 def check_clippers(names: Sequence[str]) -> None:
     """A `ValueError` for a clipper that is not in the table, and for none at all."""
     unknown = [name for name in names if name not in CLIPPERS]
@@ -196,13 +182,6 @@ def check_text(text: str, length: int) -> None:
         )
     if len(set(text)) == 1:
         raise ValueError(f"the text is nothing but {text[0]!r}: give another.")
-
-
-def encode(text: str) -> tuple[str, np.ndarray]:
-    """The alphabet of a text, and the text as places in that alphabet."""
-    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    alphabet, ids = np.unique(codes, return_inverse=True)
-    return "".join(map(chr, alphabet)), ids.astype(np.int32)
 
 
 def bits_per_character(model: CharRNN, passages: Ids) -> jax.Array:

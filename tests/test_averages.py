@@ -44,27 +44,35 @@ def test_adagc_warm_up_of_its_port():
     assert np.isinf(state.threshold.norm[1])
 
 
-@pytest.mark.parametrize(
-    ("sigma", "rate", "share"),
-    [(0.1, 0.49, 0.96), (0.3, 0.75, 0.75), (0.6, 0.84, 0.44), (1.0, 0.88, 0.17)],
-)
-def test_adagc_ratchets_below_the_mean_norm(sigma, rate, share):
-    values = np.random.default_rng(0).lognormal(0, sigma, (30_000, 1))
-    tx = clipfx.adagc(warmup_steps=1, max_norm=np.inf)
+SIGMAS = [0.1, 0.3, 0.6, 1.0]
+RATCHET = {  # (max_ratio, decay): clip rates, and norms after as a share of before
+    (1.04, 0.99): ([0.49, 0.75, 0.84, 0.88], [0.96, 0.75, 0.44, 0.17]),
+    (1.05, 0.98): ([0.42, 0.70, 0.81, 0.86], [0.97, 0.77, 0.47, 0.19]),
+    (1.2, 0.98): ([0.03, 0.32, 0.52, 0.61], None),
+    (1.5, 0.98): ([0.00, 0.07, 0.24, 0.37], None),
+    (1.0, 0.98): (None, [0.78, 0.47, 0.21, 0.06]),
+}
+
+
+@pytest.mark.parametrize("column", range(4), ids=SIGMAS)
+@pytest.mark.parametrize("setting", RATCHET)
+def test_adagc_ratchets_below_the_mean_norm(setting, column):
+    values = np.random.default_rng(0).lognormal(0, SIGMAS[column], (30_000, 1))
+    ratio, decay = setting
+    tx = clipfx.adagc(ratio, decay=decay, warmup_steps=1, max_norm=np.inf)
     before, after, limits, _ = run(tx, values)
     late = slice(10_000, None)
-    assert (before > limits)[late].mean() == pytest.approx(rate, abs=0.03)
-    assert after[late].mean() / before[late].mean() == pytest.approx(share, abs=0.04)
-
-
-@pytest.mark.parametrize(
-    ("sigma", "rate"), [(0.1, 0.0), (0.3, 0.07), (0.6, 0.24), (1.0, 0.37)]
-)
-def test_adagc_with_a_larger_ratio_hardly_ratchets(sigma, rate):
-    values = np.random.default_rng(0).lognormal(0, sigma, (30_000, 1))
-    tx = clipfx.adagc(1.5, decay=0.98, warmup_steps=1, max_norm=np.inf)
-    before, _, limits, _ = run(tx, values)
-    assert (before > limits)[10_000:].mean() == pytest.approx(rate, abs=0.02)
+    rates, shares = RATCHET[setting]
+    if rates:
+        rate = (before > limits)[late].mean()
+        assert rate == pytest.approx(rates[column], abs=0.03)
+    if shares:
+        share = after[late].mean() / before[late].mean()
+        if ratio == 1:  # a threshold that never rises falls for as long as one looks
+            assert after[-10_000:].mean() < after[late].mean()
+            assert share <= shares[column] + 0.01
+        else:
+            assert share == pytest.approx(shares[column], abs=0.04)
 
 
 def test_adagc_creeps_upwards():
