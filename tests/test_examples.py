@@ -207,10 +207,13 @@ def test_format_table_aligns():
     ]
 
 
-def test_char_rnn_takes_every_method(tmp_path):
+def test_char_rnn_takes_every_method():
     clips = [clip for clip in char_rnn.CLIPPERS if clip not in char_rnn.DEFAULT]
-    rows = run_main(tmp_path, steps=2, clip=clips)
-    assert {row["clip"] for row in rows} == set(clips)
     assert len(clips) == 20
-    learned = [row for row in rows if row["clip"] == "skip_spikes"]
-    assert learned[0]["clip0/norm/loss"] == pytest.approx(learned[0]["loss"], rel=1e-6)
+    for clip in clips:
+        history = char_rnn.train(TEXT, clip, dataclasses.replace(SMALL, steps=2))
+        assert np.isfinite(history.column("loss")).all()
+        assert char_rnn.summarize(history)["clip"] == clip
+        if clip == "skip_spikes":
+            loss = history.column("clip0/norm/loss")
+            np.testing.assert_allclose(loss, history.column("loss"), rtol=1e-6)

@@ -1,0 +1,310 @@
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from flax import nnx
+
+import clipfx
+from examples import char_rnn, diffusion_digits
+from examples.diffusion_digits import FLAGS, VARIANTS, Settings
+
+SMALL = Settings(steps=3, batch=4, hidden=8)
+FEW = ["none", "global", "min_snr_weighting"]  # each takes a second to compile
+RATIOS = clipfx.snr.cosine(diffusion_digits.TIMESTEPS)
+GRADS = {"w": jnp.array([3.0, -4.0]), "b": jnp.array([[12.0]])}  # norm 13
+
+
+# Adam raises a float to the power of its integer count.
+standard = jax.numpy_dtype_promotion("standard")
+
+
+def run_main(tmp_path, **given):
+    small = dataclasses.asdict(SMALL) | {"out": str(tmp_path / "out"), "variants": FEW}
+    saved = flagsaver.save_flag_values(FLAGS)
+    FLAGS.mark_as_parsed()
+    try:
+        for name, value in (small | given).items():
+            setattr(FLAGS, name, value)
+        with standard:
+            diffusion_digits.main(["diffusion_digits"])
+    finally:
+        flagsaver.restore_flag_values(saved, FLAGS)
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def few_variants(tmp_path_factory):
+    """A folder, what was printed, and for each variant the rows of a run of each."""
+    folder, printed = tmp_path_factory.mktemp("few"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        rows = run_main(folder)
+    assert [(row["variant"], row["step"]) for row in rows] == [
+        (variant, step) for variant in FEW for step in range(SMALL.steps)
+    ]
+    of = {v: [row for row in rows if row["variant"] == v] for v in FEW}
+    return folder, printed.getvalue(), of
+
+
+def applied(variant, snr, max_norm=0.1, gamma=5.0, grads=GRADS):
+    tx = optax.with_extra_args_support(VARIANTS[variant](max_norm, gamma))
+    return tx.update(grads, tx.init(grads), grads, snr=jnp.float32(snr))[0]
+
+
+def test_end_to_end(few_variants):
+    folder, printed, rows = few_variants
+    assert set(rows["none"][0]) == {
+        *("variant", "step", "t", "snr", "loss", "norm", "applied")
+    }
+    for variant in FEW:
+        assert any(line.split()[:1] == [variant] for line in printed.splitlines())
+    pictures = [folder / "out" / name for name in ("norms.png", "samples.png")]
+    for picture in pictures:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        picture.unlink()
+
+    again = run_main(folder, variants=["global", "global"])
+    assert again == rows["global"]
+    assert all(picture.exists() for picture in pictures)
+
+
+def test_diverged_run(tmp_path, capsys):
+    rows = run_main(tmp_path, learning_rate=1e38, variants=["none"])
+    assert rows[-1]["loss"] is None
+    assert "nan" in capsys.readouterr().out
+
+
+def test_variants_share_start_and_batches(few_variants):
+    runs = list(few_variants[-1].values())
+    for run in runs[1:]:
+        assert [row["t"] for row in run] == [row["t"] for row in runs[0]]
+        for name in ("loss", "norm"):
+            assert run[0][name] == pytest.approx(runs[0][0][name], rel=1e-6)
+
+
+def test_same_seed_same_batches():
+    digits, _ = diffusion_digits.load_data()
+    draw = lambda seed: next(
+        diffusion_digits.draw_batches(digits, dataclasses.replace(SMALL, seed=seed))
+    )
+    one, same, other = draw(0), draw(0), draw(1)
+    for x, y, z in zip(one, same, other, strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y, z = map(jax.random.key_data, (x, y, z))
+        np.testing.assert_array_equal(x, y)
+        assert not np.array_equal(x, z)
+
+
+def test_batches_of_all_steps():
+    chunk = diffusion_digits.CHUNK
+    settings = dataclasses.replace(SMALL, steps=chunk + 2)
+    digits = np.eye(3, dtype=np.float32)
+    batches = list(diffusion_digits.draw_batches(digits, settings))
+    assert [len(b.t) for b in batches] == [chunk, 2]
+    assert batches[0].digits.shape == (chunk, 4, 3)
+    keys = np.concatenate([jax.random.key_data(b.key) for b in batches])
+    assert len(np.unique(keys, axis=0)) == chunk + 2
+    np.testing.assert_array_equal(batches[1].snr, RATIOS[batches[1].t])
+
+
+@pytest.mark.parametrize("snr", [float(RATIOS[0]), 4.0, 1e-3, float(RATIOS[-1])])
+def test_inverse_before_the_weight_is_the_plain_clip(snr):
+    one, other = (applied(v, snr) for v in ("inverse_unweighted", "global"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, other)
+
+
+def test_the_identity_ends_at_the_clamps():
+    snr, weigh = jnp.float32(RATIOS[0]), diffusion_digits.weigh()
+    clamped = clipfx.clip_by_snr(0.1, rule=clipfx.snr.inverse)
+    tx = optax.chain(clamped, weigh)
+    updates, _ = tx.update(GRADS, tx.init(GRADS), GRADS, snr=snr)
+    # By default 1/SNR is at least 1e-3.
+    np.testing.assert_allclose(clipfx.global_norm(updates), 1e-4 * snr, rtol=1e-5)
+    np.testing.assert_allclose(
+        clipfx.global_norm(applied("inverse_unweighted", snr)), 0.1, rtol=1e-5
+    )
+
+
+# Norm 13; max_norm 0.1, gamma 5.
+NORMS = {
+    ("none", 1000.0): 13_000,
+    ("global", 1000.0): 0.1,
+    ("inverse_weighted", 1000.0): 1e-4,
+    ("min_snr", 1000.0): 0.5,
+    ("min_snr_weighting", 1000.0): 65,
+    ("none", 1e-3): 0.013,
+    ("global", 1e-3): 0.013,
+    ("inverse_weighted", 1e-3): 0.013,
+    ("min_snr", 1e-3): 1e-4,
+    ("min_snr_weighting", 1e-3): 0.013,
+}
+
+
+@pytest.mark.parametrize("variant, snr, norm", [(*k, v) for k, v in NORMS.items()])
+def test_norm_applied(variant, snr, norm):
+    updates = applied(variant, snr)
+    np.testing.assert_allclose(clipfx.global_norm(updates), norm, rtol=1e-5)
+    factors = [np.ravel(updates[key] / GRADS[key]) for key in "wb"]
+    np.testing.assert_allclose(np.concatenate(factors), norm / 13, rtol=1e-5)
+
+
+def first_batch(t):
+    digits, _ = diffusion_digits.load_data()
+    key = jax.random.key(3)
+    return diffusion_digits.Batch(jnp.asarray(digits[:6]), jnp.int32(t), RATIOS[t], key)
+
+
+def test_weighted_gradient_at_the_first_timestep():
+    batch = first_batch(0)
+    model = diffusion_digits.Denoiser(8, nnx.Rngs(0))
+    loss = diffusion_digits.x0_error
+    weighted = lambda model, batch: batch.snr * loss(model, batch)
+    slope = nnx.jit(lambda *args: (nnx.grad(weighted)(*args), nnx.grad(loss)(*args)))
+    both = slope(model, batch)
+    norms = [clipfx.global_norm(grads) for grads in both]
+    assert norms[0] / norms[1] == pytest.approx(24_221, rel=1e-3)
+    scaled = applied("none", batch.snr, grads=nnx.state(both[1]))
+    np.testing.assert_allclose(clipfx.global_norm(scaled), norms[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("t", [50, 500])
+def test_weighted_loss_is_the_error_of_the_noise(t):
+    batch = first_batch(t)
+    model = diffusion_digits.Denoiser(8, nnx.Rngs(0))
+    signal = batch.snr / (1 + batch.snr)
+    noise = jax.random.normal(batch.key, (6, 64))
+    noisy = jnp.sqrt(signal) * batch.digits + jnp.sqrt(1 - signal) * noise
+    digits = model(noisy, batch.t)
+    predicted = (noisy - jnp.sqrt(signal) * digits) / jnp.sqrt(1 - signal)
+    error = jnp.square(predicted - noise).mean()
+    loss = batch.snr * diffusion_digits.x0_error(model, batch)
+    np.testing.assert_allclose(loss, error, rtol=1e-3)
+
+
+def test_norms_of_a_run(few_variants):
+    column = lambda v, name: np.array([row[name] for row in few_variants[-1][v]])
+    norm, snr = column("none", "norm"), column("none", "snr")
+    np.testing.assert_array_equal(column("none", "applied"), norm)
+    limit = np.minimum(column("global", "norm"), SMALL.max_norm)
+    np.testing.assert_allclose(column("global", "applied"), limit, rtol=1e-5)
+    weighting = "min_snr_weighting"
+    share = np.minimum(snr, SMALL.gamma) / snr
+    np.testing.assert_allclose(
+        column(weighting, "applied"), column(weighting, "norm") * share, rtol=1e-5
+    )
+
+
+def history(t, loss, norm=None, applied=None):
+    norm = np.ones(len(t)) if norm is None else norm
+    applied = norm if applied is None else applied
+    names = ("t", "loss", "norm", "applied")
+    columns = zip(t, loss, norm, applied, strict=True)
+    rows = [dict(zip(names, values, strict=True)) for values in columns]
+    return diffusion_digits.History("x", rows, 0.0, np.zeros((1, 64)), 0.0)
+
+
+def test_spread_over_timesteps():
+    t = np.array([0, 0, 900, 999])
+    norm = np.array([1.0, 3.0, 8.0, 12.0])
+    row = diffusion_digits.summarize(history(t, np.ones(4), norm, norm[::-1]))
+    assert row["spread before"] == 5.0
+    assert row["spread applied"] == 5.0
+
+
+def test_spikes():
+    rng = np.random.default_rng(0)
+    t = np.arange(1000) * 7 % 1000
+    loss = (1 + t / 100) * rng.uniform(0.9, 1.1, 1000)  # t matters, and is no spike
+    assert diffusion_digits.count_spikes(history(t, loss)) == 0
+    loss[[800, 900]] *= [30, math.nan]
+    with np.errstate(invalid="ignore"):
+        spikes = diffusion_digits.count_spikes(history(t, loss))
+    # What is compared with a window that holds the NaN counts as well.
+    assert spikes >= 2
+    assert diffusion_digits.count_spikes(history(t[:890], loss[:890])) == 1
+
+
+def test_distance():
+    digits, held_out = diffusion_digits.load_data()
+    distance = diffusion_digits.sliced_wasserstein
+    assert distance(held_out, held_out[::-1]) == 0
+    assert distance(digits[: len(held_out)], held_out) < 0.1
+    moved = distance(held_out + 1, held_out)
+    assert moved == pytest.approx(1, rel=0.1)  # along a unit direction: N(0, 1) of 64
+
+
+def test_data():
+    digits, held_out = diffusion_digits.load_data()
+    assert len(digits) + len(held_out) == 1797
+    assert digits.dtype == held_out.dtype == np.float32
+    assert digits.min() == -1 and digits.max() == 1
+
+
+def test_sample_of_a_perfect_model():
+    class Zero(diffusion_digits.Denoiser):
+        def __call__(self, noisy, t):
+            return jnp.full_like(noisy, 0.5)
+
+    samples = diffusion_digits.sample(Zero(2, nnx.Rngs(0)), jax.random.key(0), 5)
+    np.testing.assert_allclose(samples, np.full((5, 64), 0.5), rtol=1e-6)
+
+
+def test_learns():
+    settings = Settings(steps=250, batch=16, hidden=8, learning_rate=1e-2)
+    with standard:
+        learned = diffusion_digits.train("global", settings)
+    _, held_out = diffusion_digits.load_data()
+    model = diffusion_digits.Denoiser(8, nnx.Rngs(0))
+    assert learned.held_out < 0.5 * diffusion_digits.evaluate(model, held_out)
+    assert learned.samples.shape == held_out.shape
+
+
+def test_without_scikit_learn(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    message = r"^diffusion_digits: the digits are missing: pip install scikit-learn\.$"
+    with pytest.raises(SystemExit, match=message):
+        run_main(tmp_path)
+
+
+def test_bad_out(tmp_path):
+    path = tmp_path / "file"
+    path.touch()
+    with pytest.raises(SystemExit, match=r"^diffusion_digits: cannot write to .*file"):
+        run_main(tmp_path, out=str(path))
+
+
+def test_stray_argument():
+    with pytest.raises(SystemExit, match="unexpected argument 'min_snr'"):
+        diffusion_digits.main(["diffusion_digits", "min_snr"])
+
+
+BAD_FLAGS = {
+    "steps": ({"steps": 0}, "positive"),
+    "max_norm": ({"max_norm": -1.0}, "must be greater than 0"),
+    "nan": ({"learning_rate": math.nan}, "must be greater than 0"),
+    "variant": ({"variants": ["none", "sgd"]}, "sgd.*one or more of none, global, "),
+    "nothing": ({"variants": []}, "must be one or more of none, global, "),
+}
+
+
+@pytest.mark.parametrize("given, message", BAD_FLAGS.values(), ids=BAD_FLAGS)
+def test_bad_flag(tmp_path, given, message):
+    with pytest.raises(flags.IllegalFlagValueError, match=message):
+        run_main(tmp_path, **given)
+
+
+def test_flags_are_apart_from_another_example():
+    char_rnn_steps = flags.FLAGS["steps"].default
+    assert FLAGS["steps"].default == Settings.steps
+    assert FLAGS["variants"].default == list(VARIANTS)
+    assert char_rnn_steps == char_rnn.Settings.steps
