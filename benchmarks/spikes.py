@@ -49,7 +49,7 @@ def before(clip: optax.GradientTransformation) -> Make:
 METHODS: dict[str, Make] = {
     "none": before(clipfx.clip_by_global_norm(math.inf)),
     "global": before(clipfx.clip_by_global_norm(1.0)),
-    # The same bound for all eighteen layers together.
+    # For all twenty layers together a bound of 1.05.
     "per-layer": before(clipfx.clip_per_layer(18**-0.5)),
     "autoclip": before(clipfx.autoclip(10.0)),
     "zclip": before(clipfx.zclip()),
