@@ -9,7 +9,7 @@ methods are choices of these three. `metrics.read` shows norms and clip rates fr
 optimizer state; `tree_clip` and `global_norm` serve those who use no chain.
 """
 
-from clipfx import metrics, responses, snr, thresholds
+from clipfx import metrics, per_example, responses, snr, thresholds
 from clipfx._adaptive import autoclip, quantile_clip, zclip
 from clipfx._averages import adagc, band_by_history, norm_stabilizer
 from clipfx._clip import ClipMetrics, ClipState, clip_by_norm, global_norm, tree_clip
@@ -62,6 +62,7 @@ __all__ = [
     "metrics",
     "norm_stabilizer",
     "normalize_by_norm",
+    "per_example",
     "per_stacked_layer",
     "quantile_clip",
     "responses",

@@ -7,6 +7,9 @@ import sys
 from typing import Any
 
 import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
 
 
 def varying_axes(x: jax.typing.ArrayLike) -> frozenset[str]:
@@ -34,3 +37,41 @@ def is_boxed(node: Any) -> bool:
     return (nnx is not None and isinstance(node, nnx.Variable)) or (
         meta is not None and isinstance(node, meta.AxisMetadata)
     )
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an input of an equation is a constant written into the program."""
+    return isinstance(atom, jax.extend.core.Literal)
+
+
+def evaluate(jaxpr: Any, eqn: Any, values: list, keep: list[int]) -> list[Any]:
+    """Evaluates one equation of `jaxpr` with its own derivative rules.
+
+    Args:
+      jaxpr: That the equation is from.
+      eqn: The equation.
+      values: One per input.
+      keep: Which outputs to return.
+    """
+    values = [jnp.asarray(v) if isinstance(v, np.ndarray | np.generic) else v
+              for v in values]  # fmt: skip
+    inputs = {v: x for v, x in zip(eqn.invars, values, strict=True) if not is_literal(v)}
+    alone = jaxpr.replace(
+        constvars=[],
+        invars=list(inputs),
+        outvars=[eqn.outvars[k] for k in keep],
+        eqns=[eqn],
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+    )
+    run = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(alone, []))
+    return run(*inputs.values())
+
+
+def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """Makes `x` vary over mesh axes of `jax.shard_map` that it does not vary over."""
+    axes -= varying_axes(x)
+    if not axes:
+        return x
+    if hasattr(jax.lax, "pcast"):  # newer JAX
+        return jax.lax.pcast(x, tuple(sorted(axes)), to="varying")
+    return jax.lax.pvary(x, tuple(sorted(axes)))

@@ -1,0 +1,20 @@
+"""Per-example clipping of any JAX loss, at the price of an ordinary gradient.
+
+>>> import clipfx, jax.numpy as jnp
+>>> def loss(params, example):  # of one example
+...     x, y = example
+...     return (jnp.vdot(params["w"], x) - y) ** 2
+>>> grad = clipfx.per_example.clipped_grad(loss, max_norm=1.0)
+>>> params, batch = {"w": jnp.ones(3)}, (jnp.ones((8, 3)), jnp.zeros(8))
+>>> sums, info = grad(params, batch)
+>>> mean = {k: v / 8 for k, v in sums.items()}  # to an optimizer
+
+For a batch of microbatches, of padding, on a mesh: nothing else to do. `norms` measures
+only, `group_grad` sums by population, `clip_per_example` is a transform for gradients
+that are stacked already, and `explain` shows what each parameter costs.
+"""
+
+from clipfx.per_example._bounded import PerExample
+from clipfx.per_example._grad import ClippedGrad, clipped_grad, group_grad, norms
+
+__all__ = ["ClippedGrad", "PerExample", "clipped_grad", "group_grad", "norms"]

@@ -1,0 +1,208 @@
+"""Arguments of a loss, with and without an axis of examples, and its program."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipfx._tree import is_counted
+from clipfx.per_example._plan import make_plan
+from clipfx.per_example._tape import Program
+
+
+class Call(NamedTuple):
+    """One call of a loss, flat.
+
+    Attributes:
+      inputs: Arrays, those that are mapped `[B, ...]`.
+      program: Of one example.
+      size: B.
+      params: The tree of parameters, as `jax.grad` sees it.
+      aux: Structure of the loss's second output, None without one.
+    """
+
+    inputs: list[Any]
+    program: Program
+    size: int
+    params: Any
+    aux: Any
+
+
+class Signature(NamedTuple):
+    """Which arguments are what.
+
+    Attributes:
+      fun: The loss of one example.
+      argnums: Parameters, an int or a tuple.
+      batch_argnums: Arguments with an axis of examples, an int or a tuple.
+      has_aux: Whether the loss returns a second output.
+    """
+
+    fun: Callable
+    argnums: int | tuple[int, ...]
+    batch_argnums: int | tuple[int, ...]
+    has_aux: bool
+
+
+def check_signature(signature: Signature) -> None:
+    """Checks all but the numbers' ranges, which need a call."""
+    if not callable(signature.fun):
+        raise TypeError(
+            f"fun must be the loss of one example, got {signature.fun!r}; pass a "
+            "function of parameters and one example."
+        )
+    for name in ("argnums", "batch_argnums"):
+        given = getattr(signature, name)
+        numbers = given if isinstance(given, tuple) else (given,)
+        if not numbers or not all(type(k) is int for k in numbers):
+            raise TypeError(
+                f"{name} must be an int or a tuple of ints, got {given!r}; it says "
+                "which positional arguments are meant."
+            )
+
+
+def numbers(signature: Signature, name: str, count: int) -> tuple[int, ...]:
+    given = getattr(signature, name)
+    numbers = given if isinstance(given, tuple) else (given,)
+    if not all(-count <= k < count for k in numbers):
+        raise ValueError(
+            f"{name} must be positions of arguments, got {given!r} for a call with "
+            f"{count}; pass parameters and batches by position."
+        )
+    return tuple(k % count for k in numbers)
+
+
+def prepare(
+    signature: Signature,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
+    norms: bool = True,
+    force: str | None = None,
+) -> Call:
+    """Traces the loss of one example and decides on roads.
+
+    Args:
+      signature: The loss and its arguments.
+      args: With a batch in place of an example.
+      kwargs: Passed on as they are.
+      norms: Whether norms will be asked for.
+      force: See `make_plan`.
+    """
+    argnums = numbers(signature, "argnums", len(args))
+    batch_argnums = numbers(signature, "batch_argnums", len(args))
+    if set(argnums) & set(batch_argnums):
+        raise ValueError(
+            f"batch_argnums must differ from argnums, got {signature.batch_argnums!r} "
+            f"and {signature.argnums!r}; parameters have no axis of examples."
+        )
+    params = args[argnums[0]] if isinstance(signature.argnums, int) else tuple(
+        args[k] for k in argnums)  # fmt: skip
+    _check_params(params)
+    size = batch_size(args, batch_argnums)
+    kinds = []
+    for k, arg in enumerate(args):
+        kind = "param" if k in argnums else "batch" if k in batch_argnums else ""
+        kinds += [kind] * len(jax.tree.leaves(arg))
+    leaves, treedef = jax.tree.flatten((tuple(args), kwargs))
+    kinds += [""] * (len(leaves) - len(kinds))
+    where = [k for k, x in enumerate(leaves) if _is_array(x)]
+    inputs = [jnp.asarray(leaves[k]) for k in where]
+    # In the order of `params`, which a tuple of argnums may change.
+    starts = np.cumsum([0, *(len(jax.tree.leaves(arg)) for arg in args)])
+    order = [j for k in argnums for j in range(starts[k], starts[k + 1])]
+    position = {k: number for number, k in enumerate(where)}
+    mapped = tuple(kinds[k] == "batch" for k in where)
+    program: dict[str, Any] = {}
+
+    def flat(*values):
+        filled = list(leaves)
+        for k, value in zip(where, values, strict=True):
+            filled[k] = value
+        args, kwargs = treedef.unflatten(filled)
+        out = signature.fun(*args, **kwargs)
+        value, aux = _outputs(out, signature.has_aux)
+        flat_aux, program["aux"] = jax.tree.flatten(aux)
+        return [value, *map(jnp.asarray, flat_aux)]
+
+    def capture(*values):
+        program["jaxpr"] = jax.make_jaxpr(flat)(*values)
+        return jnp.zeros(())
+
+    axes = tuple(0 if m else None for m in mapped)
+    # Mapped only for the types of an example, which know about meshes.
+    some = [x if size or not m else jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+            for x, m in zip(inputs, mapped, strict=True)]  # fmt: skip
+    jax.eval_shape(jax.vmap(capture, axes, out_axes=None), *some)
+    plan = make_plan(program["jaxpr"], [position[k] for k in order], mapped,
+                     norms=norms, force=force)  # fmt: skip
+    built = Program(plan, tuple(position[k] for k in order), mapped)
+    return Call(inputs, built, size, params, program["aux"])
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(
+        x, jax.Array | np.ndarray | np.generic | bool | int | float | complex
+    )
+
+
+def _check_params(params: Any) -> None:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        if not _is_array(leaf) or not is_counted(leaf):
+            kind = getattr(leaf, "dtype", type(leaf).__name__)
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise TypeError(
+                f"the parameters (argnums) must be floating arrays, got {kind} at "
+                f"{name!r}; take other leaves out, for example with "
+                "equinox.partition or nnx.split, and close over them."
+            )
+
+
+def batch_size(args: Sequence[Any], numbers: Sequence[int]) -> int:
+    """The number of examples, the same for all leaves of all batches."""
+    found = {}
+    for k in numbers:
+        for path, leaf in jax.tree_util.tree_flatten_with_path(args[k])[0]:
+            name = f"argument {k}" + jax.tree_util.keystr(path)
+            if not np.ndim(leaf):
+                raise ValueError(
+                    f"the batch (batch_argnums) must have an axis of examples first, "
+                    f"got a scalar at {name}; pass it as another argument."
+                )
+            found[name] = np.shape(leaf)[0]
+    if not found:
+        raise ValueError(
+            "the batch (batch_argnums) must hold an array, got none; its first axis is "
+            "that of examples."
+        )
+    if len(set(found.values())) > 1:
+        sizes = ", ".join(f"{n} at {name}" for name, n in found.items())
+        raise ValueError(
+            f"the batch (batch_argnums) must have one size, got {sizes}; the first "
+            "axis of every leaf is that of examples."
+        )
+    return next(iter(found.values()))
+
+
+def _outputs(out: Any, has_aux: bool) -> tuple[Any, Any]:
+    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+        raise TypeError(
+            f"fun must return (loss, aux) with has_aux=True, got {type(out).__name__}; "
+            "return a pair."
+        )
+    value, aux = out if has_aux else (out, ())
+    if not hasattr(value, "shape") and not isinstance(value, float):
+        raise TypeError(
+            f"fun must return the loss of one example, got {type(value).__name__}; "
+            "with further outputs pass has_aux=True."
+        )
+    value = jnp.asarray(value)
+    if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(
+            "fun must return the loss of one example, a floating scalar, got "
+            f"{value.dtype}{list(value.shape)}; it is called without the batch axis."
+        )
+    return value, aux

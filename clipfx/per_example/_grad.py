@@ -1,0 +1,499 @@
+"""Bounded sums of every example's gradient, norms alone, and sums by group."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clipfx import responses
+from clipfx._checks import check_choice, is_known
+from clipfx._tree import Groups, group_leaves
+from clipfx.per_example import _batch, _bounded, _tape
+from clipfx.per_example._batch import Signature
+from clipfx.per_example._bounded import PerExample
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClippedGrad:
+    """The function that `clipped_grad` returns.
+
+    Attributes:
+      signature: The loss and its arguments.
+      max_norm: The threshold.
+      groups: Which leaves share a norm.
+      response: What happens to a norm.
+      microbatch_size: How many examples at a time.
+      axis_name: Mesh axes to add up over.
+    """
+
+    signature: Signature
+    max_norm: Any
+    groups: Any
+    response: responses.Response
+    microbatch_size: int | None
+    axis_name: Any
+
+    def __call__(
+        self, *args: Any, where: Any = None, max_norm: Any = None, **kwargs: Any
+    ) -> tuple[Any, PerExample]:
+        """Returns the bounded sum, and what is known of every example.
+
+        Args:
+          *args: Of the loss, with a batch in place of an example.
+          where: bool `[B]`, False for padding, which contributes exactly nothing.
+          max_norm: In place of the one given before: a number, `[G]`, `[B]`, `[B, G]`
+            (`[B, 1]` or `[1, G]` if B = G), or a dict by group name.
+          **kwargs: Of the loss, the same for every example.
+        """
+        params = _params_of(self.signature, args)
+        members = group_leaves(self.groups, params)
+        size = _size_of(self.signature, args)
+        given = self.max_norm if max_norm is None else max_norm
+        limit = _limits(given, members, size)
+        keep = _mask(where, size)
+
+        def some(args: Any, keep: Any, limit: Any) -> tuple[Any, PerExample]:
+            call = _batch.prepare(self.signature, args, kwargs)
+            if not call.size:
+                zeros = [jnp.zeros_like(_tape.wide(call.inputs[k]))
+                         for k in call.program.params]  # fmt: skip
+                return zeros, _bounded.empty(call, len(members.names))
+            return _bounded.bounded_sum(call, members, limit, self.response, keep)
+
+        sums, info = _in_parts(some, self, args, keep, limit, size)
+        if self.axis_name is not None:
+            sums = [_psum(x, self.axis_name) for x in sums]
+        return jax.tree.structure(params).unflatten(sums), info
+
+    def sensitivity(
+        self,
+        relation: str = "add_or_remove_one",
+        *,
+        max_norm: Any = None,
+        params: Any = None,
+    ) -> float:
+        r"""How far the sum moves between neighbouring batches, in the 2-norm.
+
+        With :math:`S = (\sum_k c_k^2)^{1/2}` over groups k: S if one example is added
+        or removed, or replaced by one that contributes nothing, and 2 S if it is
+        replaced by any other. Holds for what is stored, evaluated in float64, up to
+        the rounding of the sum itself.
+
+        Args:
+          relation: `"add_or_remove_one"`, `"replace_one"` or `"replace_special"`.
+          max_norm: The largest threshold passed to calls, if other than the one given
+            before.
+          params: Needed if one number bounds several groups: tells how many.
+
+        Raises:
+          ValueError: If the response has no bound, the relation is unknown, or the
+            number of groups is.
+        """
+        relations = ("add_or_remove_one", "replace_one", "replace_special")
+        check_choice("relation", relation, relations)
+        if not getattr(self.response, "bounded", False):
+            raise ValueError(
+                f"response must be bounded by its threshold, got {self.response!r}, "
+                "which is not known to be; responses.hard is, and a response of your "
+                "own that is may say so with an attribute bounded = True."
+            )
+        limit = self.max_norm if max_norm is None else max_norm
+        if isinstance(limit, Mapping):
+            limit = list(limit.values())
+        limit = np.asarray(limit, np.float64)
+        if limit.ndim == 2:
+            limit = limit.max(0)
+        if limit.ndim == 0 and self.groups == "global":
+            count = 1
+        elif limit.ndim == 0:
+            if params is None:
+                raise ValueError(
+                    "params must be passed to sensitivity with one max_norm for "
+                    f"groups={self.groups!r}, got None; they tell how many groups "
+                    "there are."
+                )
+            count = len(group_leaves(self.groups, params).names)
+        else:
+            count = 1
+        bound = math.sqrt(count) * float(np.linalg.norm(limit))
+        return 2 * bound if relation == "replace_one" else bound
+
+
+def clipped_grad(
+    fun: Callable,
+    max_norm: Any,
+    *,
+    argnums: int | tuple[int, ...] = 0,
+    batch_argnums: int | tuple[int, ...] = 1,
+    has_aux: bool = False,
+    groups: Any = "global",
+    response: responses.Response = responses.hard,
+    microbatch_size: int | None = None,
+    axis_name: Any = None,
+) -> ClippedGrad:
+    r"""Sums the gradients of a batch, each example's bounded, at one gradient's price.
+
+    With :math:`g_{b,k}` the gradient of example b with respect to group k of leaves,
+    :math:`n_{b,k}` its 2-norm, c the threshold and :math:`\psi` the response,
+
+    .. math:: \sum_b g_{b,k} \, \psi_c(n_{b,k}) / n_{b,k} .
+
+    No gradient of a single example is formed where it can be helped: the loss is
+    traced once, norms come from what each equation that uses a parameter has seen and
+    from the gradient of its output, and sums from the same. Right for every loss that
+    JAX can differentiate; `explain` tells which road each parameter takes.
+
+    The result is a *sum*, in float32 or wider whatever the dtype of the parameters:
+    rounded to bfloat16 it would have no provable sensitivity. Divide it, cast it, pass
+    it to an optimizer. An example whose gradient is not finite contributes zero.
+
+    The loss is of one example. What mixes examples, as batch normalization does, cannot
+    be written so and has no gradient of one example; use group or layer normalization.
+    Randomness: a key for every example, by `batch_argnums`.
+
+    Args:
+      fun: `fun(params, example, ...)` returns the loss of one example, a scalar.
+      max_norm: :math:`c`: a number >= 0, `[G]`, or a dict by group name; can be given
+        at each call, also for every example.
+      argnums: Which arguments to differentiate, as in `jax.grad`. Static.
+      batch_argnums: Which arguments have an axis of examples in front: trees of arrays
+        `[B, ...]`. All others are the same for every example. Static.
+      has_aux: Whether `fun` returns `(loss, aux)`. Static.
+      groups: Which leaves share a norm, see `clipfx.clip_by_norm`. Static.
+      response: From norms and thresholds to new norms, one of `clipfx.responses` or
+        your own.
+      microbatch_size: How many examples at a time, by a scan; None takes all. Bounds
+        memory, the result is the same. Static.
+      axis_name: Mesh axes to add up over, for `pmap` and `shard_map(check_vma=False)`;
+        under `jit` and `shard_map` this happens by itself. Static.
+
+    Returns:
+      A function of the same arguments, batches in place of examples, and `where=`
+      (bool `[B]`, False for padding) and `max_norm=`. It returns the sum, like the
+      parameters but float32 or wider, and `PerExample`. Its method `sensitivity` says
+      how far the sum moves between neighbouring batches.
+
+    Raises:
+      TypeError: If an argument is of the wrong kind, parameters are not floating, or
+        the loss is no scalar.
+      ValueError: If thresholds are negative or of a shape that does not fit, batches
+        have no common size, or `where` is no mask of them.
+
+    Example:
+      >>> import clipfx, jax.numpy as jnp
+      >>> loss = lambda w, x: jnp.vdot(w, x)  # its gradient is x
+      >>> grad = clipfx.per_example.clipped_grad(loss, 1.0)
+      >>> sums, info = grad(jnp.zeros(2), jnp.array([[3.0, 4.0], [0.0, 0.5]]))
+      >>> info.norm[:, 0], [f"{x:.3f}" for x in sums]
+      (Array([5. , 0.5], dtype=float32), ['0.600', '1.300'])
+
+    Differs from the source: one pass where ghost clipping takes two, for any program
+    instead of a list of layers. Thresholds are lowered by 2^-20 (2^-49 in float64), or
+    rounding would exceed them. Programs that rematerialize take two passes, so that
+    they go on saving memory.
+
+    Reference: Abadi et al., `Deep learning with differential privacy
+    <https://arxiv.org/abs/1607.00133>`_, 2016; Bu et al., `Differentially private
+    optimization on large model at small cost <https://arxiv.org/abs/2210.00038>`_,
+    2023.
+    """
+    signature = Signature(fun, argnums, batch_argnums, has_aux)
+    _batch.check_signature(signature)
+    responses.check_response(response)
+    _check_limit(max_norm)
+    if microbatch_size is not None and (
+        type(microbatch_size) is not int or microbatch_size < 1
+    ):
+        raise ValueError(
+            f"microbatch_size must be an int >= 1 or None, got {microbatch_size!r}; "
+            "it is the number of examples computed at a time."
+        )
+    return ClippedGrad(signature, max_norm, groups, response, microbatch_size, axis_name)
+
+
+def norms(
+    fun: Callable,
+    *,
+    argnums: int | tuple[int, ...] = 0,
+    batch_argnums: int | tuple[int, ...] = 1,
+    has_aux: bool = False,
+    groups: Any = "global",
+) -> Callable[..., PerExample]:
+    r"""Measures the gradient of every example, :math:`n_{b,k} = \|g_{b,k}\|_2`.
+
+    For finding outliers, choosing thresholds, estimating the noise of a gradient. No
+    sum is computed.
+
+    Args:
+      fun: See `clipped_grad`.
+      argnums: See `clipped_grad`. Static.
+      batch_argnums: See `clipped_grad`. Static.
+      has_aux: See `clipped_grad`. Static.
+      groups: See `clipfx.clip_by_norm`. Static.
+
+    Returns:
+      A function of the same arguments, batches in place of examples. It returns
+      `PerExample` with `factor` None.
+
+    Raises:
+      TypeError: See `clipped_grad`.
+      ValueError: See `clipped_grad`.
+
+    Example:
+      >>> import clipfx, jax.numpy as jnp
+      >>> loss = lambda w, x: jnp.vdot(w, x)
+      >>> measure = clipfx.per_example.norms(loss)
+      >>> measure(jnp.zeros(2), jnp.array([[3.0, 4.0], [0.0, 0.5]])).norm
+      Array([[5. ],
+             [0.5]], dtype=float32)
+
+    Reference: Goodfellow, `Efficient per-example gradient computations
+    <https://arxiv.org/abs/1510.01799>`_, 2015.
+    """
+    unclipped = clipped_grad(
+        fun,
+        math.inf,
+        argnums=argnums,
+        batch_argnums=batch_argnums,
+        has_aux=has_aux,
+        groups=groups,
+    )
+
+    def measure(*args: Any, **kwargs: Any) -> PerExample:
+        # What is not asked for is not computed: under jit the sum is dead code.
+        members = group_leaves(groups, _params_of(unclipped.signature, args))
+        call = _batch.prepare(unclipped.signature, args, kwargs)
+        if not call.size:
+            return _bounded.empty(call, len(members.names))._replace(factor=None)
+        return _bounded.measure(call, members)
+
+    return measure
+
+
+def group_grad(
+    fun: Callable,
+    num_groups: int,
+    *,
+    argnums: int | tuple[int, ...] = 0,
+    batch_argnums: int | tuple[int, ...] = 1,
+    has_aux: bool = False,
+    axis_name: Any = None,
+) -> Callable[..., tuple[Any, PerExample]]:
+    r"""Sums gradients by group of examples, :math:`\sum_{b: group(b) = k} g_b`.
+
+    One forward and one backward pass of the data, and for each of the K groups the
+    part of a backward pass that makes weight gradients.
+
+    Args:
+      fun: See `clipped_grad`.
+      num_groups: K >= 1. Static.
+      argnums: See `clipped_grad`. Static.
+      batch_argnums: See `clipped_grad`. Static.
+      has_aux: See `clipped_grad`. Static.
+      axis_name: See `clipped_grad`. Static.
+
+    Returns:
+      A function of the same arguments, batches in place of examples, followed by the
+      groups, integers `[B]` in [0, K). It returns the contributions, like the
+      parameters with an axis K in front, float32 or wider, and `PerExample` with
+      `norm` None and `factor` `[B, K]`, 1 where an example is counted. An example
+      whose gradient is not finite is counted nowhere, nor is one whose traced group is
+      out of range.
+
+    Raises:
+      TypeError: See `clipped_grad`, and if groups are not integers.
+      ValueError: See `clipped_grad`, and if concrete groups are out of range.
+
+    Example:
+      >>> import clipfx, jax.numpy as jnp
+      >>> loss = lambda w, x: jnp.vdot(w, x)
+      >>> grad = clipfx.per_example.group_grad(loss, 2)
+      >>> batch = jnp.array([[3.0, 4.0], [0.0, 0.5], [1.0, 1.0]])
+      >>> grad(jnp.zeros(2), batch, jnp.array([0, 1, 0]))[0]
+      Array([[4. , 5. ],
+             [0. , 0.5]], dtype=float32)
+
+    Reference: none; the pieces of `clipped_grad`.
+    """
+    signature = Signature(fun, argnums, batch_argnums, has_aux)
+    _batch.check_signature(signature)
+    if type(num_groups) is not int or num_groups < 1:
+        raise ValueError(
+            f"num_groups must be an int >= 1, got {num_groups!r}; it is the number of "
+            "populations."
+        )
+
+    def grad(*args: Any, **kwargs: Any) -> tuple[Any, PerExample]:
+        if len(args) < 3:
+            raise TypeError(
+                "group must be the last positional argument, integers [B], got "
+                f"{len(args)} arguments; call it with parameters, batch and group."
+            )
+        *args, group = args
+        params = _params_of(signature, args)
+        size = _size_of(signature, args)
+        member = _membership(group, num_groups, size)
+        call = _batch.prepare(signature, args, kwargs, norms=False)
+        if size:
+            sums, info = _bounded.sums_by_group(call, member)
+        else:
+            like = [_tape.wide(call.inputs[k]) for k in call.program.params]
+            sums = [jnp.zeros((num_groups, *x.shape), x.dtype) for x in like]
+            info = _bounded.empty(call, num_groups)._replace(norm=None)
+        if axis_name is not None:
+            sums = [_psum(x, axis_name) for x in sums]
+        return jax.tree.structure(params).unflatten(sums), info
+
+    return grad
+
+
+# ----------------------------------------------------------------------- arguments
+
+
+def _params_of(signature: Signature, args: Any) -> Any:
+    numbers = _batch.numbers(signature, "argnums", len(args))
+    params = tuple(args[k] for k in numbers)
+    return params[0] if isinstance(signature.argnums, int) else params
+
+
+def _size_of(signature: Signature, args: Any) -> int:
+    return _batch.batch_size(
+        args, _batch.numbers(signature, "batch_argnums", len(args))
+    )
+
+
+def _check_limit(max_norm: Any) -> None:
+    for x in max_norm.values() if isinstance(max_norm, Mapping) else [max_norm]:
+        array = isinstance(x, jax.Array | np.ndarray | np.generic)
+        number = isinstance(x, int | float) and not isinstance(x, bool)
+        if not number and not (array and jnp.issubdtype(x.dtype, jnp.number)):
+            raise TypeError(
+                "max_norm must be a number, an array or a dict by group name, got "
+                f"{x!r}; a schedule is evaluated by you, and passed at each call."
+            )
+        if is_known(x) and not np.all(np.asarray(x, np.float64) >= 0):
+            raise ValueError(
+                f"max_norm must be >= 0, got {x!r}; to clip nothing pass math.inf."
+            )
+
+
+def _limits(max_norm: Any, members: Groups, size: int) -> jax.Array:
+    """Thresholds as `[B, G]`, or with 1 for B."""
+    _check_limit(max_norm)
+    names = members.names
+    if isinstance(max_norm, Mapping):
+        missing = [name for name in names if name not in max_norm]
+        if missing:
+            raise ValueError(
+                f"max_norm must name every group, got {sorted(max_norm)} without "
+                f"{missing}; add them, with math.inf for no clipping."
+            )
+        max_norm = jnp.stack([jnp.asarray(max_norm[name]) for name in names])
+        max_norm = max_norm[None]
+    limit = jnp.maximum(jnp.asarray(max_norm), 0)
+    if not jnp.issubdtype(limit.dtype, jnp.floating):
+        limit = limit.astype(jnp.float32)
+    count, shape = len(names), limit.shape
+    if shape == (size,) and size == count and size > 1:
+        raise ValueError(
+            f"max_norm must say whether it is by example or by group, got {shape} for "
+            f"{size} of both; pass shape ({size}, 1) or (1, {size})."
+        )
+    if shape == (count,):
+        limit = limit[None]
+    elif shape == (size,):
+        limit = limit[:, None]
+    elif shape and not (
+        len(shape) == 2 and shape[0] in (1, size) and shape[1] in (1, count)
+    ):
+        raise ValueError(
+            f"max_norm must be a number or have shape ({count},), ({size},) or "
+            f"({size}, {count}), for groups {names} and {size} examples, got {shape}; "
+            "pass a dict by group name to be sure of the order."
+        )
+    rows = limit.shape[0] if limit.ndim else 1
+    return jnp.broadcast_to(limit, (rows, count))
+
+
+def _mask(where: Any, size: int) -> jax.Array | None:
+    if where is None:
+        return None
+    where = jnp.asarray(where)
+    if where.shape != (size,) or where.dtype != jnp.bool_:
+        raise ValueError(
+            f"where must be bool[{size}], one entry for each example, got "
+            f"{where.dtype}{list(where.shape)}; False marks padding."
+        )
+    return where
+
+
+def _membership(group: Any, num_groups: int, size: int) -> jax.Array:
+    """float32 `[B, K]`, 1 where an example belongs."""
+    group = jnp.asarray(group)
+    if not jnp.issubdtype(group.dtype, jnp.integer):
+        raise TypeError(
+            f"group must be integers [B], got {group.dtype}; number the populations "
+            "from 0."
+        )
+    if group.shape != (size,):
+        raise ValueError(
+            f"group must have shape ({size},), one entry for each example, got "
+            f"{group.shape}; it is the last positional argument."
+        )
+    if is_known(group) and size and not (0 <= group.min() <= group.max() < num_groups):
+        raise ValueError(
+            f"group must be in [0, {num_groups}), got {int(group.min())} to "
+            f"{int(group.max())}; num_groups says how many populations there are."
+        )
+    return (group[:, None] == jnp.arange(num_groups)).astype(jnp.float32)
+
+
+def _psum(x: jax.Array, axis_name: Any) -> jax.Array:
+    return jax.lax.psum(x, axis_name)
+
+
+def _in_parts(
+    some: Callable, grad: ClippedGrad, args: Any, keep: Any, limit: Any, size: int
+) -> tuple[Any, PerExample]:
+    """All at once, or `microbatch_size` at a time, added up in the order of a scan."""
+    step = grad.microbatch_size
+    if step is None or size <= step:
+        return some(args, keep, limit)
+    count = -(-size // step)
+    keep = jnp.ones(size, bool) if keep is None else keep
+    limit = jnp.broadcast_to(limit, (size, limit.shape[1]))
+    numbers = _batch.numbers(grad.signature, "batch_argnums", len(args))
+    batches = [args[k] for k in numbers]
+
+    def cut(x):
+        x = jnp.asarray(x)
+        if count * step > size:  # the last example again, masked
+            x = x[jnp.minimum(jnp.arange(count * step), size - 1)]
+        # Every part takes from the whole length: a batch split over devices stays so.
+        return x.reshape(step, count, *x.shape[1:]).swapaxes(0, 1)
+
+    inside = jnp.arange(count * step).reshape(step, count).T < size
+    parts = jax.tree.map(cut, (batches, keep, limit))
+
+    def body(sums, part):
+        (batches, keep, limit), inside = part
+        filled = list(args)
+        for k, batch in zip(numbers, batches, strict=True):
+            filled[k] = batch
+        more, info = some(tuple(filled), keep & inside, limit)
+        return [a + b for a, b in zip(sums, more, strict=True)], info
+
+    first = jax.tree.map(lambda x: x[0], (parts, inside))
+    like, _ = jax.eval_shape(lambda part: body([0.0] * _leaves(grad, args), part), first)
+    zeros = [jnp.zeros(x.shape, x.dtype) for x in like]
+    sums, info = jax.lax.scan(body, zeros, (parts, inside))
+    join = lambda x: x.swapaxes(0, 1).reshape(count * step, *x.shape[2:])[:size]
+    return sums, jax.tree.map(join, info)
+
+
+def _leaves(grad: ClippedGrad, args: Any) -> int:
+    return len(jax.tree.leaves(_params_of(grad.signature, args)))

@@ -1,0 +1,319 @@
+"""What becomes of every parameter: the walk through a program, and its decisions.
+
+A value is constant, made of parameters alone, or data. An equation where the second
+kind meets the third is a site if there is a rule for it; in any other place the leaves
+behind the value are *instantiated*, that is differentiated for each example. Per leaf
+the cheaper of the roads that its uses allow is taken.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from clipfx import _compat
+from clipfx.per_example import _squares, _views
+from clipfx.per_example._sites import Site, key, sizes, why_not
+from clipfx.per_example._views import Part, View
+
+# Moving a word through memory costs as much as this many multiplications: a gradient
+# that is formed is written, read for its norm and read for the sum.
+WORDS = 64
+
+
+class Info(NamedTuple):
+    """What is known of a value before anything is computed.
+
+    Attributes:
+      leaves: The parameters it is made of; empty for constants and data.
+      data: Whether it differs between examples.
+      view: How it consists of parameters, None if it is computed from them.
+      why: What computed it.
+    """
+
+    leaves: frozenset[int] = frozenset()
+    data: bool = False
+    view: View | None = None
+    why: str = ""
+
+
+class Node(NamedTuple):
+    """A program, and what to do at those of its equations that are not just run.
+
+    Attributes:
+      jaxpr: The program.
+      consts: Values of its constants.
+      sites: By equation, the site.
+      inner: By equation, the program inside.
+      views: By equation, which outputs are views of parameters.
+    """
+
+    jaxpr: Any
+    consts: Sequence[Any]
+    sites: dict[int, Site]
+    inner: dict[int, "Node"]
+    views: dict[int, list[bool]]
+
+    def numbers(self) -> set[int]:
+        """Of all sites here and inside."""
+        inside = [node.numbers() for node in self.inner.values()]
+        return {s.number for s in self.sites.values()}.union(*inside)
+
+
+class Plan(NamedTuple):
+    """Decisions.
+
+    Attributes:
+      root: The program.
+      uses: Per leaf its sites and the parts there.
+      roads: Per leaf: `"unused"`, `"outer product"`, `"Gram"`, `"segment sum"`,
+        `"formed"`, `"instantiated"`, or `"sum"` where norms are not asked for.
+      reasons: Per leaf why no site would do, empty if one does.
+      sites: Those that are used, by number.
+      formed: Numbers of sites whose weight's gradient is formed for each example.
+      remat: Whether the program rematerializes.
+    """
+
+    root: Node
+    uses: list[list[tuple[Site, Part]]]
+    roads: list[str]
+    reasons: list[list[str]]
+    sites: dict[int, Site]
+    formed: frozenset[int]
+    remat: bool
+
+
+class _Walk:
+    """State of the walk: numbers given out, uses seen."""
+
+    def __init__(self, leaves: int):
+        self.number = itertools.count()
+        self.loop_number = itertools.count()
+        self.uses: list[list[tuple[Site, Part]]] = [[] for _ in range(leaves)]
+        self.reasons: list[list[str]] = [[] for _ in range(leaves)]
+        self.remat = False
+
+    def blame(self, info: Info, why: str) -> None:
+        for leaf in info.leaves:
+            self.reasons[leaf].append(why)
+
+    def walk(
+        self, closed: Any, infos: Sequence[Info], loops: tuple
+    ) -> tuple[Node, list[Info]]:
+        jaxpr, consts = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
+        env = dict(zip(jaxpr.constvars, [Info()] * len(jaxpr.constvars), strict=True))
+        env.update(zip(jaxpr.invars, infos, strict=True))
+        read = lambda v: Info() if _compat.is_literal(v) else env[v]
+        node = Node(jaxpr, consts, {}, {}, {})
+        for k, eqn in enumerate(jaxpr.eqns):
+            inputs = [read(v) for v in eqn.invars]
+            outs = self.equation(node, k, eqn, inputs, loops)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return node, [read(v) for v in jaxpr.outvars]
+
+    def equation(
+        self, node: Node, k: int, eqn: Any, inputs: list[Info], loops: tuple
+    ) -> list[Info]:
+        name, count = eqn.primitive.name, len(eqn.outvars)
+        leaves = frozenset().union(*(i.leaves for i in inputs))
+        data = any(i.data for i in inputs)
+        if not leaves or name == "stop_gradient":
+            return [Info(data=data)] * count
+        if name in CALLS:
+            node.inner[k], outs = self.walk(eqn.params["jaxpr"], inputs, loops)
+            self.remat |= name in REMAT and data
+            return outs
+        if name == "scan" and data:
+            return self.scan(node, k, eqn, inputs, loops)
+        if not data:
+            outs = self.of_parameters(eqn, inputs, leaves)
+            node.views[k] = [info.view is not None for info in outs]
+            return outs
+        self.meet(node, k, eqn, inputs, loops)
+        return [Info(data=True)] * count
+
+    def of_parameters(self, eqn: Any, inputs: list[Info], leaves: frozenset) -> list:
+        fixed = [not i.leaves for i in inputs]
+        views = _views.of_equation(eqn, [i.view for i in inputs], fixed)
+        why = next((i.why for i in inputs if i.why), "") or eqn.primitive.name
+
+        def info(v: Any, view: View | None) -> Info:
+            if not jnp.issubdtype(v.aval.dtype, jnp.inexact):
+                return Info()
+            if view is None:
+                return Info(leaves, False, None, why)
+            seen = frozenset(p.leaf for p in view.parts if p.leaf is not None)
+            return Info(seen, False, view)
+
+        return [info(v, view) for v, view in zip(eqn.outvars, views, strict=True)]
+
+    def meet(
+        self, node: Node, k: int, eqn: Any, inputs: list[Info], loops: tuple
+    ) -> None:
+        """Parameters meet data: at a site, or for each example."""
+        weights = [j for j, i in enumerate(inputs) if i.leaves]
+        for j in weights:
+            info = inputs[j]
+            if info.view is None:
+                self.blame(info, info.why)
+            elif len(weights) > 1:
+                self.blame(info, f"{eqn.primitive.name} of two parameters")
+            elif why := why_not(eqn, j, info.view):
+                self.blame(info, why)
+            else:
+                number = next(self.number)
+                site = Site(number, node.jaxpr, eqn, j, info.view, loops)
+                node.sites[k] = site
+                for part in info.view.parts:
+                    if part.leaf is not None:
+                        self.uses[part.leaf].append((site, part))
+
+    def scan(
+        self, node: Node, k: int, eqn: Any, inputs: list[Info], loops: tuple
+    ) -> list[Info]:
+        p, loop = eqn.params, next(self.loop_number)
+        consts, carry = p["num_consts"], p["num_carry"]
+        for info in inputs[consts : consts + carry]:
+            self.blame(info, "initial carry of scan")
+        infos = [*inputs[:consts], *[Info(data=True)] * carry]
+        for info in inputs[consts + carry :]:
+            view = info.view and _views.slice_of_loop(info.view, loop)
+            why = info.why or ("" if view else "scan")
+            infos.append(info._replace(view=view, why=why))
+        node.inner[k], outs = self.walk(
+            p["jaxpr"], infos, (*loops, (loop, p["length"]))
+        )
+        for info in outs:
+            self.blame(info, "leaves a scan")
+        return [Info(data=True)] * len(eqn.outvars)
+
+
+REMAT = {"checkpoint", "remat", "remat2"}
+CALLS = {"closed_call", "core_call", "jit", "pjit", *REMAT}
+
+
+def make_plan(
+    closed: Any,
+    leaves: Sequence[int],
+    data: Sequence[bool],
+    *,
+    norms: bool = True,
+    force: str | None = None,
+) -> Plan:
+    """Walks a program and decides on a road for every parameter.
+
+    Args:
+      closed: The loss of one example.
+      leaves: Which inputs are parameters.
+      data: Per input whether it differs between examples.
+      norms: Whether norms will be asked for; sums alone need no alignment.
+      force: A road to take wherever possible, for tests and measurements:
+        `"factored"`, `"formed"` or `"instantiated"`.
+    """
+    jaxpr, infos = closed.jaxpr, [Info(data=d) for d in data]
+    for number, k in enumerate(leaves):
+        shape = jaxpr.invars[k].aval.shape
+        infos[k] = Info(frozenset([number]), False, _views.whole(number, shape))
+    walk = _Walk(len(leaves))
+    root, outs = walk.walk(closed, infos, ())
+    walk.blame(outs[0], "a term without data")
+    for info in outs[1:]:
+        walk.blame(info, "an output of its own")
+    shapes = [jaxpr.invars[k].aval.shape for k in leaves]
+    dtypes = [jaxpr.invars[k].aval.dtype for k in leaves]
+    return _decide(walk, root, shapes, dtypes, norms, force)
+
+
+def _decide(
+    walk: _Walk, root: Node, shapes: list, dtypes: list, norms: bool, force: Any
+) -> Plan:
+    uses, reasons = walk.uses, walk.reasons
+    for leaf, dtype in enumerate(dtypes):
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            reasons[leaf].append("complex numbers")
+    roads = [""] * len(uses)
+    costs = {}
+    for leaf, places in enumerate(uses):
+        if reasons[leaf] or not places:
+            roads[leaf] = "instantiated" if reasons[leaf] else "unused"
+            continue
+        if not norms:
+            roads[leaf], costs[leaf] = "sum", 0
+            continue
+        why = _unaligned(places, walk.remat)
+        if why:
+            roads[leaf], reasons[leaf] = "instantiated", [why]
+            continue
+        roads[leaf], costs[leaf] = _factored(places)
+        large = WORDS * math.prod(shapes[leaf])
+        dear = large < costs[leaf] if force is None else force != "factored"
+        in_time = any(not all(s.sliced) for s, _ in places)
+        if dear and (not in_time or force == "instantiated"):
+            roads[leaf] = "instantiated"
+    # The gradient of a weight in a loop is better formed after the loop than in it.
+    sites = {s.number: s for places in uses for s, _ in places}
+    formed = set()
+    for number, site in sites.items():
+        parts = [p for p in site.view.parts
+                 if p.leaf is not None and roads[p.leaf] != "instantiated"]  # fmt: skip
+        if all(site.sliced) or not parts or any(len(uses[p.leaf]) > 1 for p in parts):
+            continue
+        words = WORDS * sum(math.prod(shapes[p.leaf]) for p in parts)
+        dear = words < sum(costs[p.leaf] for p in parts)
+        if (dear and force is None) or force == "formed":
+            formed.add(number)
+            for p in parts:
+                roads[p.leaf] = "formed"
+    used = {
+        s.number: s
+        for leaf, places in enumerate(uses)
+        for s, _ in places
+        if roads[leaf] != "instantiated"
+    }
+    return Plan(root, uses, roads, reasons, used, frozenset(formed), walk.remat)
+
+
+def _unaligned(places: list[tuple[Site, Part]], remat: bool) -> str:
+    """Why several uses of a leaf cannot be measured together, empty if they can."""
+    if remat:
+        if len(places) > 1:
+            return "several uses, and remat"
+        return "" if all(places[0][0].sliced) else "a loop, and remat"
+    for (s1, p1), (s2, p2) in itertools.combinations(places, 2):
+        if p1.region is None or p2.region is None:
+            return "several uses in different forms"
+        if p1.region != p2.region:
+            if not _apart(p1.region, p2.region):
+                return "uses that overlap"
+        elif not _squares.fits([key(s1, p1), key(s2, p2)]):
+            return "several uses in different forms"
+        elif s1.kind == s2.kind == "gather" and key(s1, p1) != key(s2, p2):
+            return "several uses in different forms"
+    return ""
+
+
+def _apart(a: tuple, b: tuple) -> bool:
+    return any(
+        x[1] <= y[0] or y[1] <= x[0] for x, y in zip(a, b, strict=True)
+    )
+
+
+def _factored(places: list[tuple[Site, Part]]) -> tuple[str, int]:
+    """The road by outer products, and its cost in multiplications."""
+    groups: dict[Any, list] = {}
+    for site, part in places:
+        groups.setdefault(part.region or site.number, []).append(
+            (site.kind, *sizes(site, part))
+        )
+    cost, road = 0, "outer product"
+    for some in groups.values():
+        s, k, n = some[0][1], some[0][3], some[0][4]
+        dense = sum(t for kind, _, t, _, _ in some if kind != "gather")
+        rows = sum(t for kind, _, t, _, _ in some if kind == "gather")
+        cost += s * (dense + rows) * (k * (dense > 0) + n)
+        if dense + rows > 1:
+            road = "Gram" if dense else "segment sum"
+            cost += s * (dense * dense * (k + n) // 2 + dense * rows * n + rows * n)
+    return road, cost

@@ -1,0 +1,133 @@
+r"""Squared norms of sums of outer products, without forming them.
+
+For :math:`G = \sum_t u_t v_t^T`, :math:`\|G\|^2 = \sum_{t,s} (u_t^T u_s)(v_t^T v_s)`:
+two small Gram matrices instead of one large G. With one position it is
+:math:`|u|^2 |v|^2`. Rows u may be one-hot, given as ids: their Gram matrix says which
+ids are equal, and that of one-hot and dense rows is a look-up.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from clipfx.per_example._sites import Factors
+
+# More positions than this are taken in tiles, half of which symmetry saves.
+TILE = 256
+
+
+def square(x: jax.Array) -> jax.Array:
+    """The sum of squares of all elements, in float32 or wider."""
+    x = _wide(x)
+    return (x * x).sum()
+
+
+def square_of_products(
+    factors: list[Factors], precision: jax.lax.PrecisionLike = None
+) -> jax.Array:
+    """The squared norm of a sum of outer products, of one example.
+
+    Args:
+      factors: All of the same leaf or the same region of it, aligned.
+      precision: Of the matrix products.
+    """
+    factors = [f._replace(left=f.left if f.by_index else _wide(f.left),
+                          right=_wide(f.right)) for f in _align(factors)]  # fmt: skip
+    dense = _join([f for f in factors if not f.by_index])
+    rows = _join([f for f in factors if f.by_index])
+    if sum(f.right.shape[1] for f in factors) == 1:
+        (f,) = factors
+        left = (f.left * f.left).sum(-1) if not f.by_index else 1.0
+        return (left * (f.right * f.right).sum(-1)).sum()
+    total, size = jnp.float32(0), jnp.float32(0)
+    if dense is not None:
+        total += _gram(dense.left, dense.right, precision)
+        lengths = jnp.linalg.norm(dense.left, axis=-1)
+        size += (lengths * jnp.linalg.norm(dense.right, axis=-1)).sum(-1)
+    if rows is not None:
+        total += square(_sum_rows(rows.left, rows.right))
+        size += jnp.linalg.norm(rows.right, axis=-1).sum(-1)
+    if dense is not None and rows is not None:
+        take = functools.partial(jnp.take_along_axis, axis=2)
+        ids = jnp.broadcast_to(
+            rows.left[:, None], (*dense.left.shape[:2], rows.left.shape[1])
+        )
+        inner = _matmul(dense.right, rows.right, precision)
+        total += 2 * (take(dense.left, ids) * inner).sum()
+    # What rounding leaves of a sum that cancels is no bound: never below this share.
+    least = 16 * jnp.finfo(total.dtype).eps
+    return jnp.maximum(total, least * (size * size).sum())
+
+
+def fits(keys: list[tuple | None]) -> bool:
+    """Whether sums of outer products with these keys can be measured together."""
+    if None in keys:
+        return False
+    (s, k, n) = keys[0]
+    return all(key in ((s, k, n), (s, n, k)) for key in keys)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _align(factors: list[Factors]) -> list[Factors]:
+    """Exchanges left and right where a leaf is used transposed; ids stay left."""
+    if len(factors) == 1:
+        return factors
+    base = next((f.key for f in factors if f.by_index), factors[0].key)
+
+    def turn(f: Factors) -> Factors:
+        if f.key == base:
+            return f
+        return Factors(f.right, f.left, base)
+
+    return [turn(f) for f in factors]
+
+
+def _join(factors: list[Factors]) -> Factors | None:
+    """One sum over the positions of all."""
+    if len(factors) < 2:
+        return factors[0] if factors else None
+    join = lambda xs: jnp.concatenate(xs, axis=1)
+    return Factors(
+        join([f.left for f in factors]), join([f.right for f in factors]), None
+    )
+
+
+def _matmul(a: jax.Array, b: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
+    """`[S, T, T']` from `[S, T, K]` and `[S, T', K]`."""
+    return lax.dot_general(a, b, (((2,), (2,)), ((0,), (0,))), precision=precision)
+
+
+def _gram(
+    left: jax.Array, right: jax.Array, precision: jax.lax.PrecisionLike
+) -> jax.Array:
+    """The sum over pairs of positions, in tiles below the diagonal and on it."""
+    length = left.shape[1]
+    if length <= TILE:
+        both = _matmul(left, left, precision) * _matmul(right, right, precision)
+        return both.sum()
+    count = -(-length // TILE)
+    edges = [length * k // count for k in range(count + 1)]
+    total = jnp.zeros((), left.dtype)
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        some = lambda x: x[:, low:high]  # noqa: B023
+        pair = lambda x, y: _matmul(some(x), y, precision)  # noqa: B023
+        total += (pair(left, some(left)) * pair(right, some(right))).sum()
+        if low:
+            below = pair(left, left[:, :low]) * pair(right, right[:, :low])
+            total += 2 * below.sum()
+    return total
+
+
+def _sum_rows(ids: jax.Array, rows: jax.Array) -> jax.Array:
+    """Adds up rows of equal id, `[S, T, N]`, each sum where its id comes first."""
+
+    def one(ids, rows):
+        first = jnp.argmax(ids[:, None] == ids[None, :], axis=1)
+        return jax.ops.segment_sum(rows, first, num_segments=ids.shape[0])
+
+    return jax.vmap(one)(ids, rows)

@@ -1,0 +1,213 @@
+"""Parameters in disguise: values whose elements are elements of leaves, each once.
+
+Between a leaf and its use lie casts, transposes, reshapes, slices and concatenations.
+They move elements without changing them, so the norm of a gradient with respect to
+such a value is that of the leaf. A `View` follows them through a program.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+
+class Part(NamedTuple):
+    """The elements of one leaf, or of a constant, in a value.
+
+    Attributes:
+      leaf: Number of the leaf, None for a constant.
+      start: Where the part begins along the axis of the `View`.
+      stop: Where it ends.
+      dims: For every dimension of the value the dimensions of the leaf that it runs
+        over, None if that is no longer known.
+      region: For every dimension of the leaf the interval that the part covers, None
+        if that is not known.
+      stack: For every loop that takes one slice each turn its number and the
+        dimensions of the leaf that it runs over.
+    """
+
+    leaf: int | None
+    start: int
+    stop: int
+    dims: tuple[tuple[int, ...], ...] | None
+    region: tuple[tuple[int, int], ...] | None
+    stack: tuple[tuple[int, tuple[int, ...] | None], ...] = ()
+
+
+class View(NamedTuple):
+    """What a value consists of.
+
+    Attributes:
+      parts: One after the other along `axis`.
+      axis: None if there is only one part.
+    """
+
+    parts: tuple[Part, ...]
+    axis: int | None = None
+
+
+def whole(leaf: int, shape: Sequence[int]) -> View:
+    """The view of a leaf itself."""
+    dims = tuple((k,) for k in range(len(shape)))
+    return View((Part(leaf, 0, 0, dims, tuple((0, n) for n in shape)),))
+
+
+def of_equation(
+    eqn: Any, views: Sequence[View | None], constant: Sequence[bool]
+) -> list[View | None]:
+    """The views of what an equation returns.
+
+    Args:
+      eqn: All its inputs depend on parameters alone, or are constant.
+      views: Of its inputs; None where unknown or constant.
+      constant: Which inputs are constant.
+    """
+    name = eqn.primitive.name
+    shapes = [tuple(v.aval.shape) for v in eqn.invars]
+    outs = [tuple(v.aval.shape) for v in eqn.outvars]
+    view = views[0] if views else None
+    if name in _SAME and all(_real(v) for v in (*eqn.invars, *eqn.outvars)):
+        return list(views)
+    if name == "concatenate":
+        return [_concatenate(views, constant, shapes, eqn.params["dimension"])]
+    if view is None:
+        return [None] * len(outs)
+    if name == "transpose":
+        return [_transpose(view, eqn.params["permutation"])]
+    if name in _RESHAPES and math.prod(shapes[0]) == math.prod(outs[0]):
+        return [_regroup(view, shapes[0], outs[0])]
+    if name == "slice":
+        starts, strides = eqn.params["start_indices"], eqn.params["strides"]
+        steps = strides or (1,) * len(starts)
+        ends = eqn.params["limit_indices"]
+        return [_slice(view, shapes[0], list(zip(starts, ends, steps, strict=True)))]
+    if name == "split":
+        return _split(view, shapes[0], eqn.params["axis"], eqn.params["sizes"])
+    if name == "rev" or (name == "dynamic_slice" and all(constant[1:])):
+        return [_blur(view)]
+    return [None] * len(outs)
+
+
+_SAME = {"convert_element_type", "copy", "copy_p", "mesh_cast", "name",
+         "optimization_barrier", "reshard", "sharding_constraint"}  # fmt: skip
+_RESHAPES = {"broadcast_in_dim", "expand_dims", "reshape", "squeeze"}
+
+
+def _real(v: Any) -> bool:
+    return jnp.issubdtype(v.aval.dtype, jnp.floating)
+
+
+def slice_of_loop(view: View, loop: int) -> View | None:
+    """The view of one turn's slice along the first dimension."""
+    if view.axis == 0:
+        return None
+    parts = [
+        p._replace(
+            dims=p.dims and p.dims[1:],
+            stack=(*p.stack, (loop, p.dims[0] if p.dims else None)),
+        )
+        for p in view.parts
+    ]
+    return View(tuple(parts), None if view.axis is None else view.axis - 1)
+
+
+def _blur(view: View) -> View | None:
+    if view.axis is not None:
+        return None
+    return View((view.parts[0]._replace(dims=None, region=None),))
+
+
+def _transpose(view: View, order: Sequence[int]) -> View:
+    parts = [p._replace(dims=p.dims and tuple(p.dims[k] for k in order))
+             for p in view.parts]  # fmt: skip
+    axis = None if view.axis is None else list(order).index(view.axis)
+    return View(tuple(parts), axis)
+
+
+def _regroup(view: View, old: Sequence[int], new: Sequence[int]) -> View | None:
+    """Through a reshape, in the smallest blocks of dimensions of equal size."""
+    if 0 in old:
+        return None
+    sources: list[tuple[int, ...]] = [()] * len(new)
+    known, axis, i, j = True, None, 0, 0
+    while i < len(old) or j < len(new):
+        k, n = i, j
+        i, j = min(i + 1, len(old)), min(j + 1, len(new))
+        while (a := math.prod(old[k:i])) != (b := math.prod(new[n:j])):
+            i, j = (i + 1, j) if a < b else (i, j + 1)
+        before = [d for d in range(k, i) if old[d] > 1]
+        after = [d for d in range(n, j) if new[d] > 1]
+        if len(before) == len(after):
+            for d, e in zip(before, after, strict=True):
+                known &= old[d] == new[e]  # (2, 3) -> (3, 2) mixes both
+                sources[e] = (d,)
+        elif len(after) == 1:
+            sources[after[0]] = tuple(before)
+        else:
+            known = False
+        if view.axis is not None and k <= view.axis < i:
+            if len(before) != 1 or len(after) != 1 or before[0] != view.axis:
+                return None
+            axis = after[0]
+    if view.axis is not None and axis is None:
+        return None
+
+    def regroup(p: Part) -> Part:
+        if p.dims is None or not known:
+            return p._replace(dims=None)
+        gather = lambda source: tuple(x for d in source for x in p.dims[d])
+        return p._replace(dims=tuple(gather(source) for source in sources))
+
+    return View(tuple(map(regroup, view.parts)), axis)
+
+
+def _slice(view: View, shape: Sequence[int], cuts: list) -> View | None:
+    """Through a slice, `cuts` (start, stop, step) along every dimension."""
+    cut = [d for d, (lo, hi, step) in enumerate(cuts)
+           if (lo, hi, step) != (0, shape[d], 1)]  # fmt: skip
+    if not cut:
+        return view
+    if view.axis is not None:
+        return None
+    part = view.parts[0]
+    if part.dims is None or part.region is None:
+        return _blur(view)
+    region = list(part.region)
+    for d in cut:
+        start, stop, step = cuts[d]
+        if step != 1 or len(part.dims[d]) != 1:
+            return _blur(view)
+        (leaf_dim,) = part.dims[d]
+        low = region[leaf_dim][0]
+        region[leaf_dim] = (low + start, low + stop)
+    return View((part._replace(region=tuple(region)),))
+
+
+def _split(view: View, shape: Sequence[int], axis: int, sizes: Sequence[int]) -> list:
+    views, start = [], 0
+    for size in map(int, sizes):
+        cuts = [(0, n, 1) for n in shape]
+        cuts[axis] = (start, start + size, 1)
+        views.append(_slice(view, shape, cuts))
+        start += size
+    return views
+
+
+def _concatenate(
+    views: Sequence[View | None],
+    constant: Sequence[bool],
+    shapes: Sequence[Sequence[int]],
+    axis: int,
+) -> View | None:
+    parts, start = [], 0
+    for view, fixed, shape in zip(views, constant, shapes, strict=True):
+        if fixed:
+            view = View((Part(None, 0, 0, None, None),))
+        if view is None or view.axis not in (None, axis):
+            return None
+        for part in view.parts:
+            first, last = (0, shape[axis]) if view.axis is None else part[1:3]
+            parts.append(part._replace(start=start + first, stop=start + last))
+        start += shape[axis]
+    return View(tuple(parts), axis) if len(parts) > 1 else views[0]
