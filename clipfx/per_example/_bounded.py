@@ -52,70 +52,70 @@ def bounded_sum(
     Returns:
       The sum by leaf, and what is known of every example.
     """
-    inputs = vary_params(call)
+    inputs = _vary_params(call)
     outs, tape = _tape.record(call.program, inputs, norms=True)
     squares = _measured(call, tape, members)
     dtype = squares.dtype
+    keep = jnp.ones(call.size, bool) if where is None else where
+    norm = Norms(jnp.sqrt(squares), jnp.ones_like(squares))
     limit = jnp.broadcast_to(limit.astype(dtype) * (1 - _slack(dtype)), squares.shape)
-    fine = jnp.isfinite(squares).all(1)
-    keep = jnp.ones_like(fine) if where is None else where
+    before, factor = factors(norm, limit, response, "zero")
+    good = jnp.isfinite(squares).all(1)
+    factor = jnp.where((good & keep)[:, None], before * factor, 0)
+    sums = _sum(call, inputs, tape, factor[:, _index(members)], good)
+    shown = jnp.where(keep[:, None], norm.value, 0)
+    return _total(call, sums), _per_example(call, outs, keep, shown, factor)
 
-    def bounded(norm: Norms) -> tuple[jax.Array, jax.Array]:
-        return factors(norm, limit, response, "zero")
 
-    def usual(_):
-        norm = Norms(jnp.sqrt(squares), jnp.ones_like(squares))
-        before, factor = bounded(norm)
-        factor = jnp.where(keep[:, None], before * factor, 0)
-        return _sum(call, inputs, tape, members, factor), norm.value, factor
+def _sum(
+    call: Call, inputs: list, tape: Tape, factor: jax.Array, good: jax.Array
+) -> list[jax.Array]:
+    """The sum with factors `[B, L]`, without what is not good."""
+    if tape.squares is not None:
+        inputs = _stand_in(call, inputs, good)
+        tape = _tape.only(tape._replace(squares=None), good)._replace(squares=good)
+        sums = _tape.total(call.program, inputs, tape, factor)
+        return _or_zeros(good.any(), sums)
+    tape = _tape.weigh(call.program.plan, tape, factor)
+    total = lambda tape: _tape.total(call.program, inputs, tape, factor)
 
-    def careful(_):
-        # Squares overflowed, or an example is not finite.
-        norm = _any_norms(call, tape, members)
-        before, factor = bounded(norm)
-        good = jnp.isfinite(norm.value).all(1) & keep
-        factor = jnp.where(good[:, None], factor, 0)
-        some, rest = _tape.only(call.program, inputs, tape, good)
-        # Two factors, one after the other: their product may be no normal number.
-        least = before.min(1)
-        rest = _tape.scale(rest, least)
-        if tape.squares is None:
-            rated = jnp.where(good[:, None], before / least[:, None] * factor, 0)
-        else:
-            rated = before * factor
-        sums = _sum(call, some, rest, members, rated)
-        sums = [jnp.where(good.any(), x, jnp.zeros_like(x)) for x in sums]
-        return sums, reported(norm, dtype), before * factor
+    def again(state):
+        done, tape, _ = state
+        tape = _tape.only(tape, good)
+        return ~done, tape, total(tape)
 
-    sums, norm, factor = jax.lax.cond((fine | ~keep).all(), usual, careful, None)
-    norm = jnp.where(keep[:, None], norm, 0)
-    return total(call, sums), per_example(call, outs, keep, norm, factor)
+    # Hardly ever. A loop works in place, where a branch would copy its results.
+    state = good.all(), tape, total(tape)
+    return jax.lax.while_loop(lambda state: ~state[0], again, state)[2]
+
+
+def _stand_in(call: Call, inputs: list, good: jax.Array) -> list:
+    """A good example in the place of each that is not, for 0 times NaN is NaN."""
+    mapped = [x for x, m in zip(inputs, call.program.mapped, strict=True) if m]
+
+    def replace(mapped):
+        rows = jnp.where(good, jnp.arange(call.size), jnp.argmax(good))
+        return [x[rows] for x in mapped]
+
+    mapped = iter(jax.lax.cond(good.all(), lambda xs: xs, replace, mapped))
+    pairs = zip(inputs, call.program.mapped, strict=True)
+    return [next(mapped) if m else x for x, m in pairs]
+
+
+def _or_zeros(keep: jax.Array, sums: list) -> list:
+    """`sums`, or zeros, in place."""
+    zeros = lambda state: (~state[0], [jnp.zeros_like(x) for x in state[1]])
+    return jax.lax.while_loop(lambda state: ~state[0], zeros, (keep, sums))[1]
+
+
+def _index(members: Groups) -> jax.Array:
+    return jnp.asarray(members.index, jnp.int32)
 
 
 def _measured(call: Call, tape: Tape, members: Groups) -> jax.Array:
     """Squared norms `[B, G]`."""
     squares = _tape.squares(call.program.plan, tape)
     return _by_group(_over_mesh(call, squares), members)
-
-
-def _any_norms(call: Call, tape: Tape, members: Groups) -> Norms:
-    """Norms `[B, G]` of any magnitude."""
-    squares, exponents = _tape.scaled_squares(call.program.plan, tape)
-    exponents = jnp.where(squares > 0, exponents, -(2**20))
-    columns = [[k for k, i in enumerate(members.index) if i == g]
-               for g in range(len(members.names))]  # fmt: skip
-    most = jnp.stack([exponents[:, k].max(1) for k in columns], axis=1)
-    most = jnp.clip(_most_over_mesh(call, most), -100, 100)
-    powers = jnp.clip(exponents - most[:, jnp.asarray(members.index)], -120, 60)
-    ones = jnp.ones_like(squares)
-    shifted = squares * jnp.ldexp(ones, powers) * jnp.ldexp(ones, powers)
-    value = jnp.sqrt(_by_group(_over_mesh(call, shifted), members))
-    return Norms(value, jnp.ldexp(jnp.ones_like(value), -most))
-
-
-def _by_leaf(factor: jax.Array, members: Groups) -> jax.Array:
-    """`[B, L]` from `[B, G]`."""
-    return factor[:, jnp.asarray(members.index, jnp.int32)]
 
 
 def _split_axes(call: Call) -> list[frozenset[str]]:
@@ -136,12 +136,7 @@ def _over_mesh(call: Call, squares: jax.Array) -> jax.Array:
     return jnp.stack(columns, axis=1)
 
 
-def _most_over_mesh(call: Call, x: jax.Array) -> jax.Array:
-    axes = frozenset().union(*_split_axes(call))
-    return jax.lax.pmax(x, tuple(sorted(axes))) if axes else x
-
-
-def per_example(
+def _per_example(
     call: Call, outs: list, keep: jax.Array, norm: Any, factor: Any
 ) -> PerExample:
     """Puts together what is known; the loss of padding is 0."""
@@ -151,13 +146,11 @@ def per_example(
 
 def empty(call: Call, groups: int) -> PerExample:
     """What is known of no examples."""
-    avals = [v.aval for v in call.program.plan.root.jaxpr.outvars]
-    outs = [jnp.zeros((0, *x.shape), x.dtype) for x in avals]
     nothing = jnp.zeros((0, groups), jnp.float32)
-    return per_example(call, outs, jnp.ones(0, bool), nothing, nothing)
+    return _per_example(call, _none(call), jnp.ones(0, bool), nothing, nothing)
 
 
-def vary_params(call: Call) -> list[jax.Array]:
+def _vary_params(call: Call) -> list[jax.Array]:
     """Inputs whose parameters vary over what the batch varies over.
 
     Or `jax.shard_map` would add up the gradients of different examples.
@@ -169,7 +162,7 @@ def vary_params(call: Call) -> list[jax.Array]:
     return inputs
 
 
-def total(call: Call, sums: Sequence[jax.Array]) -> list[jax.Array]:
+def _total(call: Call, sums: Sequence[jax.Array]) -> list[jax.Array]:
     """Adds up over the mesh axes that the batch varies over, parameters do not."""
     batch = _batch_axes(call)
     out = []
@@ -199,24 +192,11 @@ def _by_group(squares: jax.Array, members: Groups) -> jax.Array:
     return jnp.stack(columns, axis=1)
 
 
-def _sum(
-    call: Call, inputs: list, tape: Tape, members: Groups, factor: jax.Array
-) -> list[jax.Array]:
-    return _tape.weighted_sum(call.program, inputs, tape, _by_leaf(factor, members))
-
-
 def measure(call: Call, members: Groups) -> PerExample:
     """Norms alone."""
-    inputs = vary_params(call)
-    outs, tape = _tape.record(call.program, inputs, norms=True)
-    squares = _measured(call, tape, members)
-
-    def careful(_):
-        return reported(_any_norms(call, tape, members), squares.dtype)
-
-    fine = jnp.isfinite(squares).all()
-    norm = jax.lax.cond(fine, lambda _: jnp.sqrt(squares), careful, None)
-    return per_example(call, outs, jnp.ones(call.size, bool), norm, None)
+    outs, tape = _tape.record(call.program, _vary_params(call), norms=True)
+    norm = jnp.sqrt(_measured(call, tape, members))
+    return _per_example(call, outs, jnp.ones(call.size, bool), norm, None)
 
 
 def sums_by_group(call: Call, member: jax.Array) -> tuple[list, PerExample]:
@@ -226,29 +206,21 @@ def sums_by_group(call: Call, member: jax.Array) -> tuple[list, PerExample]:
       call: The loss and its inputs.
       member: `[B, K]`, 1 where an example belongs.
     """
-    inputs = vary_params(call)
+    inputs = _vary_params(call)
     outs, tape = _tape.record(call.program, inputs, norms=False)
-    count = len(call.program.params)
+    floats = [x for x in jax.tree.leaves(tape) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    rows = [jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in floats]
+    good = jnp.stack([jnp.ones(call.size, bool), *rows]).all(0)
+    member = jnp.where(good[:, None], member, 0)
+    by_leaf = [jnp.broadcast_to(column[:, None], (call.size, len(call.program.params)))
+               for column in jnp.unstack(member, axis=1)]  # fmt: skip
+    # Unrolled: XLA's convolutions are slow in a loop on CPUs.
+    parts = [_sum(call, inputs, tape, factor, good) for factor in by_leaf]
+    sums = [jnp.stack(x) for x in zip(*parts, strict=True)]
+    keep = jnp.ones(call.size, bool)
+    return _total(call, sums), _per_example(call, outs, keep, None, member)
 
-    def sums(inputs, tape, member):
-        def one(column):
-            factor = jnp.broadcast_to(column[:, None], (call.size, count))
-            return _tape.weighted_sum(call.program, inputs, tape, factor)
 
-        return jax.lax.map(one, member.T)
-
-    def careful(_):
-        finite = jnp.ones(call.size, bool)
-        for x in jax.tree.leaves(tape):
-            if jnp.issubdtype(x.dtype, jnp.floating):
-                finite &= jnp.isfinite(x).all(tuple(range(1, x.ndim)))
-        good = jnp.where(finite[:, None], member, 0)
-        return sums(*_tape.only(call.program, inputs, tape, finite), good), good
-
-    # 0 times NaN is NaN: one bad example shows in every group.
-    plain = sums(inputs, tape, member)
-    fine = jnp.stack([jnp.isfinite(x).all() for x in plain]).all()
-    found, counted = jax.lax.cond(fine, lambda _: (plain, member), careful, None)
-    return total(call, found), per_example(
-        call, outs, jnp.ones(call.size, bool), None, counted
-    )
+def _none(call: Call) -> list[jax.Array]:
+    avals = [v.aval for v in call.program.plan.root.jaxpr.outvars]
+    return [jnp.zeros((call.size, *x.shape), x.dtype) for x in avals]

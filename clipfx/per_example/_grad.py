@@ -37,6 +37,8 @@ class ClippedGrad:
     microbatch_size: int | None
     axis_name: Any
 
+    __name__ = "clipped_grad"  # of the compiled function
+
     def __call__(
         self, *args: Any, where: Any = None, max_norm: Any = None, **kwargs: Any
     ) -> tuple[Any, PerExample]:

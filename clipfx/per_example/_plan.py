@@ -20,7 +20,7 @@ from clipfx.per_example._views import Part, View
 
 # Moving a word through memory costs as much as this many multiplications: a gradient
 # that is formed is written, read for its norm and read for the sum.
-WORDS = 64
+WORDS = 256
 
 
 class Info(NamedTuple):
@@ -74,6 +74,7 @@ class Plan(NamedTuple):
       sites: Those that are used, by number.
       formed: Numbers of sites whose weight's gradient is formed for each example.
       remat: Whether the program rematerializes.
+      dtypes: Of the parameters.
     """
 
     root: Node
@@ -83,6 +84,7 @@ class Plan(NamedTuple):
     sites: dict[int, Site]
     formed: frozenset[int]
     remat: bool
+    dtypes: list
 
 
 class _Walk:
@@ -272,7 +274,8 @@ def _decide(
         for s, _ in places
         if roads[leaf] != "instantiated"
     }
-    return Plan(root, uses, roads, reasons, used, frozenset(formed), walk.remat)
+    remat = walk.remat and norms
+    return Plan(root, uses, roads, reasons, used, frozenset(formed), remat, dtypes)
 
 
 def _unaligned(places: list[tuple[Site, Part]], remat: bool) -> str:
@@ -316,4 +319,6 @@ def _factored(places: list[tuple[Site, Part]]) -> tuple[str, int]:
         if dense + rows > 1:
             road = "Gram" if dense else "segment sum"
             cost += s * (dense * dense * (k + n) // 2 + dense * rows * n + rows * n)
+        if any(kind == "conv_general_dilated" for kind, *_ in some):
+            cost += 2 * WORDS * s * dense * k  # patches are copied together
     return road, cost

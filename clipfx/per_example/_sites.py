@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from clipfx.per_example._views import Part, View
@@ -210,22 +211,35 @@ def _dot(site: Site, part: Part, x: jax.Array, d: jax.Array) -> tuple:
 def _conv(site: Site, part: Part, x: jax.Array, d: jax.Array) -> tuple:
     p = site.eqn.params
     dn, groups, lead = p["dimension_numbers"], p["feature_group_count"], len(site.loops)
-    kernel = [site.eqn.invars[1].aval.shape[k] for k in dn.rhs_spec]
-    images = _matrix(x, *[[*range(lead), lead + dn.lhs_spec[0]]],
+    images = _matrix(x, [*range(lead), lead + dn.lhs_spec[0]],
                      *[[lead + k] for k in dn.lhs_spec[1:]])  # fmt: skip
-    patches = lax.conv_general_dilated_patches(
-        images, kernel[2:], p["window_strides"], p["padding"],
-        lhs_dilation=p["lhs_dilation"], rhs_dilation=p["rhs_dilation"],
-    )  # fmt: skip
+    kernel = [site.eqn.invars[1].aval.shape[k] for k in dn.rhs_spec[2:]]
+    space = [site.eqn.outvars[0].aval.shape[k] for k in dn.out_spec[2:]]
+    patches = _patches(images, kernel, space, p)
     turns = [n for _, n in site.loops]
     count = x.shape[lead + dn.lhs_spec[0]]
-    shape = (*turns, count, groups, patches.shape[1] // groups, -1)
-    patches = patches.reshape(shape)
+    patches = patches.reshape(*turns, count, groups, -1, math.prod(space))
     rows = jnp.transpose(d, [*range(lead), *(lead + k for k in dn.out_spec)])
-    rows = rows.reshape(*turns, count, groups, rows.shape[lead + 1] // groups, -1)
+    rows = rows.reshape(*turns, count, groups, -1, math.prod(space))
     outer, inner = _loops(site, part)
     split = (outer + [lead + 1], [*inner, lead, lead + 3], [lead + 2])
     return _matrix(patches, *split), _matrix(rows, *split)
+
+
+def _patches(images: jax.Array, kernel: list, space: list, params: Any) -> jax.Array:
+    """What each output position sees, `[images, channels, kernel size, *space]`."""
+    edges = zip(params["padding"], params["lhs_dilation"], strict=True)
+    padding = [(0, 0, 0), (0, 0, 0), *((lo, hi, step - 1) for (lo, hi), step in edges)]
+    images = lax.pad(images, jnp.zeros((), images.dtype), padding)
+    steps, spread = params["window_strides"], params["rhs_dilation"]
+    found = []
+    for offset in np.ndindex(*kernel):
+        start = [o * r for o, r in zip(offset, spread, strict=True)]
+        stop = [a + (n - 1) * step + 1
+                for a, n, step in zip(start, space, steps, strict=True)]  # fmt: skip
+        found.append(lax.slice(images, (0, 0, *start), (*images.shape[:2], *stop),
+                               (1, 1, *steps)))  # fmt: skip
+    return jnp.stack(found, axis=2)
 
 
 def _gather(site: Site, part: Part, ids: jax.Array, d: jax.Array) -> tuple:

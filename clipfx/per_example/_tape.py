@@ -1,6 +1,5 @@
 """Norms of every example's gradient from one pass, and weighted sums of them."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -44,7 +43,9 @@ class Tape(NamedTuple):
     squares: jax.Array | None
 
 
-def record(program: Program, inputs: Sequence[Any], *, norms: bool) -> tuple:
+def record(
+    program: Program, inputs: Sequence[Any], *, norms: bool
+) -> tuple[list[jax.Array], Tape]:
     """Runs forward and backward once.
 
     Args:
@@ -111,90 +112,53 @@ def wide(x: jax.Array) -> jax.Array:
 # --------------------------------------------------------------------------- norms
 
 
+def dtype(plan: Plan) -> Any:
+    """Of norms: float32, or wider where gradients are."""
+    found = [site.eqn.outvars[0].aval.dtype for site in plan.sites.values()]
+    found += [plan.root.jaxpr.outvars[0].aval.dtype, *plan.dtypes]
+    found = [jnp.finfo(x).dtype for x in found]  # real for complex
+    return jnp.dtype(jnp.float64 if jnp.dtype(jnp.float64) in found else jnp.float32)
+
+
 def squares(plan: Plan, tape: Tape) -> jax.Array:
     """Squared norms `[B, L]` of each example's gradient, by leaf."""
+
+    def one(tape: Tape) -> jax.Array:
+        found = [_of_leaf(plan, leaf, tape) for leaf in range(len(plan.roads))]
+        return jnp.stack([x.astype(dtype(plan)) for x in found])
+
     if tape.squares is None:
-        return _stacked(plan, tape, lambda x: 0)[0]
+        return jax.vmap(one)(tape)
     found = tape.squares
     for leaf, x in tape.leaves.items():
         found = found.at[:, leaf].add(jax.vmap(_squares.square)(x))
-    return found
+    return found.astype(dtype(plan))
 
 
-def scaled_squares(plan: Plan, tape: Tape) -> tuple[jax.Array, jax.Array]:
-    """The same for any magnitudes: the norm is `sqrt(square) * 2**exponent`."""
-    if tape.squares is None:
-        return _stacked(plan, tape, _exponent)
-    found = squares(plan, tape)
-    return found, jnp.zeros(found.shape, jnp.int32)
-
-
-def _stacked(plan: Plan, tape: Tape, exponent: Callable) -> tuple:
-    def one(tape: Tape) -> tuple:
-        leaves = range(len(plan.roads))
-        found = [_of_leaf(plan, leaf, tape, exponent) for leaf in leaves]
-        dtype = jnp.result_type(jnp.float32, *(x for x, _ in found))
-        exponents = jnp.stack([jnp.asarray(e, jnp.int32) for _, e in found])
-        return jnp.stack([x.astype(dtype) for x, _ in found]), exponents
-
-    return jax.vmap(one)(tape)
-
-
-def _exponent(x: jax.Array) -> jax.Array:
-    """Of the power of two above the largest finite entry."""
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        return jnp.int32(0)
-    size = jnp.where(jnp.isfinite(x), jnp.abs(wide(x)), 0).max(initial=0)
-    return jnp.frexp(size)[1].astype(jnp.int32)
-
-
-def _shift(x: jax.Array, exponent: Any) -> jax.Array:
-    """`x / 2**exponent`."""
-    if isinstance(exponent, int):
-        return x
-    # Twice half of it: the power of two itself may be out of range.
-    half = exponent // 2
-    power = lambda k: jnp.ldexp(jnp.ones((), wide(x).real.dtype), -k)
-    return wide(x) * power(half) * power(exponent - half)
-
-
-def _larger(a: Any, b: Any) -> Any:
-    return max(a, b) if isinstance(a, int) else jnp.maximum(a, b)
-
-
-def _of_leaf(plan: Plan, leaf: int, tape: Tape, exponent: Callable) -> tuple:
-    """The square of one example's gradient, and the exponent taken out of its norm."""
+def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> jax.Array:
+    """The squared norm of one example's gradient."""
     if leaf in tape.leaves:
-        out = exponent(tape.leaves[leaf])
-        return _squares.square(_shift(tape.leaves[leaf], out)), out
-    places = plan.uses[leaf]
-    numbers = {site.number for site, _ in places}
-    if numbers & tape.formed.keys():
-        ((site, part),) = places
-        x = tape.formed[site.number]
-        if site.view.axis is not None:
-            axis = sum(site.sliced) + site.view.axis
-            x = jax.lax.slice_in_dim(x, part.start, part.stop, axis=axis)
-        out = exponent(x)
-        return _squares.square(_shift(x, out)), out
-    data = {n: exponent(tape.data[n]) for n in numbers}
-    deltas = {n: exponent(tape.deltas[n]) for n in numbers}
-    out = functools.reduce(_larger, [data[n] + deltas[n] for n in numbers])
+        return _squares.square(tape.leaves[leaf])
     groups: dict[Any, list] = {}
-    for site, part in places:
-        groups.setdefault(part.region or site.number, []).append((site, part))
+    for place in plan.uses[leaf]:
+        groups.setdefault(place[1].region or place[0].number, []).append(place)
     total = jnp.float32(0)
-    for some in groups.values():
-        factors = []
-        for site, part in some:
-            x, d = tape.data[site.number], tape.deltas[site.number]
-            if jnp.issubdtype(x.dtype, jnp.inexact):
-                x = _shift(x, data[site.number])
-            d = _shift(d, out - data[site.number])
-            factors.append(_sites.factors(site, part, x, d))
-        precision = some[0][0].eqn.params.get("precision")
+    for places in groups.values():
+        (site, part), *_ = places
+        if site.number in tape.formed:
+            x = tape.formed[site.number]
+            if site.view.axis is not None:
+                axis = sum(site.sliced) + site.view.axis
+                x = jax.lax.slice_in_dim(x, part.start, part.stop, axis=axis)
+            total += _squares.square(x)
+            continue
+        factors = [
+            _sites.factors(s, p, tape.data[s.number], tape.deltas[s.number])
+            for s, p in places
+        ]
+        precision = site.eqn.params.get("precision")
         total += _squares.square_of_products(factors, precision)
-    return total, out
+    return total
 
 
 def _probe(site: Site, plan: Plan, data: Any, out: Any, found: Any) -> jax.Array:
@@ -225,19 +189,51 @@ def _probe(site: Site, plan: Plan, data: Any, out: Any, found: Any) -> jax.Array
 # ---------------------------------------------------------------------------- sums
 
 
-def weighted_sum(
+def weigh(plan: Plan, tape: Tape, factor: jax.Array) -> Tape:
+    """The tape of losses that are multiplied with `factor`, `[B, L]`, in float32 or wider.
+
+    A factor may differ between the leaves that a weight consists of; where they lie side
+    by side along what is summed over, it goes to the data instead.
+    """
+    data, deltas, formed = dict(tape.data), {}, {}
+    for n, d in tape.deltas.items():
+        site = plan.sites[n]
+        in_data, k = _sites.where_axis(site)
+        axis = None if k is None else 1 + len(site.loops) + k
+        deltas[n] = wide(d)
+        if in_data:
+            data[n] = _scale(site, wide(data[n]), factor, axis)
+        else:
+            deltas[n] = _scale(site, deltas[n], factor, axis)
+    for n, x in tape.formed.items():
+        k = plan.sites[n].view.axis
+        axis = None if k is None else 1 + sum(plan.sites[n].sliced) + k
+        formed[n] = _scale(plan.sites[n], x, factor, axis)
+    return tape._replace(data=data, deltas=deltas, formed=formed)
+
+
+def only(tape: Tape, good: jax.Array) -> Tape:
+    """The tape without the examples where `good` `[B]` is False.
+
+    A factor of 0 is not enough: 0 times NaN is NaN.
+    """
+
+    def mask(x):
+        return jnp.where(good.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
+
+    return jax.tree.map(mask, tape)
+
+
+def total(
     program: Program, inputs: Sequence[Any], tape: Tape, factor: jax.Array
 ) -> list[jax.Array]:
-    """The sum over examples of each gradient times its factor.
+    """Sums over examples, by leaf, in float32 or wider.
 
     Args:
       program: The loss.
       inputs: As for `record`.
-      tape: From `record`.
-      factor: `[B, L]`, by example and leaf.
-
-    Returns:
-      Per leaf, in float32 or wider.
+      tape: From `weigh`.
+      factor: `[B, L]`, as for `weigh`.
     """
     plan = program.plan
     params = [wide(inputs[k]) for k in program.params]
@@ -249,8 +245,8 @@ def weighted_sum(
         return sums
     # One dtype for all, because views may join leaves.
     views = {k: p for k, p in enumerate(params) if k not in tape.leaves}
-    dtype = jnp.result_type(*views.values())
-    views = {k: p.astype(dtype) for k, p in views.items()}
+    common = jnp.result_type(*views.values())
+    views = {k: p.astype(common) for k, p in views.items()}
 
     def at_sites(views):
         values = [None] * len(inputs)
@@ -260,71 +256,15 @@ def weighted_sum(
 
     found, pull = jax.vjp(at_sites, views)
     if tape.squares is None:
-        grads = {n: _of_site(plan, n, tape, factor) for n in found}
+        grads = {n: x.sum(0) for n, x in tape.formed.items()}
+        for n, d in tape.deltas.items():
+            grads[n] = _sites.weight_gradient(plan.sites[n], tape.data[n], d)
     else:
         grads = _second_pass(program, inputs, found, factor)
-    (back,) = pull({n: grads[n].astype(dtype) for n in found})
+    (back,) = pull({n: grads[n].astype(common) for n in found})
     for leaf, x in back.items():
         sums[leaf] = x.astype(params[leaf].dtype)
     return sums
-
-
-def only(
-    program: Program, inputs: Sequence[Any], tape: Tape, good: jax.Array
-) -> tuple[list[Any], Tape]:
-    """Inputs and tape without the examples where `good` `[B]` is False.
-
-    A factor of 0 is not enough: 0 times NaN is NaN.
-    """
-
-    def mask(x):
-        return jnp.where(good.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
-
-    masked = jax.tree.map(mask, tape._replace(squares=None))
-    if tape.squares is None:
-        return list(inputs), masked
-    # A second pass is to come: a good example stands in, with factor 0.
-    rows = jnp.where(good, jnp.arange(good.shape[0]), jnp.argmax(good))
-    stand_in = [x[rows] if m else x for x, m in zip(inputs, program.mapped, strict=True)]
-    return stand_in, masked._replace(squares=tape.squares)
-
-
-def scale(tape: Tape, factor: jax.Array) -> Tape:
-    """Multiplies gradients by powers of two `[B]`, and takes them out of large data.
-
-    So that later factors, which may be tiny, meet numbers of ordinary size.
-    """
-
-    def one(tape: Tape, factor: jax.Array) -> Tape:
-        times = lambda x: wide(x) * factor.astype(wide(x).dtype)
-        out = {n: jnp.maximum(_exponent(x), 0) for n, x in tape.data.items()}
-        move = lambda x, e: _shift(x, e) if jnp.issubdtype(x.dtype, jnp.inexact) else x
-        return tape._replace(
-            data={n: move(x, out[n]) for n, x in tape.data.items()},
-            deltas={n: _shift(times(x), -out[n]) for n, x in tape.deltas.items()},
-            leaves=jax.tree.map(times, tape.leaves),
-            formed=jax.tree.map(times, tape.formed),
-        )
-
-    return tape if tape.squares is not None else jax.vmap(one)(tape, factor)
-
-
-def _of_site(plan: Plan, number: int, tape: Tape, factor: jax.Array) -> jax.Array:
-    """The weighted sum of gradients with respect to the weight at a site."""
-    site = plan.sites[number]
-    axis = site.view.axis
-    if number in tape.formed:
-        x = tape.formed[number]
-        k = None if axis is None else 1 + sum(site.sliced) + axis
-        return _scale(site, x, factor, k).sum(0)
-    data, delta = tape.data[number], wide(tape.deltas[number])
-    lead = 1 + len(site.loops)
-    in_data, k = _sites.where_axis(site)
-    if in_data:
-        data = _scale(site, data.astype(delta.dtype), factor, lead + k)
-    else:
-        delta = _scale(site, delta, factor, None if k is None else lead + k)
-    return _sites.weight_gradient(site, data, delta)
 
 
 def _scale(site: Site, x: jax.Array, factor: jax.Array, axis: int | None) -> jax.Array:
