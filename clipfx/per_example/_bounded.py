@@ -62,54 +62,9 @@ def bounded_sum(
     before, factor = factors(norm, limit, response, "zero")
     good = jnp.isfinite(squares).all(1)
     factor = jnp.where((good & keep)[:, None], before * factor, 0)
-    sums = _sum(call, inputs, tape, factor[:, _index(members)], good)
+    sums = _tape.weighted_sum(call.program, inputs, tape, factor, members.index, good)
     shown = jnp.where(keep[:, None], norm.value, 0)
     return _total(call, sums), _per_example(call, outs, keep, shown, factor)
-
-
-def _sum(
-    call: Call, inputs: list, tape: Tape, factor: jax.Array, good: jax.Array
-) -> list[jax.Array]:
-    """The sum with factors `[B, L]`, without what is not good."""
-    if tape.squares is not None:
-        inputs = _stand_in(call, inputs, good)
-        tape = _tape.only(tape._replace(squares=None), good)._replace(squares=good)
-        sums = _tape.total(call.program, inputs, tape, factor)
-        return _or_zeros(good.any(), sums)
-    tape = _tape.weigh(call.program.plan, tape, factor)
-    total = lambda tape: _tape.total(call.program, inputs, tape, factor)
-
-    def again(state):
-        done, tape, _ = state
-        tape = _tape.only(tape, good)
-        return ~done, tape, total(tape)
-
-    # Hardly ever. A loop works in place, where a branch would copy its results.
-    state = good.all(), tape, total(tape)
-    return jax.lax.while_loop(lambda state: ~state[0], again, state)[2]
-
-
-def _stand_in(call: Call, inputs: list, good: jax.Array) -> list:
-    """A good example in the place of each that is not, for 0 times NaN is NaN."""
-    mapped = [x for x, m in zip(inputs, call.program.mapped, strict=True) if m]
-
-    def replace(mapped):
-        rows = jnp.where(good, jnp.arange(call.size), jnp.argmax(good))
-        return [x[rows] for x in mapped]
-
-    mapped = iter(jax.lax.cond(good.all(), lambda xs: xs, replace, mapped))
-    pairs = zip(inputs, call.program.mapped, strict=True)
-    return [next(mapped) if m else x for x, m in pairs]
-
-
-def _or_zeros(keep: jax.Array, sums: list) -> list:
-    """`sums`, or zeros, in place."""
-    zeros = lambda state: (~state[0], [jnp.zeros_like(x) for x in state[1]])
-    return jax.lax.while_loop(lambda state: ~state[0], zeros, (keep, sums))[1]
-
-
-def _index(members: Groups) -> jax.Array:
-    return jnp.asarray(members.index, jnp.int32)
 
 
 def _measured(call: Call, tape: Tape, members: Groups) -> jax.Array:
@@ -212,10 +167,12 @@ def sums_by_group(call: Call, member: jax.Array) -> tuple[list, PerExample]:
     rows = [jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in floats]
     good = jnp.stack([jnp.ones(call.size, bool), *rows]).all(0)
     member = jnp.where(good[:, None], member, 0)
-    by_leaf = [jnp.broadcast_to(column[:, None], (call.size, len(call.program.params)))
-               for column in jnp.unstack(member, axis=1)]  # fmt: skip
     # Unrolled: XLA's convolutions are slow in a loop on CPUs.
-    parts = [_sum(call, inputs, tape, factor, good) for factor in by_leaf]
+    index = [0] * len(call.program.params)
+    parts = [
+        _tape.weighted_sum(call.program, inputs, tape, column[:, None], index, good)
+        for column in jnp.unstack(member, axis=1)
+    ]
     sums = [jnp.stack(x) for x in zip(*parts, strict=True)]
     keep = jnp.ones(call.size, bool)
     return _total(call, sums), _per_example(call, outs, keep, None, member)

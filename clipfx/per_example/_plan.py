@@ -48,6 +48,8 @@ class Node(NamedTuple):
       sites: By equation, the site.
       inner: By equation, the program inside.
       views: By equation, which outputs are views of parameters.
+      data: By variable the number of what is recorded of it.
+      taps: By equation the number of the tap on its output.
     """
 
     jaxpr: Any
@@ -55,11 +57,18 @@ class Node(NamedTuple):
     sites: dict[int, Site]
     inner: dict[int, "Node"]
     views: dict[int, list[bool]]
+    data: dict[Any, int]
+    taps: dict[int, int]
 
     def numbers(self) -> set[int]:
         """Of all sites here and inside."""
         inside = [node.numbers() for node in self.inner.values()]
         return {s.number for s in self.sites.values()}.union(*inside)
+
+    def all_taps(self) -> set[int]:
+        """Numbers of taps here and inside."""
+        inside = [node.all_taps() for node in self.inner.values()]
+        return set(self.taps.values()).union(*inside)
 
 
 class Plan(NamedTuple):
@@ -108,7 +117,7 @@ class _Walk:
         env = dict(zip(jaxpr.constvars, [Info()] * len(jaxpr.constvars), strict=True))
         env.update(zip(jaxpr.invars, infos, strict=True))
         read = lambda v: Info() if _compat.is_literal(v) else env[v]
-        node = Node(jaxpr, consts, {}, {}, {})
+        node = Node(jaxpr, consts, {}, {}, {}, {}, {})
         for k, eqn in enumerate(jaxpr.eqns):
             inputs = [read(v) for v in eqn.invars]
             outs = self.equation(node, k, eqn, inputs, loops)
@@ -166,7 +175,10 @@ class _Walk:
                 self.blame(info, why)
             else:
                 number = next(self.number)
-                site = Site(number, node.jaxpr, eqn, j, info.view, loops)
+                operand = eqn.invars[1 - j]
+                data = node.data.setdefault(operand, number)
+                tap = node.taps.setdefault(_where_added(node.jaxpr, k), number)
+                site = Site(number, node.jaxpr, eqn, j, info.view, loops, data, tap)
                 node.sites[k] = site
                 for part in info.view.parts:
                     if part.leaf is not None:
@@ -190,6 +202,25 @@ class _Walk:
         for info in outs:
             self.blame(info, "leaves a scan")
         return [Info(data=True)] * len(eqn.outvars)
+
+
+def _where_added(jaxpr: Any, k: int) -> int:
+    """The last of the additions that are all that becomes of equation k's output.
+
+    The gradient with respect to a sum is that with respect to each of its terms.
+    """
+    while True:
+        out = jaxpr.eqns[k].outvars[0]
+        users = [j for j, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if v is out]
+        if len(users) != 1 or any(v is out for v in jaxpr.outvars):
+            return k
+        then = jaxpr.eqns[users[0]]
+        same = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)
+        if then.primitive.name not in ("add", "add_any") or not same(
+            out.aval, then.outvars[0].aval
+        ):
+            return k
+        k = users[0]
 
 
 REMAT = {"checkpoint", "remat", "remat2"}

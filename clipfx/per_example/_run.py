@@ -1,5 +1,6 @@
 """Runs a program again: with taps at its sites, or only its views of parameters."""
 
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from clipfx import _compat
 from clipfx.per_example._plan import CALLS, REMAT, Node
 from clipfx.per_example._sites import Site
 
-Visit = Callable[[Site, list, Callable, Any], tuple[Any, Any]]
+Visit = Callable[[Site, list, Callable, Any], Any]
 
 
 @jax.custom_jvp
@@ -37,18 +38,20 @@ def run(
     node: Node,
     values: Sequence[Any],
     sites: Mapping[int, Site],
-    visit: Visit,
     taps: Mapping[int, Any],
+    visit: Visit | None = None,
+    given: Mapping[int, Any] = types.MappingProxyType({}),
 ) -> tuple[list[Any], dict[int, Any]]:
-    """Runs a program; at every site in `sites` calls `visit`.
+    """Runs a program, with taps, and records what sites see.
 
     Args:
       node: The program.
       values: Of its inputs.
-      sites: By number, those to visit.
-      visit: `visit(site, inputs, apply, tap) -> (output, record)`, where
-        `apply(*inputs)` runs the equation. A record of None is dropped.
-      taps: By number what `visit` is given, a slice of it in each turn of a loop.
+      sites: By number, those that matter.
+      taps: By number, `[loops..., ...]`; may be empty.
+      visit: `visit(site, inputs, apply, given) -> output` is called instead of
+        recording; `apply(*inputs)` runs the equation.
+      given: By number of the site what `visit` is given, `[loops..., ...]`.
 
     Returns:
       The outputs, and the records by number, stacked over the turns of loops.
@@ -64,17 +67,19 @@ def run(
         keep = [i for i, v in enumerate(eqn.outvars) if v in used]
         inner, site = node.inner.get(k), node.sites.get(k)
         if inner is not None and inner.numbers() & sites.keys():
-            outs, found = _inside(inner, eqn, inputs, sites, visit, taps)
+            again = lambda *xs: run(inner, xs[0], sites, xs[1], visit, xs[2])  # noqa: B023
+            outs, found = _inside(inner, eqn, inputs, taps, given, again)
             records.update(found)
             outs = [outs[i] for i in keep]
-        elif site is not None and site.number in sites:
+        elif site is not None and site.number in sites and visit is not None:
             apply = lambda *inputs: _compat.evaluate(jaxpr, eqn, inputs, [0])[0]  # noqa: B023
-            out, record = visit(site, inputs, apply, taps.get(site.number))
-            outs = [out]
-            if record is not None:
-                records[site.number] = record
+            outs = [visit(site, inputs, apply, given.get(site.number))]
         else:
             outs = _compat.evaluate(jaxpr, eqn, inputs, keep)
+            if site is not None and site.number in sites:
+                records[site.data] = inputs[site.operand]
+        if node.taps.get(k) in taps:
+            outs = [tap(outs[0], taps[node.taps[k]]), *outs[1:]]
         env.update(zip([eqn.outvars[i] for i in keep], outs, strict=True))
     return [read(v) for v in jaxpr.outvars], records
 
@@ -85,34 +90,38 @@ def _used(jaxpr: Any) -> set:
 
 
 def _inside(
-    inner: Node, eqn: Any, inputs: list, sites: Any, visit: Visit, taps: Any
+    inner: Node, eqn: Any, inputs: list, taps: Any, given: Any, again: Callable
 ) -> tuple[list, dict]:
     p, name = eqn.params, eqn.primitive.name
-    again = lambda values, taps: run(inner, values, sites, visit, taps)
+    taps = {n: taps[n] for n in inner.all_taps() if n in taps}
+    given = {n: given[n] for n in inner.numbers() if n in given}
     if name in REMAT:
         wrapped = jax.checkpoint(
             again, prevent_cse=p["prevent_cse"], policy=p["policy"]
         )
-        return wrapped(inputs, {n: taps[n] for n in inner.numbers() if n in taps})
+        return wrapped(inputs, taps, given)
     if name in CALLS:
-        return again(inputs, taps)
-    const, carried = p["num_consts"], p["num_consts"] + p["num_carry"]
-    turns = {n: taps[n] for n in inner.numbers() if n in taps}
+        return again(inputs, taps, given)
+    const, first = p["num_consts"], p["num_consts"] + p["num_carry"]
+    # What a loop takes slices of need not be recorded, it is there.
+    sliced = dict(zip(inner.jaxpr.invars[first:], inputs[first:], strict=True))
+    known = {n: sliced[v] for v, n in inner.data.items() if v in sliced}
 
     def body(carry, turn):
-        xs, taps = turn
-        outs, found = again([*inputs[:const], *carry, *xs], taps)
+        xs, taps, given = turn
+        outs, found = again([*inputs[:const], *carry, *xs], taps, given)
+        found = {n: x for n, x in found.items() if n not in known}
         return outs[: p["num_carry"]], (outs[p["num_carry"] :], found)
 
     carry, (ys, found) = lax.scan(
         body,
-        inputs[const:carried],
-        (inputs[carried:], turns),
+        inputs[const:first],
+        (inputs[first:], taps, given),
         length=p["length"],
         reverse=p["reverse"],
         unroll=p["unroll"],
     )
-    return [*carry, *ys], found
+    return [*carry, *ys], found | known
 
 
 def weights(

@@ -28,6 +28,9 @@ class Site(NamedTuple):
       weight: Which input is the weight.
       view: What the weight consists of.
       loops: Enclosing loops, number and length, the outermost first.
+      data: Number of the recorded operand; sites with the same one share it.
+      tap: Number of the tap that gives the gradient with respect to the output; sites
+        whose outputs are only added up share it.
     """
 
     number: int
@@ -36,6 +39,8 @@ class Site(NamedTuple):
     weight: int
     view: View
     loops: tuple[tuple[int, int], ...]
+    data: int
+    tap: int
 
     @property
     def kind(self) -> str:

@@ -1,5 +1,6 @@
 """Norms of every example's gradient from one pass, and weighted sums of them."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,8 +30,9 @@ class Tape(NamedTuple):
     """What one pass over a batch leaves behind.
 
     Attributes:
-      data: By site the recorded operand, `[B, loops..., ...]`.
-      deltas: By site the gradient with respect to its output, `[B, loops..., ...]`.
+      data: Recorded operands, `[B, loops..., ...]`, by number.
+      deltas: Gradients with respect to outputs, `[B, loops..., ...]`, by number of the
+        tap.
       leaves: By leaf the gradient of each example, `[B, ...]`, where instantiated.
       formed: By site the gradient of each example with respect to its weight.
       squares: `[B, L]`, squared norms by leaf, if they were measured on the way.
@@ -66,12 +68,10 @@ def record(
             values = list(example)
             for k, leaf in leaves.items():
                 values[program.params[k]] = leaf
-            if ghost:
-                visit = lambda s, xs, apply, _: (
-                    _probe(s, plan, xs[s.operand], apply(*xs), taps), None)  # fmt: skip
-                outs, data = _run.run(plan.root, values, plan.sites, visit, {})
-            else:
-                outs, data = _run.run(plan.root, values, plan.sites, _visit, taps)
+            visit = functools.partial(_probe, plan, taps) if ghost else None
+            outs, data = _run.run(
+                plan.root, values, plan.sites, {} if ghost else taps, visit
+            )
             return outs[0], (outs[1:], data)
 
         taps = jnp.zeros(len(params), jnp.float32) if ghost else _taps(plan)
@@ -86,14 +86,14 @@ def record(
         return outs, Tape({}, {}, leaves, {}, deltas)
     formed = {}
     for n in plan.formed if norms else ():
-        form = lambda x, d, site=plan.sites[n]: _sites.weight_gradient(
+        site = plan.sites[n]
+        form = lambda x, d, site=site: _sites.weight_gradient(
             site, x[None], wide(d)[None])  # fmt: skip
-        formed[n] = jax.vmap(form)(data.pop(n), deltas.pop(n))
+        formed[n] = jax.vmap(form)(data[site.data], deltas[site.tap])
+    rest = [site for n, site in plan.sites.items() if n not in formed]
+    data = {site.data: data[site.data] for site in rest}
+    deltas = {site.tap: deltas[site.tap] for site in rest}
     return outs, Tape(data, deltas, leaves, formed, None)
-
-
-def _visit(site: Site, inputs: list, apply: Callable, tap: Any) -> tuple:
-    return _run.tap(apply(*inputs), tap), inputs[site.operand]
 
 
 def _taps(plan: Plan) -> dict[int, jax.Array]:
@@ -101,7 +101,7 @@ def _taps(plan: Plan) -> dict[int, jax.Array]:
         out = site.eqn.outvars[0].aval
         return jnp.zeros((*(n for _, n in site.loops), *out.shape), out.dtype)
 
-    return {n: zeros(site) for n, site in plan.sites.items()}
+    return {site.tap: zeros(site) for site in plan.sites.values()}
 
 
 def wide(x: jax.Array) -> jax.Array:
@@ -153,7 +153,7 @@ def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> jax.Array:
             total += _squares.square(x)
             continue
         factors = [
-            _sites.factors(s, p, tape.data[s.number], tape.deltas[s.number])
+            _sites.factors(s, p, tape.data[s.data], tape.deltas[s.tap])
             for s, p in places
         ]
         precision = site.eqn.params.get("precision")
@@ -161,8 +161,10 @@ def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> jax.Array:
     return total
 
 
-def _probe(site: Site, plan: Plan, data: Any, out: Any, found: Any) -> jax.Array:
-    """`out`, whose backward pass adds squared norms to the gradient of `found`.
+def _probe(
+    plan: Plan, found: jax.Array, site: Site, inputs: list, apply: Callable, _: Any
+) -> jax.Array:
+    """The output; its backward pass adds squared norms to the gradient of `found`.
 
     So nothing is kept, and rematerialization goes on saving memory.
     """
@@ -183,64 +185,36 @@ def _probe(site: Site, plan: Plan, data: Any, out: Any, found: Any) -> jax.Array
         return None, delta, found
 
     probe.defvjp(lambda data, out, found: (out, data), backward)
-    return probe(data, out, found)
+    return probe(inputs[site.operand], apply(*inputs), found)
 
 
 # ---------------------------------------------------------------------------- sums
 
 
-def weigh(plan: Plan, tape: Tape, factor: jax.Array) -> Tape:
-    """The tape of losses that are multiplied with `factor`, `[B, L]`, in float32 or wider.
-
-    A factor may differ between the leaves that a weight consists of; where they lie side
-    by side along what is summed over, it goes to the data instead.
-    """
-    data, deltas, formed = dict(tape.data), {}, {}
-    for n, d in tape.deltas.items():
-        site = plan.sites[n]
-        in_data, k = _sites.where_axis(site)
-        axis = None if k is None else 1 + len(site.loops) + k
-        deltas[n] = wide(d)
-        if in_data:
-            data[n] = _scale(site, wide(data[n]), factor, axis)
-        else:
-            deltas[n] = _scale(site, deltas[n], factor, axis)
-    for n, x in tape.formed.items():
-        k = plan.sites[n].view.axis
-        axis = None if k is None else 1 + sum(plan.sites[n].sliced) + k
-        formed[n] = _scale(plan.sites[n], x, factor, axis)
-    return tape._replace(data=data, deltas=deltas, formed=formed)
-
-
-def only(tape: Tape, good: jax.Array) -> Tape:
-    """The tape without the examples where `good` `[B]` is False.
-
-    A factor of 0 is not enough: 0 times NaN is NaN.
-    """
-
-    def mask(x):
-        return jnp.where(good.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
-
-    return jax.tree.map(mask, tape)
-
-
-def total(
-    program: Program, inputs: Sequence[Any], tape: Tape, factor: jax.Array
+def weighted_sum(
+    program: Program,
+    inputs: Sequence[Any],
+    tape: Tape,
+    factor: jax.Array,
+    index: Sequence[int],
+    good: jax.Array,
 ) -> list[jax.Array]:
-    """Sums over examples, by leaf, in float32 or wider.
+    """Sums over examples of gradients times factors, by leaf, in float32 or wider.
 
     Args:
       program: The loss.
       inputs: As for `record`.
-      tape: From `weigh`.
-      factor: `[B, L]`, as for `weigh`.
+      tape: From `record`.
+      factor: `[B, G]`, 0 where an example is not good.
+      index: By leaf its group.
+      good: bool `[B]`, which examples have only finite numbers on the tape.
     """
     plan = program.plan
     params = [wide(inputs[k]) for k in program.params]
     sums = [jnp.zeros_like(p) for p in params]
     for leaf, x in tape.leaves.items():
-        f = factor[:, leaf].astype(params[leaf].dtype)
-        sums[leaf] = jnp.tensordot(f, x.astype(f.dtype), 1)
+        x = _scale(_mask(x, good), factor, ((index[leaf], 0),), None)
+        sums[leaf] = x.sum(0, dtype=params[leaf].dtype)
     if not plan.sites:
         return sums
     # One dtype for all, because views may join leaves.
@@ -255,59 +229,134 @@ def total(
         return _run.weights(plan.root, values, plan.sites)[1]
 
     found, pull = jax.vjp(at_sites, views)
+    groups = {n: _groups(site, index) for n, site in plan.sites.items()}
     if tape.squares is None:
-        grads = {n: x.sum(0) for n, x in tape.formed.items()}
-        for n, d in tape.deltas.items():
-            grads[n] = _sites.weight_gradient(plan.sites[n], tape.data[n], d)
+        grads = _of_sites(plan, tape, factor, groups, good)
+        for n, x in tape.formed.items():
+            axis = _axis_of_weight(plan.sites[n])
+            grads[n] = _scale(_mask(x, good), factor, groups[n], axis).sum(0)
     else:
-        grads = _second_pass(program, inputs, found, factor)
+        inputs = _stand_in(program, inputs, good)
+        grads = _second_pass(program, inputs, found, factor, groups)
     (back,) = pull({n: grads[n].astype(common) for n in found})
     for leaf, x in back.items():
         sums[leaf] = x.astype(params[leaf].dtype)
-    return sums
+    if tape.squares is None:
+        return sums
+    # Without a good example there is none to stand in.
+    return [jnp.where(good.any(), x, jnp.zeros_like(x)) for x in sums]
 
 
-def _scale(site: Site, x: jax.Array, factor: jax.Array, axis: int | None) -> jax.Array:
-    """Multiplies `[B, ...]` by factors, different ones for the parts along `axis`."""
-    leaves = [p.leaf for p in site.view.parts]
-    columns = [jnp.zeros_like(factor[:, 0]) if k is None else factor[:, k]
-               for k in leaves]  # fmt: skip
-    if axis is None:
-        row, shape = columns[0], (x.shape[0],) + (1,) * (x.ndim - 1)
+def _of_sites(
+    plan: Plan, tape: Tape, factor: jax.Array, groups: dict, good: jax.Array
+) -> dict[int, jax.Array]:
+    """Sums at the sites that are not formed.
+
+    A factor belongs to the gradient of an output, unless the parts of the weight lie
+    side by side along what is summed over; then it belongs to the data.
+    """
+    data, deltas, pairs = {}, {}, {}
+    for n, site in plan.sites.items():
+        if n in tape.formed:
+            continue
+        in_data, k = _sites.where_axis(site)
+        axis = None if k is None else 1 + len(site.loops) + k
+        a, d = tape.data[site.data], tape.deltas[site.tap]
+        # Sites that share what is recorded share what is scaled, if factors agree.
+        first, second = (site.data,), (site.tap, axis, groups[n])
+        if in_data:
+            first, second = (site.data, axis, groups[n]), (site.tap,)
+        if first not in data:
+            data[first] = _scale(a, factor, groups[n], axis) if in_data else a
+        if second not in deltas:
+            deltas[second] = wide(d) if in_data else _scale(d, factor, groups[n], axis)
+        pairs[n] = list(data).index(first), list(deltas).index(second)
+    if not pairs:
+        return {}
+
+    def sums(data, deltas):
+        return {n: _sites.weight_gradient(plan.sites[n], data[a], deltas[d])
+                for n, (a, d) in pairs.items()}  # fmt: skip
+
+    def again(state):
+        done, data, deltas, _ = state
+        # A factor of 0 is not enough: 0 times NaN is NaN.
+        data, deltas = jax.tree.map(lambda x: _mask(x, good), (data, deltas))
+        return ~done, data, deltas, sums(data, deltas)
+
+    # Hardly ever. A loop works in place, where a branch would copy its results.
+    both = list(data.values()), list(deltas.values())
+    state = (good.all(), *both, sums(*both))
+    return jax.lax.while_loop(lambda state: ~state[0], again, state)[3]
+
+
+def _mask(x: jax.Array, good: jax.Array) -> jax.Array:
+    return jnp.where(good.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
+
+
+def _stand_in(program: Program, inputs: Sequence[Any], good: jax.Array) -> list:
+    """A good example in the place of each that is not."""
+    mapped = [x for x, m in zip(inputs, program.mapped, strict=True) if m]
+
+    def replace(mapped):
+        rows = jnp.where(good, jnp.arange(good.shape[0]), jnp.argmax(good))
+        return [x[rows] for x in mapped]
+
+    mapped = iter(jax.lax.cond(good.all(), lambda xs: xs, replace, mapped))
+    return [next(mapped) if m else x
+            for x, m in zip(inputs, program.mapped, strict=True)]  # fmt: skip
+
+
+def _groups(site: Site, index: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """For every part of a weight its group, and how long it is."""
+    parts = [(0 if p.leaf is None else index[p.leaf], p.stop - p.start)
+             for p in site.view.parts]  # fmt: skip
+    found = {index[p.leaf] for p in site.view.parts if p.leaf is not None}
+    return ((*found, 0),) if len(found) == 1 else tuple(parts)
+
+
+def _axis_of_weight(site: Site) -> int | None:
+    axis = site.view.axis
+    return None if axis is None else 1 + sum(site.sliced) + axis
+
+
+def _scale(x: jax.Array, factor: jax.Array, groups: tuple, axis: int | None) -> Any:
+    """Multiplies `[B, ...]` by factors `[B, G]`, those of the groups along `axis`."""
+    if len(groups) == 1:
+        row, shape = factor[:, groups[0][0]], (x.shape[0],) + (1,) * (x.ndim - 1)
     else:
-        sizes = [p.stop - p.start for p in site.view.parts]
-        row = jnp.concatenate(
-            [jnp.broadcast_to(c[:, None], (x.shape[0], n))
-             for c, n in zip(columns, sizes, strict=True)], axis=1)  # fmt: skip
-        shape = [1] * x.ndim
+        rows = [jnp.broadcast_to(factor[:, i, None], (x.shape[0], n)) for i, n in groups]
+        row, shape = jnp.concatenate(rows, axis=1), [1] * x.ndim
         shape[0], shape[axis] = row.shape
-    return x * row.reshape(shape).astype(x.dtype)
+    return wide(x) * row.reshape(shape).astype(wide(x).dtype)
 
 
 def _second_pass(
-    program: Program, inputs: Sequence[Any], found: dict, factor: jax.Array
+    program: Program, inputs: Sequence[Any], found: dict, factor: jax.Array, groups: dict
 ) -> dict[int, jax.Array]:
     """Weighted sums by an ordinary backward pass, which rematerializes."""
     plan = program.plan
     axes = tuple(0 if mapped else None for mapped in program.mapped)
 
     def loss(weights, row, *values):
-        def visit(site, values, apply, weight):
+        def visit(site, inputs, apply, weight):
             # Data get the gradient as it is, the weight gets it times the factor.
-            data = jax.lax.stop_gradient(values[site.operand])
+            some = groups[site.number]
+            times = lambda x, axis: _scale(x[None], row[None], some, axis)[0]
+            data = jax.lax.stop_gradient(inputs[site.operand])
             if jnp.issubdtype(data.dtype, jnp.floating):
                 data = data.astype(weight.dtype)
             in_data, k = _sites.where_axis(site)
-            one = lambda x, axis: _scale(site, x[None], row[None], axis)[0]
+            axis = None if k is None else k + 1
             if in_data:
-                scaled = _sites.apply(site, weight, one(data, k + 1))
+                scaled = _sites.apply(site, weight, times(data, axis))
             else:
-                scaled = _sites.apply(site, weight, data)
-                scaled = one(scaled, None if k is None else k + 1)
-            out = apply(*values)
-            return _run.tap(out, scaled.astype(out.dtype)), None
+                scaled = times(_sites.apply(site, weight, data), axis)
+            out = apply(*inputs)
+            return _run.tap(out, scaled.astype(out.dtype))
 
-        return _run.run(plan.root, values, plan.sites, visit, weights)[0][0]
+        outs, _ = _run.run(plan.root, values, plan.sites, {}, visit, weights)
+        return outs[0]
 
     batched = jax.vmap(loss, (None, 0, *axes))
     value, pull = jax.vjp(lambda weights: batched(weights, factor, *inputs), found)
