@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from clipfx import _compat
 from clipfx.per_example import _squares, _views
-from clipfx.per_example._sites import Site, key, sizes, why_not
+from clipfx.per_example._sites import ADD, Site, key, sizes, why_not
 from clipfx.per_example._views import Part, View
 
 # Moving a word through memory costs as much as this many multiplications: a gradient
@@ -77,8 +77,8 @@ class Plan(NamedTuple):
     Attributes:
       root: The program.
       uses: Per leaf its sites and the parts there.
-      roads: Per leaf: `"unused"`, `"outer product"`, `"Gram"`, `"segment sum"`,
-        `"formed"`, `"instantiated"`, or `"sum"` where norms are not asked for.
+      roads: Per leaf: `"unused"`, `"direct"`, `"outer product"`, `"Gram"`,
+        `"segment sum"`, `"formed"`, `"instantiated"`, or `"sum"` where norms are not asked for.
       reasons: Per leaf why no site would do, empty if one does.
       sites: Those that are used, by number.
       formed: Numbers of sites whose weight's gradient is formed for each example.
@@ -175,8 +175,9 @@ class _Walk:
                 self.blame(info, why)
             else:
                 number = next(self.number)
-                operand = eqn.invars[1 - j]
-                data = node.data.setdefault(operand, number)
+                data = None
+                if eqn.primitive.name not in ADD:
+                    data = node.data.setdefault(eqn.invars[1 - j], number)
                 tap = node.taps.setdefault(_where_added(node.jaxpr, k), number)
                 site = Site(number, node.jaxpr, eqn, j, info.view, loops, data, tap)
                 node.sites[k] = site
@@ -216,7 +217,7 @@ def _where_added(jaxpr: Any, k: int) -> int:
             return k
         then = jaxpr.eqns[users[0]]
         same = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)
-        if then.primitive.name not in ("add", "add_any") or not same(
+        if then.primitive.name not in ADD or not same(
             out.aval, then.outvars[0].aval
         ):
             return k
@@ -282,6 +283,7 @@ def _decide(
         roads[leaf], costs[leaf] = _factored(places)
         large = WORDS * math.prod(shapes[leaf])
         dear = large < costs[leaf] if force is None else force != "factored"
+        dear &= roads[leaf] != "direct"
         in_time = any(not all(s.sliced) for s, _ in places)
         if dear and (not in_time or force == "instantiated"):
             roads[leaf] = "instantiated"
@@ -293,12 +295,22 @@ def _decide(
                  if p.leaf is not None and roads[p.leaf] != "instantiated"]  # fmt: skip
         if all(site.sliced) or not parts or any(len(uses[p.leaf]) > 1 for p in parts):
             continue
+        if site.kind in ADD:
+            continue
         words = WORDS * sum(math.prod(shapes[p.leaf]) for p in parts)
         dear = words < sum(costs[p.leaf] for p in parts)
         if (dear and force is None) or force == "formed":
             formed.add(number)
             for p in parts:
                 roads[p.leaf] = "formed"
+    # What an addition adds up over is better not kept, unless a product keeps it too.
+    kept = {s.tap for leaf, places in enumerate(uses) for s, _ in places
+            if s.kind not in ADD and roads[leaf] != "instantiated"}  # fmt: skip
+    for leaf, places in enumerate(uses):
+        if roads[leaf] == "direct" and any(
+            s.repeats and s.tap not in kept for s, _ in places
+        ):
+            roads[leaf] = "instantiated"
     used = {
         s.number: s
         for leaf, places in enumerate(uses)
@@ -323,6 +335,8 @@ def _unaligned(places: list[tuple[Site, Part]], remat: bool) -> str:
                 return "uses that overlap"
         elif not _squares.fits([key(s1, p1), key(s2, p2)]):
             return "several uses in different forms"
+        elif (s1.kind in ADD) != (s2.kind in ADD):
+            return "several uses in different forms"
         elif s1.kind == s2.kind == "gather" and key(s1, p1) != key(s2, p2):
             return "several uses in different forms"
     return ""
@@ -341,8 +355,11 @@ def _factored(places: list[tuple[Site, Part]]) -> tuple[str, int]:
         groups.setdefault(part.region or site.number, []).append(
             (site.kind, *sizes(site, part))
         )
-    cost, road = 0, "outer product"
+    cost, road = 0, "direct"
     for some in groups.values():
+        if some[0][0] in ADD:
+            continue
+        road = "outer product" if road == "direct" else road
         s, k, n = some[0][1], some[0][3], some[0][4]
         dense = sum(t for kind, _, t, _, _ in some if kind != "gather")
         rows = sum(t for kind, _, t, _, _ in some if kind == "gather")

@@ -76,7 +76,7 @@ def run(
             outs = [visit(site, inputs, apply, given.get(site.number))]
         else:
             outs = _compat.evaluate(jaxpr, eqn, inputs, keep)
-            if site is not None and site.number in sites:
+            if site is not None and site.number in sites and site.data is not None:
                 records[site.data] = inputs[site.operand]
         if node.taps.get(k) in taps:
             outs = [tap(outs[0], taps[node.taps[k]]), *outs[1:]]

@@ -28,7 +28,8 @@ class Site(NamedTuple):
       weight: Which input is the weight.
       view: What the weight consists of.
       loops: Enclosing loops, number and length, the outermost first.
-      data: Number of the recorded operand; sites with the same one share it.
+      data: Number of the recorded operand; sites with the same one share it. None for
+        an addition, which needs none.
       tap: Number of the tap that gives the gradient with respect to the output; sites
         whose outputs are only added up share it.
     """
@@ -39,12 +40,17 @@ class Site(NamedTuple):
     weight: int
     view: View
     loops: tuple[tuple[int, int], ...]
-    data: int
+    data: int | None
     tap: int
 
     @property
     def kind(self) -> str:
         return self.eqn.primitive.name
+
+    @property
+    def repeats(self) -> bool:
+        """Whether an addition adds the same weight in several places."""
+        return bool(self.view.repeated or _grown(self) or not all(self.sliced))
 
     @property
     def operand(self) -> int:
@@ -56,6 +62,9 @@ class Site(NamedTuple):
         """For every loop whether it takes a slice of the weight each turn."""
         stacks = {loop for p in self.view.parts for loop, _ in p.stack}
         return tuple(loop in stacks for loop, _ in self.loops)
+
+
+ADD = ("add", "add_any")
 
 
 class Factors(NamedTuple):
@@ -79,11 +88,15 @@ class Factors(NamedTuple):
 def why_not(eqn: Any, weight: int, view: View) -> str | None:
     """Why an equation can be no site, None if it can."""
     name, params = eqn.primitive.name, eqn.params
-    if name not in ("dot_general", "conv_general_dilated", "gather"):
+    if name not in ("dot_general", "conv_general_dilated", "gather", *ADD):
         return name
     dtypes = [eqn.invars[weight].aval.dtype, eqn.outvars[0].aval.dtype]
     if not all(jnp.issubdtype(x, jnp.floating) for x in dtypes):
         return "complex numbers"
+    if name in ADD:
+        return None
+    if view.repeated:
+        return f"{name} of a broadcast"
     if name == "dot_general":
         return None
     if view.axis is not None:
@@ -119,6 +132,34 @@ def factors(site: Site, part: Part, data: jax.Array, delta: jax.Array) -> Factor
     return Factors(left, right, key(site, part))
 
 
+def direct(site: Site, part: Part, delta: jax.Array) -> jax.Array:
+    """The gradient of one example at an addition, in the order of the leaf.
+
+    Args:
+      site: An addition.
+      part: One of `site.view.parts`.
+      delta: Gradient with respect to the output, `[loops..., ...]`.
+    """
+    lead, axis = len(site.loops), site.view.axis
+    if axis is not None:
+        delta = lax.slice_in_dim(delta, part.start, part.stop, axis=lead + axis)
+    outer, inner = _loops(site, part)
+    repeated = site.view.repeated | _grown(site)
+    kept = [k for k in range(delta.ndim - lead) if k not in repeated]
+    gone = inner + [lead + k for k in sorted(repeated)]
+    order = outer + [lead + k for k in _in_order(kept, part)]
+    wide = jnp.promote_types(delta.dtype, jnp.float32)
+    return jnp.transpose(delta, [*gone, *order]).sum(range(len(gone)), dtype=wide)
+
+
+def _grown(site: Site) -> frozenset[int]:
+    """Dimensions of size 1 that an addition repeats by itself."""
+    before = site.eqn.invars[site.weight].aval.shape
+    after = site.eqn.outvars[0].aval.shape
+    return frozenset(k for k, (a, b) in enumerate(zip(before, after, strict=True))
+                     if a != b)  # fmt: skip
+
+
 def key(site: Site, part: Part) -> tuple | None:
     """The dimensions of the leaf behind S, K and N; None where unknown."""
     outer, _ = _loops(site, part)
@@ -127,7 +168,9 @@ def key(site: Site, part: Part) -> tuple | None:
     if part.dims is None or None in stacked or site.kind == "conv_general_dilated":
         return None
     names = lambda dims: tuple(k for d in dims for k in part.dims[d])
-    if site.kind == "gather":
+    if site.kind in ADD:
+        batch, rows, free = [], [], list(range(len(part.dims)))
+    elif site.kind == "gather":
         (row,) = site.eqn.params["dimension_numbers"].start_index_map
         batch, rows = [], [row]
         free = [k for k in range(len(part.dims)) if k != row]
@@ -141,6 +184,8 @@ def key(site: Site, part: Part) -> tuple | None:
 def sizes(site: Site, part: Part) -> tuple[int, int, int, int]:
     """S, T, K and N of the factors of a part."""
     turns = tuple(n for _, n in site.loops)
+    if site.kind in ADD:
+        return 1, 1, 1, 1
     like = lambda v: jax.ShapeDtypeStruct((*turns, *v.aval.shape), v.aval.dtype)
     data, delta = like(site.eqn.invars[site.operand]), like(site.eqn.outvars[0])
     shape = jax.eval_shape(lambda x, d: tuple(factors(site, part, x, d)[:2]), data, delta)
@@ -272,7 +317,9 @@ def _gather(site: Site, part: Part, ids: jax.Array, d: jax.Array) -> tuple:
 
 
 def apply(site: Site, weight: jax.Array, data: jax.Array) -> jax.Array:
-    """The equation alone, in the dtype that its inputs have now."""
+    """What of the equation is linear in the weight, in the dtype of the inputs."""
+    if site.kind in ADD:
+        return weight
     params = dict(site.eqn.params)
     if "preferred_element_type" in params:
         params["preferred_element_type"] = None
@@ -288,6 +335,8 @@ def where_axis(site: Site) -> tuple[bool, int | None]:
     axis = site.view.axis
     if axis is None:
         return False, None
+    if site.kind in ADD:
+        return False, axis
     wb, wc, wf, _, xc, _ = _dot_dims(site)
     db, _, dw = _dot_delta_dims(site)
     if axis in wc:
@@ -295,7 +344,7 @@ def where_axis(site: Site) -> tuple[bool, int | None]:
     return False, dw[wf.index(axis)] if axis in wf else db[wb.index(axis)]
 
 
-def weight_gradient(site: Site, data: jax.Array, delta: jax.Array) -> jax.Array:
+def weight_gradient(site: Site, data: Any, delta: jax.Array) -> jax.Array:
     """The gradient with respect to the weight, summed over examples and turns.
 
     Args:
@@ -308,6 +357,11 @@ def weight_gradient(site: Site, data: jax.Array, delta: jax.Array) -> jax.Array:
     """
     if site.kind == "dot_general":
         return _dot_gradient(site, data, delta)
+    if site.kind in ADD:
+        summed = [1 + k for k, sliced in enumerate(site.sliced) if not sliced]
+        total = delta.sum([0, *summed])
+        lead = sum(site.sliced)
+        return total.sum([lead + k for k in _grown(site)], keepdims=True)
     run = functools.partial(apply, site)
     if jnp.issubdtype(data.dtype, jnp.floating):
         data = data.astype(delta.dtype)

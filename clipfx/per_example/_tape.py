@@ -91,7 +91,7 @@ def record(
             site, x[None], wide(d)[None])  # fmt: skip
         formed[n] = jax.vmap(form)(data[site.data], deltas[site.tap])
     rest = [site for n, site in plan.sites.items() if n not in formed]
-    data = {site.data: data[site.data] for site in rest}
+    data = {site.data: data[site.data] for site in rest if site.data is not None}
     deltas = {site.tap: deltas[site.tap] for site in rest}
     return outs, Tape(data, deltas, leaves, formed, None)
 
@@ -152,13 +152,18 @@ def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> jax.Array:
                 x = jax.lax.slice_in_dim(x, part.start, part.stop, axis=axis)
             total += _squares.square(x)
             continue
-        factors = [
-            _sites.factors(s, p, tape.data[s.data], tape.deltas[s.tap])
-            for s, p in places
-        ]
-        precision = site.eqn.params.get("precision")
-        total += _squares.square_of_products(factors, precision)
+        seen = [(s, p, tape.data.get(s.data), tape.deltas[s.tap]) for s, p in places]
+        total += _of_region(seen)
     return total
+
+
+def _of_region(places: list) -> jax.Array:
+    """From all uses of one region of a leaf, each with what was recorded there."""
+    site = places[0][0]
+    if site.kind in _sites.ADD:
+        return _squares.square(sum(_sites.direct(s, p, d) for s, p, _, d in places))
+    factors = [_sites.factors(*place) for place in places]
+    return _squares.square_of_products(factors, site.eqn.params.get("precision"))
 
 
 def _probe(
@@ -177,15 +182,15 @@ def _probe(
 
     def backward(data, delta):
         found = jnp.zeros(len(plan.roads), jnp.float32)
-        turn, precision = site._replace(loops=()), site.eqn.params.get("precision")
+        turn = site._replace(loops=())
         for part in parts:
-            factors = _sites.factors(turn, part._replace(stack=()), data, delta)
-            x = _squares.square_of_products([factors], precision)
+            x = _of_region([(turn, part._replace(stack=()), data, delta)])
             found = found.at[part.leaf].add(x.astype(found.dtype))
         return None, delta, found
 
     probe.defvjp(lambda data, out, found: (out, data), backward)
-    return probe(inputs[site.operand], apply(*inputs), found)
+    data = None if site.data is None else inputs[site.operand]
+    return probe(data, apply(*inputs), found)
 
 
 # ---------------------------------------------------------------------------- sums
@@ -213,7 +218,7 @@ def weighted_sum(
     params = [wide(inputs[k]) for k in program.params]
     sums = [jnp.zeros_like(p) for p in params]
     for leaf, x in tape.leaves.items():
-        x = _scale(_mask(x, good), factor, ((index[leaf], 0),), None)
+        x = _mask(_scale(x, factor, ((index[leaf], 0),), None), good)
         sums[leaf] = x.sum(0, dtype=params[leaf].dtype)
     if not plan.sites:
         return sums
@@ -234,7 +239,7 @@ def weighted_sum(
         grads = _of_sites(plan, tape, factor, groups, good)
         for n, x in tape.formed.items():
             axis = _axis_of_weight(plan.sites[n])
-            grads[n] = _scale(_mask(x, good), factor, groups[n], axis).sum(0)
+            grads[n] = _mask(_scale(x, factor, groups[n], axis), good).sum(0)
     else:
         inputs = _stand_in(program, inputs, good)
         grads = _second_pass(program, inputs, found, factor, groups)
@@ -261,7 +266,7 @@ def _of_sites(
             continue
         in_data, k = _sites.where_axis(site)
         axis = None if k is None else 1 + len(site.loops) + k
-        a, d = tape.data[site.data], tape.deltas[site.tap]
+        a, d = tape.data.get(site.data), tape.deltas[site.tap]
         # Sites that share what is recorded share what is scaled, if factors agree.
         first, second = (site.data,), (site.tap, axis, groups[n])
         if in_data:
@@ -275,6 +280,7 @@ def _of_sites(
         return {}
 
     def sums(data, deltas):
+        # An addition has no data: `None` is kept in its place.
         return {n: _sites.weight_gradient(plan.sites[n], data[a], deltas[d])
                 for n, (a, d) in pairs.items()}  # fmt: skip
 

@@ -41,10 +41,12 @@ class View(NamedTuple):
     Attributes:
       parts: One after the other along `axis`.
       axis: None if there is only one part.
+      repeated: Dimensions of the value along which every element is repeated.
     """
 
     parts: tuple[Part, ...]
     axis: int | None = None
+    repeated: frozenset[int] = frozenset()
 
 
 def whole(leaf: int, shape: Sequence[int]) -> View:
@@ -73,6 +75,10 @@ def of_equation(
         return [_concatenate(views, constant, shapes, eqn.params["dimension"])]
     if view is None:
         return [None] * len(outs)
+    if name == "broadcast_in_dim" and math.prod(shapes[0]) != math.prod(outs[0]):
+        return [_repeat(view, shapes[0], outs[0], eqn.params["broadcast_dimensions"])]
+    if view.repeated:
+        return [None] * len(outs)
     if name == "transpose":
         return [_transpose(view, eqn.params["permutation"])]
     if name in _RESHAPES and math.prod(shapes[0]) == math.prod(outs[0]):
@@ -100,7 +106,7 @@ def _real(v: Any) -> bool:
 
 def slice_of_loop(view: View, loop: int) -> View | None:
     """The view of one turn's slice along the first dimension."""
-    if view.axis == 0:
+    if view.axis == 0 or view.repeated:
         return None
     parts = [
         p._replace(
@@ -116,6 +122,17 @@ def _blur(view: View) -> View | None:
     if view.axis is not None:
         return None
     return View((view.parts[0]._replace(dims=None, region=None),))
+
+
+def _repeat(view: View, old: Sequence[int], new: Sequence[int], at: Sequence) -> Any:
+    """Through a broadcast: new dimensions, and old ones of size 1 that grow."""
+    if view.repeated:
+        return None
+    stays = {e: d for d, e in enumerate(at) if old[d] == new[e]}
+    dims = lambda p: tuple(p.dims[stays[e]] if e in stays else () for e in range(len(new)))
+    parts = [p._replace(dims=p.dims and dims(p)) for p in view.parts]
+    axis = None if view.axis is None else at[view.axis]
+    return View(tuple(parts), axis, frozenset(range(len(new))) - stays.keys())
 
 
 def _transpose(view: View, order: Sequence[int]) -> View:
@@ -204,7 +221,7 @@ def _concatenate(
     for view, fixed, shape in zip(views, constant, shapes, strict=True):
         if fixed:
             view = View((Part(None, 0, 0, None, None),))
-        if view is None or view.axis not in (None, axis):
+        if view is None or view.repeated or view.axis not in (None, axis):
             return None
         for part in view.parts:
             first, last = (0, shape[axis]) if view.axis is None else part[1:3]
