@@ -75,3 +75,25 @@ def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     if hasattr(jax.lax, "pcast"):  # newer JAX
         return jax.lax.pcast(x, tuple(sorted(axes)), to="varying")
     return jax.lax.pvary(x, tuple(sorted(axes)))
+
+
+def explicit_spec(x: jax.Array) -> tuple | None:
+    """The mesh axes of each dimension on a mesh with Explicit axes, None elsewhere."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    kinds = getattr(getattr(sharding, "mesh", None), "axis_types", ())
+    if jax.sharding.AxisType.Explicit not in kinds:
+        return None
+    spec = tuple(sharding.spec)
+    return spec + (None,) * (x.ndim - len(spec))
+
+
+def reshard(x: jax.Array, spec: tuple | None) -> jax.Array:
+    """`x` with these mesh axes, on a mesh with Explicit axes."""
+    if spec is None or explicit_spec(x) == spec:
+        return x
+    return jax.sharding.reshard(x, jax.sharding.PartitionSpec(*spec))
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """`x` with no dimension split, on a mesh with Explicit axes; mapped ones may be."""
+    return reshard(x, explicit_spec(x) and (None,) * x.ndim)

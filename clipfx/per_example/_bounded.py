@@ -1,5 +1,6 @@
 """One batch: norms, factors, and the sum that no bad example can spoil."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -56,11 +57,13 @@ def bounded_sum(
     outs, tape = _tape.record(call.program, inputs, norms=True)
     squares = _measured(call, tape, members)
     dtype = squares.dtype
-    keep = jnp.ones(call.size, bool) if where is None else where
+    good = jnp.isfinite(squares).all(1)
+    rows = _compat.explicit_spec(good)
+    keep = jnp.ones_like(good) if where is None else _compat.reshard(where, rows)
     norm = Norms(jnp.sqrt(squares), jnp.ones_like(squares))
     limit = jnp.broadcast_to(limit.astype(dtype) * (1 - _slack(dtype)), squares.shape)
+    limit = _compat.reshard(limit, _compat.explicit_spec(squares))
     before, factor = factors(norm, limit, response, "zero")
-    good = jnp.isfinite(squares).all(1)
     factor = jnp.where((good & keep)[:, None], before * factor, 0)
     sums = _tape.weighted_sum(call.program, inputs, tape, factor, members.index, good)
     shown = jnp.where(keep[:, None], norm.value, 0)
@@ -95,6 +98,7 @@ def _per_example(
     call: Call, outs: list, keep: jax.Array, norm: Any, factor: Any
 ) -> PerExample:
     """Puts together what is known; the loss of padding is 0."""
+    keep = _compat.reshard(keep, _compat.explicit_spec(outs[0]))
     value = jnp.where(keep, outs[0], jnp.zeros_like(outs[0]))
     return PerExample(value, norm, factor, jax.tree.unflatten(call.aux, outs[1:]))
 
@@ -151,7 +155,7 @@ def measure(call: Call, members: Groups) -> PerExample:
     """Norms alone."""
     outs, tape = _tape.record(call.program, _vary_params(call), norms=True)
     norm = jnp.sqrt(_measured(call, tape, members))
-    return _per_example(call, outs, jnp.ones(call.size, bool), norm, None)
+    return _per_example(call, outs, jnp.ones(outs[0].shape, bool), norm, None)
 
 
 def sums_by_group(call: Call, member: jax.Array) -> tuple[list, PerExample]:
@@ -165,7 +169,9 @@ def sums_by_group(call: Call, member: jax.Array) -> tuple[list, PerExample]:
     outs, tape = _tape.record(call.program, inputs, norms=False)
     floats = [x for x in jax.tree.leaves(tape) if jnp.issubdtype(x.dtype, jnp.inexact)]
     rows = [jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in floats]
-    good = jnp.stack([jnp.ones(call.size, bool), *rows]).all(0)
+    good = functools.reduce(jnp.logical_and, rows, jnp.ones(call.size, bool))
+    spec = _compat.explicit_spec(good)
+    member = _compat.reshard(member, spec and (*spec, None))
     member = jnp.where(good[:, None], member, 0)
     # Unrolled: XLA's convolutions are slow in a loop on CPUs.
     index = [0] * len(call.program.params)

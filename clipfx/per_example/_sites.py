@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from clipfx import _compat
 from clipfx.per_example._views import Part, View
 
 
@@ -210,6 +212,9 @@ def _in_order(dims: list[int], part: Part) -> list[int]:
 
 def _matrix(x: jax.Array, *dims: list[int]) -> jax.Array:
     """Transposes and merges dimensions into as many as there are lists."""
+    large = lambda some: [d for d in some if x.shape[d] > 1]
+    if any(len(large(some)) > 1 for some in dims):
+        x = _compat.whole(x)  # a merged dimension cannot say how it is split
     shape = [math.prod(x.shape[d] for d in some) for some in dims]
     return jnp.transpose(x, [d for some in dims for d in some]).reshape(shape)
 
@@ -344,19 +349,22 @@ def where_axis(site: Site) -> tuple[bool, int | None]:
     return False, dw[wf.index(axis)] if axis in wf else db[wb.index(axis)]
 
 
-def weight_gradient(site: Site, data: Any, delta: jax.Array) -> jax.Array:
+def weight_gradient(
+    site: Site, data: Any, delta: jax.Array, like: jax.Array | None = None
+) -> jax.Array:
     """The gradient with respect to the weight, summed over examples and turns.
 
     Args:
       site: Where.
       data: `[B, loops..., ...]`.
       delta: `[B, loops..., ...]`, of float32 or wider.
+      like: The weight, which knows how the result is to be split over a mesh.
 
     Returns:
       `[loops that slice..., weight]`, of the dtype of `delta`.
     """
     if site.kind == "dot_general":
-        return _dot_gradient(site, data, delta)
+        return _dot_gradient(site, data, delta, like)
     if site.kind in ADD:
         summed = [1 + k for k, sliced in enumerate(site.sliced) if not sliced]
         total = delta.sum([0, *summed])
@@ -368,27 +376,37 @@ def weight_gradient(site: Site, data: Any, delta: jax.Array) -> jax.Array:
     for sliced in reversed(site.sliced):
         run = jax.vmap(run, (0 if sliced else None, 0))
     run = jax.vmap(run, (None, 0))
-    turns = [n for (_, n), cut in zip(site.loops, site.sliced, strict=True) if cut]
-    shape = (*turns, *site.eqn.invars[site.weight].aval.shape)
+    if like is None:
+        turns = [n for (_, n), cut in zip(site.loops, site.sliced, strict=True) if cut]
+        shape = (*turns, *site.eqn.invars[site.weight].aval.shape)
+        like = jnp.zeros(shape, delta.dtype)
     # Linear in the weight: any weight has the same derivative.
-    _, pull = jax.vjp(lambda w: run(w, data), jnp.zeros(shape, delta.dtype))
+    _, pull = jax.vjp(lambda w: run(w, data), like.astype(delta.dtype))
     return pull(delta)[0]
 
 
-def _dot_gradient(site: Site, data: jax.Array, delta: jax.Array) -> jax.Array:
+def _dot_gradient(
+    site: Site, data: jax.Array, delta: jax.Array, like: jax.Array | None
+) -> jax.Array:
     wb, wc, wf, xb, xc, xf = _dot_dims(site)
     db, dx, dw = _dot_delta_dims(site)
     lead = 1 + len(site.loops)
     cut = [1 + k for k, sliced in enumerate(site.sliced) if sliced]
     summed = [k for k in range(lead) if k not in cut]
     at = lambda dims: [lead + k for k in dims]
+    # Dimensions of the product: loops, batch, contracted in the data's order, free.
+    kept = [*wb, *[wc[xc.index(k)] for k in sorted(xc)], *wf]
+    front = list(range(len(cut)))
+    order = front + [len(cut) + kept.index(k) for k in range(len(kept))]
+    spec = _compat.explicit_spec(delta)
+    if spec is not None:
+        given = (None,) * len(order) if like is None else _compat.explicit_spec(like)
+        spec = PartitionSpec(*(given[order.index(k)] for k in range(len(order))))
     out = lax.dot_general(
         data.astype(delta.dtype),
         delta,
         ((summed + at(xf), summed + at(dx)), (cut + at(xb), cut + at(db))),
         precision=site.eqn.params["precision"],
+        out_sharding=spec,
     )
-    # Dimensions are now: loops, batch, contracted in the data's order, free.
-    kept = [*wb, *[wc[xc.index(k)] for k in sorted(xc)], *wf]
-    front = list(range(len(cut)))
-    return jnp.transpose(out, front + [len(cut) + kept.index(k) for k in range(len(kept))])
+    return jnp.transpose(out, order)

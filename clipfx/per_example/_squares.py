@@ -11,7 +11,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from clipfx import _compat
 from clipfx.per_example._sites import Factors
 
 # More positions than this are taken in tiles, half of which symmetry saves.
@@ -35,6 +37,8 @@ def square_of_products(
     """
     factors = [f._replace(left=f.left if f.by_index else _wide(f.left),
                           right=_wide(f.right)) for f in _align(factors)]  # fmt: skip
+    if any(f.by_index for f in factors):  # look-ups do not know about meshes
+        factors = [Factors(*map(_compat.whole, f[:2]), f.key) for f in factors]
     dense = _join([f for f in factors if not f.by_index])
     rows = _join([f for f in factors if f.by_index])
     if sum(f.right.shape[1] for f in factors) == 1:
@@ -99,7 +103,10 @@ def _join(factors: list[Factors]) -> Factors | None:
 
 def _matmul(a: jax.Array, b: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
     """`[S, T, T']` from `[S, T, K]` and `[S, T', K]`."""
-    return lax.dot_general(a, b, (((2,), (2,)), ((0,), (0,))), precision=precision)
+    spec = _compat.explicit_spec(a)
+    spec = None if spec is None else PartitionSpec(spec[0], None, None)
+    dims = (((2,), (2,)), ((0,), (0,)))
+    return lax.dot_general(a, b, dims, precision=precision, out_sharding=spec)
 
 
 def _gram(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from clipfx import _compat
 from clipfx.per_example import _run, _sites, _squares
 from clipfx.per_example._plan import Plan
 from clipfx.per_example._sites import Site
@@ -236,14 +237,15 @@ def weighted_sum(
     found, pull = jax.vjp(at_sites, views)
     groups = {n: _groups(site, index) for n, site in plan.sites.items()}
     if tape.squares is None:
-        grads = _of_sites(plan, tape, factor, groups, good)
+        grads = _of_sites(plan, tape, found, factor, groups, good)
         for n, x in tape.formed.items():
             axis = _axis_of_weight(plan.sites[n])
             grads[n] = _mask(_scale(x, factor, groups[n], axis), good).sum(0)
     else:
         inputs = _stand_in(program, inputs, good)
         grads = _second_pass(program, inputs, found, factor, groups)
-    (back,) = pull({n: grads[n].astype(common) for n in found})
+    like = lambda x, w: _compat.reshard(x.astype(common), _compat.explicit_spec(w))
+    (back,) = pull({n: like(grads[n], w) for n, w in found.items()})
     for leaf, x in back.items():
         sums[leaf] = x.astype(params[leaf].dtype)
     if tape.squares is None:
@@ -253,7 +255,12 @@ def weighted_sum(
 
 
 def _of_sites(
-    plan: Plan, tape: Tape, factor: jax.Array, groups: dict, good: jax.Array
+    plan: Plan,
+    tape: Tape,
+    found: dict,
+    factor: jax.Array,
+    groups: dict,
+    good: jax.Array,
 ) -> dict[int, jax.Array]:
     """Sums at the sites that are not formed.
 
@@ -281,8 +288,10 @@ def _of_sites(
 
     def sums(data, deltas):
         # An addition has no data: `None` is kept in its place.
-        return {n: _sites.weight_gradient(plan.sites[n], data[a], deltas[d])
-                for n, (a, d) in pairs.items()}  # fmt: skip
+        return {
+            n: _sites.weight_gradient(plan.sites[n], data[a], deltas[d], found[n])
+            for n, (a, d) in pairs.items()
+        }
 
     def again(state):
         done, data, deltas, _ = state
@@ -292,7 +301,9 @@ def _of_sites(
 
     # Hardly ever. A loop works in place, where a branch would copy its results.
     both = list(data.values()), list(deltas.values())
-    state = (good.all(), *both, sums(*both))
+    # A sum of numbers: one all-reduce with those of the gradients.
+    bad = jnp.where(good, 0.0, 1.0).sum()
+    state = (bad == 0, *both, sums(*both))
     return jax.lax.while_loop(lambda state: ~state[0], again, state)[3]
 
 
