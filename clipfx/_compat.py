@@ -18,7 +18,11 @@ def varying_axes(x: jax.typing.ArrayLike) -> frozenset[str]:
     Empty outside `shard_map`, and where its `check_vma=False` or `jax.pmap` keep no
     such types.
     """
-    aval = jax.typeof(x)
+    return axes_of_type(jax.typeof(x))
+
+
+def axes_of_type(aval: Any) -> frozenset[str]:
+    """The same from the type of a value."""
     manual = getattr(aval, "manual_axis_type", None)  # jax >= 0.10
     if manual is not None:
         return frozenset(manual.varying)
@@ -97,3 +101,12 @@ def reshard(x: jax.Array, spec: tuple | None) -> jax.Array:
 def whole(x: jax.Array) -> jax.Array:
     """`x` with no dimension split, on a mesh with Explicit axes; mapped ones may be."""
     return reshard(x, explicit_spec(x) and (None,) * x.ndim)
+
+
+def scan_sizes(eqn: Any) -> tuple[int, int]:
+    """How many inputs of a scan are constants, and how many are carried."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    tree = eqn.params["ft_in"].update(list(eqn.invars))  # newer JAX
+    consts, carry, _ = (len(list(part)) for part in tree.unpack())
+    return consts, carry

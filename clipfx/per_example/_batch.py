@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clipfx import _compat
 from clipfx._tree import is_counted
 from clipfx.per_example._plan import make_plan
 from clipfx.per_example._tape import Program
@@ -21,7 +22,10 @@ class Call(NamedTuple):
       program: Of one example.
       size: B.
       params: The tree of parameters, as `jax.grad` sees it.
-      aux: Structure of the loss's second output, None without one.
+      aux: Structure of the loss's second output.
+      axes: Per parameter the mesh axes of `jax.shard_map` that only the batch varies
+        over: what sums run over.
+      split: Per parameter those that only it varies over: what norms run over.
     """
 
     inputs: list[Any]
@@ -29,6 +33,8 @@ class Call(NamedTuple):
     size: int
     params: Any
     aux: Any
+    axes: list[frozenset[str]]
+    split: list[frozenset[str]]
 
 
 class Signature(NamedTuple):
@@ -116,6 +122,13 @@ def prepare(
     order = [j for k in argnums for j in range(starts[k], starts[k + 1])]
     position = {k: number for number, k in enumerate(where)}
     mapped = tuple(kinds[k] == "batch" for k in where)
+    here = [position[k] for k in order]
+    batch = frozenset().union(
+        *(_compat.varying_axes(x) for x, m in zip(inputs, mapped, strict=True) if m)
+    )
+    own = [_compat.varying_axes(inputs[k]) for k in here]
+    for k in here:  # or shard_map would add up the gradients of different examples
+        inputs[k] = _compat.vary(inputs[k], batch)
     program: dict[str, Any] = {}
 
     def flat(*values):
@@ -137,10 +150,10 @@ def prepare(
     some = [x if size or not m else jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
             for x, m in zip(inputs, mapped, strict=True)]  # fmt: skip
     jax.eval_shape(jax.vmap(capture, axes, out_axes=None), *some)
-    plan = make_plan(program["jaxpr"], [position[k] for k in order], mapped,
-                     norms=norms, force=force)  # fmt: skip
-    built = Program(plan, tuple(position[k] for k in order), mapped)
-    return Call(inputs, built, size, params, program["aux"])
+    plan = make_plan(program["jaxpr"], here, mapped, norms=norms, force=force)
+    built = Program(plan, tuple(here), mapped)
+    axes, split = [batch - x for x in own], [x - batch for x in own]
+    return Call(inputs, built, size, params, program["aux"], axes, split)
 
 
 def _is_array(x: Any) -> bool:

@@ -53,7 +53,7 @@ def bounded_sum(
     Returns:
       The sum by leaf, and what is known of every example.
     """
-    inputs = _vary_params(call)
+    inputs = call.inputs
     outs, tape = _tape.record(call.program, inputs, norms=True)
     squares = _measured(call, tape, members)
     dtype = squares.dtype
@@ -76,20 +76,13 @@ def _measured(call: Call, tape: Tape, members: Groups) -> jax.Array:
     return _by_group(_over_mesh(call, squares), members)
 
 
-def _split_axes(call: Call) -> list[frozenset[str]]:
-    """Per leaf the mesh axes that it varies over and the batch does not."""
-    batch = _batch_axes(call)
-    return [_compat.varying_axes(call.inputs[k]) - batch for k in call.program.params]
-
-
 def _over_mesh(call: Call, squares: jax.Array) -> jax.Array:
     """Adds up `[B, L]` over the mesh axes that a leaf is split over."""
-    axes = _split_axes(call)
-    if not any(axes):
+    if not any(call.split):
         return squares
     columns = [
         jax.lax.psum(squares[:, k], tuple(sorted(a))) if a else squares[:, k]
-        for k, a in enumerate(axes)
+        for k, a in enumerate(call.split)
     ]
     return jnp.stack(columns, axis=1)
 
@@ -109,31 +102,10 @@ def empty(call: Call, groups: int) -> PerExample:
     return _per_example(call, _none(call), jnp.ones(0, bool), nothing, nothing)
 
 
-def _vary_params(call: Call) -> list[jax.Array]:
-    """Inputs whose parameters vary over what the batch varies over.
-
-    Or `jax.shard_map` would add up the gradients of different examples.
-    """
-    axes = _batch_axes(call)
-    inputs = list(call.inputs)
-    for k in call.program.params:
-        inputs[k] = _compat.vary(inputs[k], axes)
-    return inputs
-
-
 def _total(call: Call, sums: Sequence[jax.Array]) -> list[jax.Array]:
-    """Adds up over the mesh axes that the batch varies over, parameters do not."""
-    batch = _batch_axes(call)
-    out = []
-    for k, x in zip(call.program.params, sums, strict=True):
-        axes = batch - _compat.varying_axes(call.inputs[k])
-        out.append(jax.lax.psum(x, tuple(sorted(axes))) if axes else x)
-    return out
-
-
-def _batch_axes(call: Call) -> frozenset[str]:
-    pairs = zip(call.inputs, call.program.mapped, strict=True)
-    return frozenset().union(*(_compat.varying_axes(x) for x, m in pairs if m))
+    """Adds up over the mesh axes that the batch varies over and parameters do not."""
+    return [jax.lax.psum(x, tuple(sorted(axes))) if axes else x
+            for x, axes in zip(sums, call.axes, strict=True)]  # fmt: skip
 
 
 def _slack(dtype: Any) -> float:
@@ -153,7 +125,7 @@ def _by_group(squares: jax.Array, members: Groups) -> jax.Array:
 
 def measure(call: Call, members: Groups) -> PerExample:
     """Norms alone."""
-    outs, tape = _tape.record(call.program, _vary_params(call), norms=True)
+    outs, tape = _tape.record(call.program, call.inputs, norms=True)
     norm = jnp.sqrt(_measured(call, tape, members))
     return _per_example(call, outs, jnp.ones(outs[0].shape, bool), norm, None)
 
@@ -165,7 +137,7 @@ def sums_by_group(call: Call, member: jax.Array) -> tuple[list, PerExample]:
       call: The loss and its inputs.
       member: `[B, K]`, 1 where an example belongs.
     """
-    inputs = _vary_params(call)
+    inputs = call.inputs
     outs, tape = _tape.record(call.program, inputs, norms=False)
     floats = [x for x in jax.tree.leaves(tape) if jnp.issubdtype(x.dtype, jnp.inexact)]
     rows = [jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in floats]

@@ -189,7 +189,7 @@ class _Walk:
         self, node: Node, k: int, eqn: Any, inputs: list[Info], loops: tuple
     ) -> list[Info]:
         p, loop = eqn.params, next(self.loop_number)
-        consts, carry = p["num_consts"], p["num_carry"]
+        consts, carry = _compat.scan_sizes(eqn)
         for info in inputs[consts : consts + carry]:
             self.blame(info, "initial carry of scan")
         infos = [*inputs[:consts], *[Info(data=True)] * carry]

@@ -102,7 +102,8 @@ def _inside(
         return wrapped(inputs, taps, given)
     if name in CALLS:
         return again(inputs, taps, given)
-    const, first = p["num_consts"], p["num_consts"] + p["num_carry"]
+    const, carried = _compat.scan_sizes(eqn)
+    first = const + carried
     # What a loop takes slices of need not be recorded, it is there.
     sliced = dict(zip(inner.jaxpr.invars[first:], inputs[first:], strict=True))
     known = {n: sliced[v] for v, n in inner.data.items() if v in sliced}
@@ -111,7 +112,7 @@ def _inside(
         xs, taps, given = turn
         outs, found = again([*inputs[:const], *carry, *xs], taps, given)
         found = {n: x for n, x in found.items() if n not in known}
-        return outs[: p["num_carry"]], (outs[p["num_carry"] :], found)
+        return outs[:carried], (outs[carried:], found)
 
     carry, (ys, found) = lax.scan(
         body,
@@ -176,12 +177,12 @@ def _move(jaxpr: Any, eqn: Any, inputs: list) -> list:
 
 def _in_loop(inner: Node, eqn: Any, inputs: list, sites: Any, depth: int) -> dict:
     """A slice each turn becomes a dimension, what is the same each turn stays so."""
-    p = eqn.params
-    first = p["num_consts"] + p["num_carry"]
+    consts, carried = _compat.scan_sizes(eqn)
+    first = consts + carried
     here = {n: sites[n] for n in inner.numbers() & sites.keys()}
     if not here:
         return {}
-    fixed = [*inputs[: p["num_consts"]], *[None] * p["num_carry"]]
+    fixed = [*inputs[:consts], *[None] * carried]
     turn = lambda xs: weights(inner, [*fixed, *xs], here, depth + 1)[1]
     if all(x is None for x in inputs[first:]):
         return turn(inputs[first:])

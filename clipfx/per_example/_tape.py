@@ -75,7 +75,7 @@ def record(
             )
             return outs[0], (outs[1:], data)
 
-        taps = jnp.zeros(len(params), jnp.float32) if ghost else _taps(plan)
+        taps = _found(plan) if ghost else _taps(plan)
         leaves = {k: params[k] for k in direct}
         value, pull, (aux, data) = jax.vjp(loss, leaves, taps, has_aux=True)
         leaves, deltas = pull(jnp.ones_like(value))
@@ -97,12 +97,23 @@ def record(
     return outs, Tape(data, deltas, leaves, formed, None)
 
 
+def _found(plan: Plan) -> jax.Array:
+    """Where squared norms are added up, `[L]`."""
+    value = plan.root.jaxpr.outvars[0].aval
+    return _zeros((len(plan.roads),), value).astype(dtype(plan))
+
+
 def _taps(plan: Plan) -> dict[int, jax.Array]:
     def zeros(site: Site) -> jax.Array:
         out = site.eqn.outvars[0].aval
-        return jnp.zeros((*(n for _, n in site.loops), *out.shape), out.dtype)
+        return _zeros((*(n for _, n in site.loops), *out.shape), out)
 
     return {site.tap: zeros(site) for site in plan.sites.values()}
+
+
+def _zeros(shape: tuple[int, ...], like: Any) -> jax.Array:
+    """Of the dtype of a type, varying over the same axes of `jax.shard_map`."""
+    return _compat.vary(jnp.zeros(shape, like.dtype), _compat.axes_of_type(like))
 
 
 def wide(x: jax.Array) -> jax.Array:
@@ -182,7 +193,7 @@ def _probe(
         return out
 
     def backward(data, delta):
-        found = jnp.zeros(len(plan.roads), jnp.float32)
+        found = _found(plan)
         turn = site._replace(loops=())
         for part in parts:
             x = _of_region([(turn, part._replace(stack=()), data, delta)])

@@ -96,7 +96,8 @@ def of_equation(
 
 
 _SAME = {"convert_element_type", "copy", "copy_p", "mesh_cast", "name",
-         "optimization_barrier", "reshard", "sharding_constraint"}  # fmt: skip
+         "optimization_barrier", "pcast", "pvary", "reshard",
+         "sharding_constraint"}  # fmt: skip
 _RESHAPES = {"broadcast_in_dim", "expand_dims", "reshape", "squeeze"}
 
 
