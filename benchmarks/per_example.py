@@ -53,6 +53,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Of one example."""
         mask = nn.make_causal_mask(jnp.ones(x.shape[:-1]))
         attend = nn.MultiHeadDotProductAttention(self.heads)
         x = x + attend(nn.LayerNorm()(x), mask=mask)
@@ -70,6 +71,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Logits at each position."""
         embed = nn.Embed(self.vocabulary, self.width)
         position = self.param(
             "position", nn.initializers.normal(0.02), (self.length, self.width)
@@ -85,6 +87,7 @@ class Cnn(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Of one example."""
         for k, width in enumerate((32, 64, 64)):
             x = nn.Conv(width, (3, 3), strides=2 if k else 1)(x)
             x = nn.relu(nn.GroupNorm(8)(x))
@@ -98,6 +101,7 @@ class Recurrent(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Of one example."""
         return nn.Dense(10)(nn.RNN(self.cell(256))(x)[-1])
 
 

@@ -59,7 +59,9 @@ def evaluate(jaxpr: Any, eqn: Any, values: list, keep: list[int]) -> list[Any]:
     """
     values = [jnp.asarray(v) if isinstance(v, np.ndarray | np.generic) else v
               for v in values]  # fmt: skip
-    inputs = {v: x for v, x in zip(eqn.invars, values, strict=True) if not is_literal(v)}
+    inputs = {
+        v: x for v, x in zip(eqn.invars, values, strict=True) if not is_literal(v)
+    }
     alone = jaxpr.replace(
         constvars=[],
         invars=list(inputs),

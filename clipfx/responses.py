@@ -63,7 +63,7 @@ Response = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def _bounded(response: Response) -> Response:
-    """Says that the threshold is the largest value: the sensitivity of a clipped sum."""
+    """Says that no value exceeds the threshold, which then is a sensitivity."""
     response.bounded = True  # ty: ignore
     return response
 
@@ -329,8 +329,8 @@ def auto_s(stability: float = 0.01) -> Response:
     r"""Makes the response :math:`c\,n/(n + \gamma)`, automatic clipping.
 
     Nearly `normalize` for norms well above gamma, but small ones keep their order. With
-    threshold 1 it is also NSGD, :math:`n/(n + r)`. The threshold only scales the result:
-    leave it at 1 and set the learning rate.
+    threshold 1 it is also NSGD, :math:`n/(n + r)`. The threshold only scales the
+    result: leave it at 1 and set the learning rate.
 
     Args:
       stability: :math:`\gamma > 0`, in the units of a norm, a Python number.
@@ -356,8 +356,8 @@ def auto_s(stability: float = 0.01) -> Response:
         usable = threshold < jnp.inf
         limit = jnp.where(usable, threshold, 1)
         # As a share, so that neither a product nor a sum leaves the range.
-        share = jnp.where(norm > stability, 1 / (1 + divide(stability, _one_if_0(norm))),
-                          norm / (norm + stability))  # fmt: skip
+        share = 1 / (1 + divide(stability, _one_if_0(norm)))
+        share = jnp.where(norm > stability, share, norm / (norm + stability))
         return jnp.where(usable, limit * share, norm)
 
     return _bounded(respond)

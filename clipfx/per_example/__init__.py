@@ -9,12 +9,23 @@
 >>> sums, info = grad(params, batch)
 >>> mean = {k: v / 8 for k, v in sums.items()}  # to an optimizer
 
-For a batch of microbatches, of padding, on a mesh: nothing else to do. `norms` measures
-only, `group_grad` sums by population, `clip_per_example` is a transform for gradients
-that are stacked already, and `explain` shows what each parameter costs.
+`norms` measures only, `group_grad` sums by population, `clip_per_example` is a
+transform for gradients that are stacked already, and `explain` tells what each
+parameter costs.
 """
 
 from clipfx.per_example._bounded import PerExample
-from clipfx.per_example._grad import ClippedGrad, clipped_grad, group_grad, norms
+from clipfx.per_example._explain import explain
+from clipfx.per_example._grad import ClippedGrad, clipped_grad
+from clipfx.per_example._measures import group_grad, norms
+from clipfx.per_example._stacked import clip_per_example
 
-__all__ = ["ClippedGrad", "PerExample", "clipped_grad", "group_grad", "norms"]
+__all__ = [
+    "ClippedGrad",
+    "PerExample",
+    "clip_per_example",
+    "clipped_grad",
+    "explain",
+    "group_grad",
+    "norms",
+]

@@ -1,6 +1,5 @@
 """Arguments of a loss, with and without an axis of examples, and its program."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from clipfx import _compat, responses
-from clipfx._clip import factors, reported
+from clipfx._clip import factors
 from clipfx._norms import Norms
 from clipfx._tree import Groups
-from clipfx.per_example import _tape
+from clipfx.per_example import _sums, _tape
 from clipfx.per_example._batch import Call
 from clipfx.per_example._tape import Tape
 
@@ -56,16 +56,15 @@ def bounded_sum(
     inputs = call.inputs
     outs, tape = _tape.record(call.program, inputs, norms=True)
     squares = _measured(call, tape, members)
-    dtype = squares.dtype
     good = jnp.isfinite(squares).all(1)
     rows = _compat.explicit_spec(good)
     keep = jnp.ones_like(good) if where is None else _compat.reshard(where, rows)
     norm = Norms(jnp.sqrt(squares), jnp.ones_like(squares))
-    limit = jnp.broadcast_to(limit.astype(dtype) * (1 - _slack(dtype)), squares.shape)
+    limit = jnp.broadcast_to(lowered(limit.astype(squares.dtype)), squares.shape)
     limit = _compat.reshard(limit, _compat.explicit_spec(squares))
     before, factor = factors(norm, limit, response, "zero")
     factor = jnp.where((good & keep)[:, None], before * factor, 0)
-    sums = _tape.weighted_sum(call.program, inputs, tape, factor, members.index, good)
+    sums = _sums.weighted_sum(call.program, inputs, tape, factor, members.index, good)
     shown = jnp.where(keep[:, None], norm.value, 0)
     return _total(call, sums), _per_example(call, outs, keep, shown, factor)
 
@@ -108,9 +107,10 @@ def _total(call: Call, sums: Sequence[jax.Array]) -> list[jax.Array]:
             for x, axes in zip(sums, call.axes, strict=True)]  # fmt: skip
 
 
-def _slack(dtype: Any) -> float:
-    """Thresholds are lowered by this share, or rounding would exceed them."""
-    return 2.0**-20 if jnp.finfo(dtype).bits == 32 else 2.0**-49
+def lowered(limit: jax.Array) -> jax.Array:
+    """A little less than the threshold, or rounding would exceed it."""
+    wide = jnp.finfo(limit.dtype).bits > 32
+    return limit * (1 - 2.0 ** (-49 if wide else -20))
 
 
 def _by_group(squares: jax.Array, members: Groups) -> jax.Array:
@@ -148,7 +148,7 @@ def sums_by_group(call: Call, member: jax.Array) -> tuple[list, PerExample]:
     # Unrolled: XLA's convolutions are slow in a loop on CPUs.
     index = [0] * len(call.program.params)
     parts = [
-        _tape.weighted_sum(call.program, inputs, tape, column[:, None], index, good)
+        _sums.weighted_sum(call.program, inputs, tape, column[:, None], index, good)
         for column in jnp.unstack(member, axis=1)
     ]
     sums = [jnp.stack(x) for x in zip(*parts, strict=True)]

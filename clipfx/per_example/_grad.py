@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipfx import responses
-from clipfx._checks import check_choice, is_known
-from clipfx._tree import Groups, group_leaves
+from clipfx._checks import check_choice
+from clipfx._tree import group_leaves
 from clipfx.per_example import _batch, _bounded, _tape
 from clipfx.per_example._batch import Signature
 from clipfx.per_example._bounded import PerExample
+from clipfx.per_example._limits import check_limit, limits
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,11 +52,11 @@ class ClippedGrad:
             (`[B, 1]` or `[1, G]` if B = G), or a dict by group name.
           **kwargs: Of the loss, the same for every example.
         """
-        params = _params_of(self.signature, args)
+        params = params_of(self.signature, args)
         members = group_leaves(self.groups, params)
-        size = _size_of(self.signature, args)
+        size = size_of(self.signature, args)
         given = self.max_norm if max_norm is None else max_norm
-        limit = _limits(given, members, size)
+        limit = limits(given, members, size)
         keep = _mask(where, size)
 
         def some(args: Any, keep: Any, limit: Any) -> tuple[Any, PerExample]:
@@ -206,7 +207,7 @@ def clipped_grad(
     signature = Signature(fun, argnums, batch_argnums, has_aux)
     _batch.check_signature(signature)
     responses.check_response(response)
-    _check_limit(max_norm)
+    check_limit(max_norm)
     if microbatch_size is not None and (
         type(microbatch_size) is not int or microbatch_size < 1
     ):
@@ -214,211 +215,21 @@ def clipped_grad(
             f"microbatch_size must be an int >= 1 or None, got {microbatch_size!r}; "
             "it is the number of examples computed at a time."
         )
-    return ClippedGrad(signature, max_norm, groups, response, microbatch_size, axis_name)
-
-
-def norms(
-    fun: Callable,
-    *,
-    argnums: int | tuple[int, ...] = 0,
-    batch_argnums: int | tuple[int, ...] = 1,
-    has_aux: bool = False,
-    groups: Any = "global",
-) -> Callable[..., PerExample]:
-    r"""Measures the gradient of every example, :math:`n_{b,k} = \|g_{b,k}\|_2`.
-
-    For finding outliers, choosing thresholds, estimating the noise of a gradient. No
-    sum is computed.
-
-    Args:
-      fun: See `clipped_grad`.
-      argnums: See `clipped_grad`. Static.
-      batch_argnums: See `clipped_grad`. Static.
-      has_aux: See `clipped_grad`. Static.
-      groups: See `clipfx.clip_by_norm`. Static.
-
-    Returns:
-      A function of the same arguments, batches in place of examples. It returns
-      `PerExample` with `factor` None.
-
-    Raises:
-      TypeError: See `clipped_grad`.
-      ValueError: See `clipped_grad`.
-
-    Example:
-      >>> import clipfx, jax.numpy as jnp
-      >>> loss = lambda w, x: jnp.vdot(w, x)
-      >>> measure = clipfx.per_example.norms(loss)
-      >>> measure(jnp.zeros(2), jnp.array([[3.0, 4.0], [0.0, 0.5]])).norm
-      Array([[5. ],
-             [0.5]], dtype=float32)
-
-    Reference: Goodfellow, `Efficient per-example gradient computations
-    <https://arxiv.org/abs/1510.01799>`_, 2015.
-    """
-    unclipped = clipped_grad(
-        fun,
-        math.inf,
-        argnums=argnums,
-        batch_argnums=batch_argnums,
-        has_aux=has_aux,
-        groups=groups,
+    return ClippedGrad(
+        signature, max_norm, groups, response, microbatch_size, axis_name
     )
 
-    def measure(*args: Any, **kwargs: Any) -> PerExample:
-        # What is not asked for is not computed: under jit the sum is dead code.
-        members = group_leaves(groups, _params_of(unclipped.signature, args))
-        call = _batch.prepare(unclipped.signature, args, kwargs)
-        if not call.size:
-            return _bounded.empty(call, len(members.names))._replace(factor=None)
-        return _bounded.measure(call, members)
 
-    return measure
-
-
-def group_grad(
-    fun: Callable,
-    num_groups: int,
-    *,
-    argnums: int | tuple[int, ...] = 0,
-    batch_argnums: int | tuple[int, ...] = 1,
-    has_aux: bool = False,
-    axis_name: Any = None,
-) -> Callable[..., tuple[Any, PerExample]]:
-    r"""Sums gradients by group of examples, :math:`\sum_{b: group(b) = k} g_b`.
-
-    One forward and one backward pass of the data, and for each of the K groups the
-    part of a backward pass that makes weight gradients.
-
-    Args:
-      fun: See `clipped_grad`.
-      num_groups: K >= 1. Static.
-      argnums: See `clipped_grad`. Static.
-      batch_argnums: See `clipped_grad`. Static.
-      has_aux: See `clipped_grad`. Static.
-      axis_name: See `clipped_grad`. Static.
-
-    Returns:
-      A function of the same arguments, batches in place of examples, followed by the
-      groups, integers `[B]` in [0, K). It returns the contributions, like the
-      parameters with an axis K in front, float32 or wider, and `PerExample` with
-      `norm` None and `factor` `[B, K]`, 1 where an example is counted. An example
-      whose gradient is not finite is counted nowhere, nor is one whose traced group is
-      out of range.
-
-    Raises:
-      TypeError: See `clipped_grad`, and if groups are not integers.
-      ValueError: See `clipped_grad`, and if concrete groups are out of range.
-
-    Example:
-      >>> import clipfx, jax.numpy as jnp
-      >>> loss = lambda w, x: jnp.vdot(w, x)
-      >>> grad = clipfx.per_example.group_grad(loss, 2)
-      >>> batch = jnp.array([[3.0, 4.0], [0.0, 0.5], [1.0, 1.0]])
-      >>> grad(jnp.zeros(2), batch, jnp.array([0, 1, 0]))[0]
-      Array([[4. , 5. ],
-             [0. , 0.5]], dtype=float32)
-
-    Reference: none; the pieces of `clipped_grad`.
-    """
-    signature = Signature(fun, argnums, batch_argnums, has_aux)
-    _batch.check_signature(signature)
-    if type(num_groups) is not int or num_groups < 1:
-        raise ValueError(
-            f"num_groups must be an int >= 1, got {num_groups!r}; it is the number of "
-            "populations."
-        )
-
-    def grad(*args: Any, **kwargs: Any) -> tuple[Any, PerExample]:
-        if len(args) < 3:
-            raise TypeError(
-                "group must be the last positional argument, integers [B], got "
-                f"{len(args)} arguments; call it with parameters, batch and group."
-            )
-        *args, group = args
-        params = _params_of(signature, args)
-        size = _size_of(signature, args)
-        member = _membership(group, num_groups, size)
-        call = _batch.prepare(signature, args, kwargs, norms=False)
-        if size:
-            sums, info = _bounded.sums_by_group(call, member)
-        else:
-            like = [_tape.wide(call.inputs[k]) for k in call.program.params]
-            sums = [jnp.zeros((num_groups, *x.shape), x.dtype) for x in like]
-            info = _bounded.empty(call, num_groups)._replace(norm=None)
-        if axis_name is not None:
-            sums = [_psum(x, axis_name) for x in sums]
-        return jax.tree.structure(params).unflatten(sums), info
-
-    return grad
-
-
-# ----------------------------------------------------------------------- arguments
-
-
-def _params_of(signature: Signature, args: Any) -> Any:
+def params_of(signature: Signature, args: Any) -> Any:
     numbers = _batch.numbers(signature, "argnums", len(args))
     params = tuple(args[k] for k in numbers)
     return params[0] if isinstance(signature.argnums, int) else params
 
 
-def _size_of(signature: Signature, args: Any) -> int:
+def size_of(signature: Signature, args: Any) -> int:
     return _batch.batch_size(
         args, _batch.numbers(signature, "batch_argnums", len(args))
     )
-
-
-def _check_limit(max_norm: Any) -> None:
-    for x in max_norm.values() if isinstance(max_norm, Mapping) else [max_norm]:
-        array = isinstance(x, jax.Array | np.ndarray | np.generic)
-        number = isinstance(x, int | float) and not isinstance(x, bool)
-        if not number and not (array and jnp.issubdtype(x.dtype, jnp.number)):
-            raise TypeError(
-                "max_norm must be a number, an array or a dict by group name, got "
-                f"{x!r}; a schedule is evaluated by you, and passed at each call."
-            )
-        if is_known(x) and not np.all(np.asarray(x, np.float64) >= 0):
-            raise ValueError(
-                f"max_norm must be >= 0, got {x!r}; to clip nothing pass math.inf."
-            )
-
-
-def _limits(max_norm: Any, members: Groups, size: int) -> jax.Array:
-    """Thresholds as `[B, G]`, or with 1 for B."""
-    _check_limit(max_norm)
-    names = members.names
-    if isinstance(max_norm, Mapping):
-        missing = [name for name in names if name not in max_norm]
-        if missing:
-            raise ValueError(
-                f"max_norm must name every group, got {sorted(max_norm)} without "
-                f"{missing}; add them, with math.inf for no clipping."
-            )
-        max_norm = jnp.stack([jnp.asarray(max_norm[name]) for name in names])
-        max_norm = max_norm[None]
-    limit = jnp.maximum(jnp.asarray(max_norm), 0)
-    if not jnp.issubdtype(limit.dtype, jnp.floating):
-        limit = limit.astype(jnp.float32)
-    count, shape = len(names), limit.shape
-    if shape == (size,) and size == count and size > 1:
-        raise ValueError(
-            f"max_norm must say whether it is by example or by group, got {shape} for "
-            f"{size} of both; pass shape ({size}, 1) or (1, {size})."
-        )
-    if shape == (count,):
-        limit = limit[None]
-    elif shape == (size,):
-        limit = limit[:, None]
-    elif shape and not (
-        len(shape) == 2 and shape[0] in (1, size) and shape[1] in (1, count)
-    ):
-        raise ValueError(
-            f"max_norm must be a number or have shape ({count},), ({size},) or "
-            f"({size}, {count}), for groups {names} and {size} examples, got {shape}; "
-            "pass a dict by group name to be sure of the order."
-        )
-    rows = limit.shape[0] if limit.ndim else 1
-    return jnp.broadcast_to(limit, (rows, count))
 
 
 def _mask(where: Any, size: int) -> jax.Array | None:
@@ -431,27 +242,6 @@ def _mask(where: Any, size: int) -> jax.Array | None:
             f"{where.dtype}{list(where.shape)}; False marks padding."
         )
     return where
-
-
-def _membership(group: Any, num_groups: int, size: int) -> jax.Array:
-    """float32 `[B, K]`, 1 where an example belongs."""
-    group = jnp.asarray(group)
-    if not jnp.issubdtype(group.dtype, jnp.integer):
-        raise TypeError(
-            f"group must be integers [B], got {group.dtype}; number the populations "
-            "from 0."
-        )
-    if group.shape != (size,):
-        raise ValueError(
-            f"group must have shape ({size},), one entry for each example, got "
-            f"{group.shape}; it is the last positional argument."
-        )
-    if is_known(group) and size and not (0 <= group.min() <= group.max() < num_groups):
-        raise ValueError(
-            f"group must be in [0, {num_groups}), got {int(group.min())} to "
-            f"{int(group.max())}; num_groups says how many populations there are."
-        )
-    return (group[:, None] == jnp.arange(num_groups)).astype(jnp.float32)
 
 
 def _psum(x: jax.Array, axis_name: Any) -> jax.Array:
@@ -478,7 +268,7 @@ def _in_parts(
         # Every part takes from the whole length: a batch split over devices stays so.
         return x.reshape(step, count, *x.shape[1:]).swapaxes(0, 1)
 
-    inside = jnp.arange(count * step).reshape(step, count).T < size
+    inside = (jnp.arange(count * step) < size).reshape(step, count).T
     parts = jax.tree.map(cut, (batches, keep, limit))
 
     def body(sums, part):
@@ -490,7 +280,9 @@ def _in_parts(
         return [a + b for a, b in zip(sums, more, strict=True)], info
 
     first = jax.tree.map(lambda x: x[0], (parts, inside))
-    like, _ = jax.eval_shape(lambda part: body([0.0] * _leaves(grad, args), part), first)
+    like, _ = jax.eval_shape(
+        lambda part: body([0.0] * _leaves(grad, args), part), first
+    )
     zeros = [jnp.zeros(x.shape, x.dtype) for x in like]
     sums, info = jax.lax.scan(body, zeros, (parts, inside))
     join = lambda x: x.swapaxes(0, 1).reshape(count * step, *x.shape[2:])[:size]
@@ -498,4 +290,4 @@ def _in_parts(
 
 
 def _leaves(grad: ClippedGrad, args: Any) -> int:
-    return len(jax.tree.leaves(_params_of(grad.signature, args)))
+    return len(jax.tree.leaves(params_of(grad.signature, args)))

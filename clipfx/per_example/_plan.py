@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from clipfx import _compat
 from clipfx.per_example import _squares, _views
-from clipfx.per_example._sites import ADD, Site, key, sizes, why_not
+from clipfx.per_example._factors import key, sizes
+from clipfx.per_example._sites import ADD, Site, why_not
 from clipfx.per_example._views import Part, View
 
 # Moving a word through memory costs as much as this many multiplications: a gradient
@@ -78,7 +79,7 @@ class Plan(NamedTuple):
       root: The program.
       uses: Per leaf its sites and the parts there.
       roads: Per leaf: `"unused"`, `"direct"`, `"outer product"`, `"Gram"`,
-        `"segment sum"`, `"formed"`, `"instantiated"`, or `"sum"` where norms are not asked for.
+        `"segment sum"`, `"formed"`, `"instantiated"`, or `"sum"` without norms.
       reasons: Per leaf why no site would do, empty if one does.
       sites: Those that are used, by number.
       formed: Numbers of sites whose weight's gradient is formed for each example.
@@ -217,9 +218,7 @@ def _where_added(jaxpr: Any, k: int) -> int:
             return k
         then = jaxpr.eqns[users[0]]
         same = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)
-        if then.primitive.name not in ADD or not same(
-            out.aval, then.outvars[0].aval
-        ):
+        if then.primitive.name not in ADD or not same(out.aval, then.outvars[0].aval):
             return k
         k = users[0]
 
@@ -280,7 +279,7 @@ def _decide(
         if why:
             roads[leaf], reasons[leaf] = "instantiated", [why]
             continue
-        roads[leaf], costs[leaf] = _factored(places)
+        roads[leaf], costs[leaf] = factored_cost(places)
         large = WORDS * math.prod(shapes[leaf])
         dear = large < costs[leaf] if force is None else force != "factored"
         dear &= roads[leaf] != "direct"
@@ -333,22 +332,24 @@ def _unaligned(places: list[tuple[Site, Part]], remat: bool) -> str:
         if p1.region != p2.region:
             if not _apart(p1.region, p2.region):
                 return "uses that overlap"
-        elif not _squares.fits([key(s1, p1), key(s2, p2)]):
-            return "several uses in different forms"
-        elif (s1.kind in ADD) != (s2.kind in ADD):
-            return "several uses in different forms"
-        elif s1.kind == s2.kind == "gather" and key(s1, p1) != key(s2, p2):
+        elif not _measured_together((s1, p1), (s2, p2)):
             return "several uses in different forms"
     return ""
 
 
+def _measured_together(*places: tuple[Site, Part]) -> bool:
+    keys = [key(site, part) for site, part in places]
+    kinds = {site.kind in ADD for site, _ in places}
+    rows = all(site.kind == "gather" for site, _ in places)
+    same = keys[0] == keys[1] if rows else _squares.fits(keys)
+    return same and len(kinds) == 1
+
+
 def _apart(a: tuple, b: tuple) -> bool:
-    return any(
-        x[1] <= y[0] or y[1] <= x[0] for x, y in zip(a, b, strict=True)
-    )
+    return any(x[1] <= y[0] or y[1] <= x[0] for x, y in zip(a, b, strict=True))
 
 
-def _factored(places: list[tuple[Site, Part]]) -> tuple[str, int]:
+def factored_cost(places: list[tuple[Site, Part]]) -> tuple[str, int]:
     """The road by outer products, and its cost in multiplications."""
     groups: dict[Any, list] = {}
     for site, part in places:

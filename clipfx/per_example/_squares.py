@@ -7,6 +7,7 @@ ids are equal, and that of one-hot and dense rows is a look-up.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from clipfx import _compat
-from clipfx.per_example._sites import Factors
+from clipfx.per_example._factors import Factors
 
 # More positions than this are taken in tiles, half of which symmetry saves.
 TILE = 256
@@ -120,7 +121,7 @@ def _gram(
     count = -(-length // TILE)
     edges = [length * k // count for k in range(count + 1)]
     total = jnp.zeros((), left.dtype)
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         some = lambda x: x[:, low:high]  # noqa: B023
         pair = lambda x, y: _matmul(some(x), y, precision)  # noqa: B023
         total += (pair(left, some(left)) * pair(right, some(right))).sum()

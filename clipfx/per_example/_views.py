@@ -130,7 +130,9 @@ def _repeat(view: View, old: Sequence[int], new: Sequence[int], at: Sequence) ->
     if view.repeated:
         return None
     stays = {e: d for d, e in enumerate(at) if old[d] == new[e]}
-    dims = lambda p: tuple(p.dims[stays[e]] if e in stays else () for e in range(len(new)))
+    dims = lambda p: tuple(
+        p.dims[stays[e]] if e in stays else () for e in range(len(new))
+    )
     parts = [p._replace(dims=p.dims and dims(p)) for p in view.parts]
     axis = None if view.axis is None else at[view.axis]
     return View(tuple(parts), axis, frozenset(range(len(new))) - stays.keys())

@@ -1,0 +1,132 @@
+"""A transform for those who have every example's gradient already."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipfx import _compat, responses
+from clipfx._checks import check_choice
+from clipfx._clip import (
+    ClipMetrics,
+    ClipState,
+    check_same_groups,
+    exceeds,
+    factors,
+    fresh_metrics,
+    reported,
+)
+from clipfx._norms import Norms, group_norms
+from clipfx._tree import group_leaves, narrow, times, widen
+from clipfx.per_example._batch import batch_size
+from clipfx.per_example._bounded import lowered
+from clipfx.per_example._limits import check_limit, limits
+
+
+def clip_per_example(
+    max_norm: Any,
+    *,
+    groups: Any = "global",
+    response: responses.Response = responses.hard,
+    reduce: str = "mean",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Bounds each example's gradient in stacked updates, and reduces them to one.
+
+    With :math:`g_{b,k}` the gradient of example b with respect to group k, n its norm,
+    c the threshold and :math:`\psi` the response,
+
+    .. math:: \frac{1}{B} \sum_b g_{b,k} \, \psi_c(n_{b,k}) / n_{b,k} .
+
+    First in a chain, behind `jax.vmap(jax.grad(loss), (None, 0))`. Where the loss is at
+    hand `clipfx.per_example.clipped_grad` does the same without the stack. An example
+    with a norm that is not finite contributes zero.
+
+    Args:
+      max_norm: :math:`c`: a number >= 0, `[G]`, or a dict by group name.
+      groups: Which leaves share a norm, see `clipfx.clip_by_norm`. Static.
+      response: From norms and thresholds to new norms. Static.
+      reduce: `"mean"` over the B examples, dropped ones included, or `"sum"`. Static.
+
+    Returns:
+      A transform from updates `[B, ...]` to updates like the parameters, of the same
+      dtypes, with `ClipState`: its metrics `[G]` show means over the finite examples of
+      a step, and count examples instead of steps.
+
+    Raises:
+      TypeError: If an argument is of the wrong kind.
+      ValueError: If a threshold is negative or does not fit the groups, `reduce` is
+        unknown, or updates have no common axis of examples.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = optax.chain(clip_per_example(1.0, reduce="sum"), optax.sgd(1.0))
+      >>> params = {"w": jnp.zeros(2)}
+      >>> stacked = {"w": jnp.array([[3.0, 4.0], [0.0, 0.5]])}
+      >>> updates, _ = tx.update(stacked, tx.init(params), params)
+      >>> [f"{x:.2f}" for x in updates["w"]]
+      ['-0.60', '-1.30']
+
+    Reference: Abadi et al., `Deep learning with differential privacy
+    <https://arxiv.org/abs/1607.00133>`_, 2016.
+    """
+    check_limit(max_norm)
+    responses.check_response(response)
+    check_choice("reduce", reduce, ("mean", "sum"))
+
+    def init(params: Any) -> ClipState:
+        return ClipState((), fresh_metrics(params, group_leaves(groups, params)))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, ClipState]:
+        del params, extra_args
+        members = group_leaves(groups, updates)
+        check_same_groups(state, members)
+        size = batch_size((updates,), (0,))
+        norms = jax.vmap(lambda one: group_norms(one, members))(updates)
+        limit = limits(max_norm, members, size).astype(norms.value.dtype)
+        limit = jnp.broadcast_to(limit, norms.value.shape)
+        limit = _compat.reshard(limit, _compat.explicit_spec(norms.value))
+        before, factor = factors(norms, lowered(limit), response, "zero")
+        good = jnp.isfinite(norms.value).all(1)
+        count = size if reduce == "mean" else 1
+
+        def bound(x: Any, i: int | None) -> Any:
+            if i is None:  # no gradient
+                return jnp.zeros(jnp.shape(x)[1:], jnp.result_type(x))
+            row = lambda f: f[:, i].reshape((-1,) + (1,) * (x.ndim - 1))
+            wide = times(times(widen(x), row(before)), row(factor))
+            wide = jnp.where(row(good[:, None].repeat(i + 1, 1)), wide, 0)
+            return narrow(wide.sum(0) / max(count, 1), x.dtype)
+
+        leaves, treedef = jax.tree.flatten(updates)
+        pairs = zip(leaves, members.index, strict=True)
+        clipped = treedef.unflatten([bound(x, i) for x, i in pairs])
+        return clipped, _next(state, norms, limit, before * factor, good)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _next(
+    state: ClipState, norms: Norms, limit: jax.Array, factor: jax.Array, good: jax.Array
+) -> ClipState:
+    seen, norm = state.metrics, reported(norms)
+    weight = jnp.where(good, 1.0, 0.0)[:, None]
+    mean = lambda x: (
+        (jnp.where(good[:, None], x, 0) * weight).sum(0).astype(jnp.float32)
+        / jnp.maximum(weight.sum(), 1)
+    )
+    number = lambda x: x.astype(jnp.int32).sum(0)
+    every = jnp.ones_like(norm, bool)
+    return state._replace(
+        metrics=ClipMetrics(
+            norm=mean(norm),
+            threshold=limit.max(0, initial=0).astype(jnp.float32),
+            factor=mean(factor),
+            steps=seen.steps + number(every),
+            clipped=seen.clipped + number(good[:, None] & exceeds(norm, limit)),
+            nonfinite=seen.nonfinite + number(~good[:, None] & every),
+            groups=seen.groups,
+        )
+    )

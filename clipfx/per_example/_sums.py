@@ -1,0 +1,204 @@
+"""Weighted sums of gradients, from what one pass over a batch left behind."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clipfx import _compat
+from clipfx.per_example import _run, _sites, _tape
+from clipfx.per_example._plan import Plan
+from clipfx.per_example._sites import Site
+from clipfx.per_example._tape import Program, Tape
+
+
+def weighted_sum(
+    program: Program,
+    inputs: Sequence[Any],
+    tape: Tape,
+    factor: jax.Array,
+    index: Sequence[int],
+    good: jax.Array,
+) -> list[jax.Array]:
+    """Sums over examples of gradients times factors, by leaf, in float32 or wider.
+
+    Args:
+      program: The loss.
+      inputs: As for `record`.
+      tape: From `record`.
+      factor: `[B, G]`, 0 where an example is not good.
+      index: By leaf its group.
+      good: bool `[B]`, which examples have only finite numbers on the tape.
+    """
+    plan = program.plan
+    params = [_tape.wide(inputs[k]) for k in program.params]
+    sums = [jnp.zeros_like(p) for p in params]
+    for leaf, x in tape.leaves.items():
+        x = _mask(_scale(x, factor, ((index[leaf], 0),), None), good)
+        sums[leaf] = x.sum(0, dtype=params[leaf].dtype)
+    if not plan.sites:
+        return sums
+    # One dtype for all, because views may join leaves.
+    views = {k: p for k, p in enumerate(params) if k not in tape.leaves}
+    common = jnp.result_type(*views.values())
+    views = {k: p.astype(common) for k, p in views.items()}
+
+    def at_sites(views):
+        values = [None] * len(inputs)
+        for k, leaf in views.items():
+            values[program.params[k]] = leaf
+        return _run.weights(plan.root, values, plan.sites)[1]
+
+    found, pull = jax.vjp(at_sites, views)
+    groups = {n: _groups(site, index) for n, site in plan.sites.items()}
+    if tape.squares is None:
+        grads = _of_sites(plan, tape, found, factor, groups, good)
+        for n, x in tape.formed.items():
+            axis = _axis_of_weight(plan.sites[n])
+            grads[n] = _mask(_scale(x, factor, groups[n], axis), good).sum(0)
+    else:
+        inputs = _stand_in(program, inputs, good)
+        grads = _second_pass(program, inputs, found, factor, groups)
+    like = lambda x, w: _compat.reshard(x.astype(common), _compat.explicit_spec(w))
+    (back,) = pull({n: like(grads[n], w) for n, w in found.items()})
+    for leaf, x in back.items():
+        sums[leaf] = x.astype(params[leaf].dtype)
+    if tape.squares is None:
+        return sums
+    # Without a good example there is none to stand in.
+    return [jnp.where(good.any(), x, jnp.zeros_like(x)) for x in sums]
+
+
+def _of_sites(
+    plan: Plan,
+    tape: Tape,
+    found: dict,
+    factor: jax.Array,
+    groups: dict,
+    good: jax.Array,
+) -> dict[int, jax.Array]:
+    """Sums at the sites that are not formed.
+
+    A factor belongs to the gradient of an output, unless the parts of the weight lie
+    side by side along what is summed over; then it belongs to the data.
+    """
+    data, deltas, pairs = {}, {}, {}
+    for n, site in plan.sites.items():
+        if n in tape.formed:
+            continue
+        in_data, k = _sites.where_axis(site)
+        axis = None if k is None else 1 + len(site.loops) + k
+        a, d = tape.data.get(site.data), tape.deltas[site.tap]
+        # Sites that share what is recorded share what is scaled, if factors agree.
+        first, second = (site.data,), (site.tap, axis, groups[n])
+        if in_data:
+            first, second = (site.data, axis, groups[n]), (site.tap,)
+        if first not in data:
+            data[first] = _scale(a, factor, groups[n], axis) if in_data else a
+        if second not in deltas:
+            deltas[second] = (
+                _tape.wide(d) if in_data else _scale(d, factor, groups[n], axis)
+            )
+        pairs[n] = list(data).index(first), list(deltas).index(second)
+    if not pairs:
+        return {}
+
+    def sums(data, deltas):
+        # An addition has no data: `None` is kept in its place.
+        return {
+            n: _sites.weight_gradient(plan.sites[n], data[a], deltas[d], found[n])
+            for n, (a, d) in pairs.items()
+        }
+
+    def again(state):
+        done, data, deltas, _ = state
+        # A factor of 0 is not enough: 0 times NaN is NaN.
+        data, deltas = jax.tree.map(lambda x: _mask(x, good), (data, deltas))
+        return ~done, data, deltas, sums(data, deltas)
+
+    # Hardly ever. A loop works in place, where a branch would copy its results.
+    both = list(data.values()), list(deltas.values())
+    # A sum of numbers: one all-reduce with those of the gradients.
+    bad = jnp.where(good, 0.0, 1.0).sum()
+    state = (bad == 0, *both, sums(*both))
+    return jax.lax.while_loop(lambda state: ~state[0], again, state)[3]
+
+
+def _mask(x: jax.Array, good: jax.Array) -> jax.Array:
+    return jnp.where(good.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
+
+
+def _stand_in(program: Program, inputs: Sequence[Any], good: jax.Array) -> list:
+    """A good example in the place of each that is not."""
+    mapped = [x for x, m in zip(inputs, program.mapped, strict=True) if m]
+
+    def replace(mapped):
+        rows = jnp.where(good, jnp.arange(good.shape[0]), jnp.argmax(good))
+        return [x[rows] for x in mapped]
+
+    mapped = iter(jax.lax.cond(good.all(), lambda xs: xs, replace, mapped))
+    return [next(mapped) if m else x
+            for x, m in zip(inputs, program.mapped, strict=True)]  # fmt: skip
+
+
+def _groups(site: Site, index: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """For every part of a weight its group, and how long it is."""
+    parts = [(0 if p.leaf is None else index[p.leaf], p.stop - p.start)
+             for p in site.view.parts]  # fmt: skip
+    found = {index[p.leaf] for p in site.view.parts if p.leaf is not None}
+    return ((*found, 0),) if len(found) == 1 else tuple(parts)
+
+
+def _axis_of_weight(site: Site) -> int | None:
+    axis = site.view.axis
+    return None if axis is None else 1 + sum(site.sliced) + axis
+
+
+def _scale(x: jax.Array, factor: jax.Array, groups: tuple, axis: int | None) -> Any:
+    """Multiplies `[B, ...]` by factors `[B, G]`, those of the groups along `axis`."""
+    if len(groups) == 1:
+        row, shape = factor[:, groups[0][0]], (x.shape[0],) + (1,) * (x.ndim - 1)
+    else:
+        rows = [
+            jnp.broadcast_to(factor[:, i, None], (x.shape[0], n)) for i, n in groups
+        ]
+        row, shape = jnp.concatenate(rows, axis=1), [1] * x.ndim
+        shape[0], shape[axis] = row.shape
+    return _tape.wide(x) * row.reshape(shape).astype(_tape.wide(x).dtype)
+
+
+def _second_pass(
+    program: Program,
+    inputs: Sequence[Any],
+    found: dict,
+    factor: jax.Array,
+    groups: dict,
+) -> dict[int, jax.Array]:
+    """Weighted sums by an ordinary backward pass, which rematerializes."""
+    plan = program.plan
+    axes = tuple(0 if mapped else None for mapped in program.mapped)
+
+    def loss(weights, row, *values):
+        def visit(site, inputs, apply, weight):
+            # Data get the gradient as it is, the weight gets it times the factor.
+            some = groups[site.number]
+            times = lambda x, axis: _scale(x[None], row[None], some, axis)[0]
+            data = jax.lax.stop_gradient(inputs[site.operand])
+            if jnp.issubdtype(data.dtype, jnp.floating):
+                data = data.astype(weight.dtype)
+            in_data, k = _sites.where_axis(site)
+            axis = None if k is None else k + 1
+            if in_data:
+                scaled = _sites.apply(site, weight, times(data, axis))
+            else:
+                scaled = times(_sites.apply(site, weight, data), axis)
+            out = apply(*inputs)
+            return _run.tap(out, scaled.astype(out.dtype))
+
+        outs, _ = _run.run(plan.root, values, plan.sites, {}, visit, weights)
+        return outs[0]
+
+    batched = jax.vmap(loss, (None, 0, *axes))
+    value, pull = jax.vjp(lambda weights: batched(weights, factor, *inputs), found)
+    return pull(jnp.ones_like(value))[0]

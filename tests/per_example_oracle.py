@@ -1,0 +1,120 @@
+"""Bounded sums by `jax.grad` of one example after the other, and what runs beside them.
+
+All but the derivatives themselves is plain float64 NumPy.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from trees import enable_x64
+
+from clipfx import responses
+from clipfx._tree import group_leaves
+from clipfx.per_example import _batch, _bounded
+
+# Thresholds are lowered by this share, or rounding would exceed them.
+SLACK = {"float32": 2.0**-20, "float64": 2.0**-49}
+TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
+RESPONSES = {
+    "hard": (responses.hard, np.minimum),
+    "normalize": (responses.normalize, lambda n, c: c + 0 * n),
+    "auto_s": (responses.auto_s(0.01), lambda n, c: c * n / (n + 0.01)),
+}
+LIMIT = 0.7
+# Tests are small and many: compiling is what takes their time.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def cast(tree, dtype):
+    """Floating leaves, also NumPy's, as arrays of `dtype`."""
+
+    def one(x):
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return jnp.asarray(np.asarray(x, np.float64), dtype)
+        return jnp.asarray(x)
+
+    return jax.tree.map(one, tree)
+
+
+def each_gradient(loss, params, batch):
+    """`[B, ...]` for every leaf, float64, by a loop over examples."""
+    with enable_x64(True):
+        params, batch = cast(params, np.float64), cast(batch, np.float64)
+        one = jax.jit(jax.grad(loss), compiler_options=QUICK)
+        count = len(jax.tree.leaves(batch)[0])
+        rows = [one(params, jax.tree.map(lambda x: x[b], batch)) for b in range(count)]  # noqa: B023
+        return jax.tree.map(lambda *xs: np.stack([np.asarray(x) for x in xs]), *rows)
+
+
+def expected(grads, groups="global", limit=LIMIT, response="hard", slack=2.0**-20):
+    """Sums, as the gradients but for the examples, and norms and factors `[B, G]`."""
+    leaves, treedef = jax.tree.flatten(grads)
+    members = group_leaves(groups, jax.tree.map(lambda x: x[0], grads))
+    squares = np.zeros((len(leaves[0]), len(members.names)))
+    for x, g in zip(leaves, members.index, strict=True):
+        squares[:, g] += (x.reshape(len(x), -1) ** 2).sum(1)
+    norm = np.sqrt(squares)
+    target = RESPONSES[response][1](norm, limit * (1 - slack))
+    factor = np.where(norm > 0, target / np.where(norm > 0, norm, 1), 1.0)
+    return total(grads, factor, groups), norm, factor
+
+
+def total(grads, factor, groups="global"):
+    """The sum over examples of gradients times factors `[B, G]`."""
+    leaves, treedef = jax.tree.flatten(grads)
+    index = group_leaves(groups, jax.tree.map(lambda x: x[0], grads)).index
+    sums = [np.tensordot(factor[:, g], x, 1)
+            for x, g in zip(leaves, index, strict=True)]  # fmt: skip
+    return treedef.unflatten(sums)
+
+
+def roads(loss, params, batch, force=None):
+    """By name of the leaf; batches may be NumPy's."""
+    signature = _batch.Signature(loss, 0, 1, False)
+    plan = _batch.prepare(signature, (params, batch), {}, force=force).program.plan
+    paths = jax.tree_util.tree_flatten_with_path(params)[0]
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return {name(path): road for (path, _), road in zip(paths, plan.roads, strict=True)}
+
+
+def forced(loss, force, groups="global", limit=LIMIT):
+    """`clipped_grad` with one road for every parameter that can take it."""
+    signature = _batch.Signature(loss, 0, 1, False)
+
+    def run(params, batch):
+        call = _batch.prepare(signature, (params, batch), {}, force=force)
+        members = group_leaves(groups, params)
+        dtype = jax.tree.leaves(params)[0].dtype
+        limits = jnp.full((1, len(members.names)), limit, dtype)
+        sums, info = _bounded.bounded_sum(call, members, limits, responses.hard, None)
+        return jax.tree.structure(params).unflatten(sums), info
+
+    return run
+
+
+def assert_near(found, exact, tolerance, what=""):
+    """Relative to the largest entry of each leaf."""
+    found = dict(jax.tree_util.tree_leaves_with_path(found))
+    exact = dict(jax.tree_util.tree_leaves_with_path(exact))
+    assert found.keys() == exact.keys()
+    for path, x in found.items():
+        assert x.shape == exact[path].shape, f"{what}{path}"
+        error = np.abs(np.asarray(x, np.float64) - exact[path]).max(initial=0)
+        scale = np.abs(exact[path]).max(initial=0)
+        assert error <= tolerance * scale + 1e-30, f"{what}{path}: {error / scale}"
+
+
+def check(run, loss, params, batch, dtype, *, where=None, **kwargs):
+    """That `run(params, batch)`, compiled, returns what the oracle does."""
+    grads = each_gradient(loss, cast(params, dtype), cast(batch, dtype))
+    _, norm, factor = expected(grads, slack=SLACK[dtype], **kwargs)
+    if where is not None:
+        norm, factor = (np.where(where[:, None], x, 0) for x in (norm, factor))
+    with enable_x64(dtype == "float64"):
+        params, batch = cast(params, dtype), cast(batch, dtype)
+        sums, info = jax.jit(run, compiler_options=QUICK)(params, batch)
+        assert {str(x.dtype) for x in jax.tree.leaves(sums)} <= {dtype}
+    assert_near(info.norm, norm, TOLERANCE[dtype], "norm")
+    assert_near(info.factor, factor, TOLERANCE[dtype], "factor")
+    sums_exact = total(grads, factor, kwargs.get("groups", "global"))
+    assert_near(sums, sums_exact, TOLERANCE[dtype], "sum")
