@@ -55,7 +55,7 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Of one example."""
         mask = nn.make_causal_mask(jnp.ones(x.shape[:-1]))
-        attend = nn.MultiHeadDotProductAttention(self.heads)
+        attend: Callable = nn.MultiHeadDotProductAttention(self.heads)
         x = x + attend(nn.LayerNorm()(x), mask=mask)
         h = nn.Dense(4 * x.shape[-1])(nn.LayerNorm()(x))
         return x + nn.Dense(x.shape[-1])(nn.gelu(h))
@@ -137,7 +137,7 @@ def _module(module: nn.Module, batch: Any, microbatch: int) -> Workload:
 
     def loss(params, example):
         x, y = example
-        logits = module.apply(params, x)
+        logits: Any = module.apply(params, x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).sum()
 
     return Workload(loss, params, batch, microbatch)
@@ -255,7 +255,8 @@ def measure(work: Workload, names: list[str], turns: int, slow: float) -> None:
             print(f"{name:24} fails: {str(error).splitlines()[0][:100]}")
             continue
         compile_seconds[name] = time.perf_counter() - start
-        memory[name] = step.memory_analysis().temp_size_in_bytes
+        analysis: Any = step.memory_analysis()
+        memory[name] = analysis.temp_size_in_bytes
         steps[name] = step
     times: dict[str, list[float]] = {name: [] for name in steps}
     ratio = dict.fromkeys(steps, 1.0)

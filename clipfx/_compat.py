@@ -4,6 +4,7 @@ Features are detected, never inferred from a version string.
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -48,7 +49,7 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, jax.extend.core.Literal)
 
 
-def evaluate(jaxpr: Any, eqn: Any, values: list, keep: list[int]) -> list[Any]:
+def evaluate(jaxpr: Any, eqn: Any, values: Sequence, keep: list[int]) -> list[Any]:
     """Evaluates one equation of `jaxpr` with its own derivative rules.
 
     Args:
@@ -80,12 +81,13 @@ def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
         return x
     if hasattr(jax.lax, "pcast"):  # newer JAX
         return jax.lax.pcast(x, tuple(sorted(axes)), to="varying")
-    return jax.lax.pvary(x, tuple(sorted(axes)))
+    pvary: Any = getattr(jax.lax, "pvary")  # noqa: B009, gone from newer JAX
+    return pvary(x, tuple(sorted(axes)))
 
 
 def explicit_spec(x: jax.Array) -> tuple | None:
     """The mesh axes of each dimension on a mesh with Explicit axes, None elsewhere."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
+    sharding: Any = getattr(jax.typeof(x), "sharding", None)
     kinds = getattr(getattr(sharding, "mesh", None), "axis_types", ())
     if jax.sharding.AxisType.Explicit not in kinds:
         return None

@@ -42,6 +42,7 @@ import jax
 import jax.numpy as jnp
 
 from clipfx._tree import divide
+from clipfx._weights import Response, auto_s, bounded, psac
 
 __all__ = [
     "Response",
@@ -59,16 +60,8 @@ __all__ = [
     "tanh",
 ]
 
-Response = Callable[[jax.Array, jax.Array], jax.Array]
 
-
-def _bounded(response: Response) -> Response:
-    """Says that no value exceeds the threshold, which then is a sensitivity."""
-    response.bounded = True  # ty: ignore
-    return response
-
-
-@_bounded
+@bounded
 def hard(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     r"""Cuts off at the threshold, :math:`\min(n, c)`.
 
@@ -89,7 +82,7 @@ def hard(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     return jnp.minimum(norm, threshold)
 
 
-@_bounded
+@bounded
 def softsign(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     r"""Saturates slowly, :math:`cn/(c + n)`; at 50 c it gives 0.98 c.
 
@@ -115,7 +108,7 @@ def softsign(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     return low / (1 + ratio)
 
 
-@_bounded
+@bounded
 def pseudo_huber(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     r"""The derivative of the pseudo-Huber loss, :math:`n/\sqrt{1 + (n/c)^2}`.
 
@@ -138,7 +131,7 @@ def pseudo_huber(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     return low / jnp.sqrt(1 + ratio * ratio)
 
 
-@_bounded
+@bounded
 def tanh(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     r"""Saturates fast, :math:`c \tanh(n/c)`.
 
@@ -160,7 +153,7 @@ def tanh(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     return _curve(lambda r, c: jnp.tanh(r), norm, threshold)
 
 
-@_bounded
+@bounded
 def arctan(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     r"""Saturates slowly, :math:`(2c/\pi)\arctan(\pi n/(2c))`.
 
@@ -248,7 +241,7 @@ def power(exponent: float) -> Response:
     return respond
 
 
-@_bounded
+@bounded
 def normalize(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     r"""Gives every norm but 0 the length of the threshold, :math:`c`.
 
@@ -269,7 +262,7 @@ def normalize(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     return jnp.where((norm > 0) & (threshold < jnp.inf), threshold, norm)
 
 
-@_bounded
+@bounded
 def reject(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     r"""Drops what exceeds the threshold: :math:`n` if :math:`n \le c`, else 0.
 
@@ -322,91 +315,7 @@ def band(low: float) -> Response:
         limit = jnp.where(usable, threshold, 1)
         return jnp.where(usable, jnp.clip(norm, low * limit, limit), norm)
 
-    return _bounded(respond)
-
-
-def auto_s(stability: float = 0.01) -> Response:
-    r"""Makes the response :math:`c\,n/(n + \gamma)`, automatic clipping.
-
-    Nearly `normalize` for norms well above gamma, but small ones keep their order. With
-    threshold 1 it is also NSGD, :math:`n/(n + r)`. The threshold only scales the
-    result: leave it at 1 and set the learning rate.
-
-    Args:
-      stability: :math:`\gamma > 0`, in the units of a norm, a Python number.
-
-    Returns:
-      A response.
-
-    Raises:
-      ValueError: If `stability` is not a finite number > 0.
-
-    Example:
-      >>> shaped = auto_s(0.01)(jnp.array([0.0, 0.01, 5.0]), jnp.array(1.0))
-      >>> [f"{x:.3f}" for x in shaped]
-      ['0.000', '0.500', '0.998']
-
-    Reference: Bu et al., `Automatic clipping <https://arxiv.org/abs/2206.07136>`_,
-    2023, AUTO-S (AUTO-V is `normalize`); Yang et al., `Normalized/clipped SGD with
-    perturbation <https://arxiv.org/abs/2206.13033>`_, 2022, NSGD.
-    """
-    _check_positive("stability", stability, "0.01 is usual")
-
-    def respond(norm: jax.Array, threshold: jax.Array) -> jax.Array:
-        usable = threshold < jnp.inf
-        limit = jnp.where(usable, threshold, 1)
-        # As a share, so that neither a product nor a sum leaves the range.
-        share = 1 / (1 + divide(stability, _one_if_0(norm)))
-        share = jnp.where(norm > stability, share, norm / (norm + stability))
-        return jnp.where(usable, limit * share, norm)
-
-    return _bounded(respond)
-
-
-def psac(stability: float = 0.1) -> Response:
-    r"""Makes the response :math:`c\,n / (n + r/(n + r))` of DP-PSAC.
-
-    Like `auto_s` for large norms, but the factor of a vanishing gradient is c, not
-    :math:`c/\gamma`: tiny gradients are not blown up. The factor is largest, at
-    :math:`c/(2\sqrt{r} - r)`, for a norm of :math:`\sqrt{r} - r`.
-
-    Args:
-      stability: r > 0, a Python number.
-
-    Returns:
-      A response.
-
-    Raises:
-      ValueError: If `stability` is not a finite number > 0.
-
-    Example:
-      >>> shaped = psac(0.1)(jnp.array([0.001, 0.216, 5.0]), jnp.array(1.0))
-      >>> [f"{x:.3f}" for x in shaped]
-      ['0.001', '0.406', '0.996']
-
-    Reference: Xia et al., `Differentially private learning with per-sample adaptive
-    clipping <https://arxiv.org/abs/2212.00328>`_, 2023.
-    """
-    _check_positive("stability", stability, "0.1 and 0.01 are usual")
-
-    def respond(norm: jax.Array, threshold: jax.Array) -> jax.Array:
-        usable = threshold < jnp.inf
-        limit = jnp.where(usable, threshold, 1)
-        rest = stability / (norm + stability)
-        share = jnp.where(norm > 1, 1 / (1 + divide(rest, _one_if_0(norm))),
-                          norm / (norm + rest))  # fmt: skip
-        return jnp.where(usable, limit * share, norm)
-
-    return _bounded(respond)
-
-
-def _one_if_0(norm: jax.Array) -> jax.Array:
-    return jnp.where(norm > 0, norm, 1)
-
-
-def _check_positive(name: str, value: float, usual: str) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a finite number > 0, got {value!r}; {usual}.")
+    return bounded(respond)
 
 
 def check_response(response: object) -> None:

@@ -5,7 +5,6 @@ import doctest
 import importlib
 import inspect
 import pathlib
-import pkgutil
 import re
 import subprocess
 import sys
@@ -18,11 +17,22 @@ import clipfx
 
 PACKAGE = pathlib.Path(clipfx.__file__).parent
 # A module imports only from those before it.
-LAYERS = ["_compat", "_checks", "_tree", "_norms", "_statistics", "responses",
+LAYERS = ["_compat", "_checks", "_tree", "_norms", "_statistics", "_weights",
+          "responses",
           "thresholds", "snr", "_clip", "_elementwise", "_methods", "_adaptive",
           "_averages", "_power", "_spikes", "_relative", "_steps", "_wrappers",
-          "metrics"]  # fmt: skip
-NAMESPACES = [clipfx.metrics, clipfx.responses, clipfx.snr, clipfx.thresholds]
+          "metrics", *(f"per_example._{name}" for name in (
+              "views", "sites", "factors", "squares", "plan", "run", "tape", "sums",
+              "batch", "bounded", "limits", "grad", "measures", "stacked",
+              "explain"))]  # fmt: skip
+NAMESPACES = [clipfx.metrics, clipfx.per_example, clipfx.responses, clipfx.snr,
+              clipfx.thresholds]  # fmt: skip
+
+
+def modules():
+    """Every module by its name within the package, and its file."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield ".".join(path.relative_to(PACKAGE).with_suffix("").parts), path
 
 
 def public():
@@ -50,15 +60,18 @@ def test_exports_are_true():
 
 
 def test_layers_hold():
-    files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert files == set(LAYERS)
+    files = {name: path for name, path in modules() if path.stem != "__init__"}
+    assert set(files) == set(LAYERS)
     for number, layer in enumerate(LAYERS):
-        source = ast.parse((PACKAGE / f"{layer}.py").read_text())
+        source = ast.parse(files[layer].read_text())
         for node in ast.walk(source):
             if isinstance(node, ast.ImportFrom):
-                names = [a.name for a in node.names] if node.module == "clipfx" else []
-                if (node.module or "").startswith("clipfx."):
-                    names = [node.module.split(".")[1]]
+                package = (node.module or "").split(".")
+                names = []
+                if package in (["clipfx"], ["clipfx", "per_example"]):
+                    names = [".".join([*package[1:], a.name]) for a in node.names]
+                elif package[0] == "clipfx":
+                    names = [".".join(package[1:])]
             elif isinstance(node, ast.Import):
                 names = [a.name.split(".")[1] for a in node.names
                          if a.name.startswith("clipfx.")]  # fmt: skip
@@ -72,7 +85,7 @@ def test_layers_hold():
 
 
 def test_private_interfaces_of_jax_stay_in_compat():
-    for path in PACKAGE.glob("*.py"):
+    for _, path in modules():
         text = path.read_text()
         assert not re.search(r"jax\._src|__version__\s*[<>=]=", text), path
         if path.stem != "_compat":
@@ -80,7 +93,7 @@ def test_private_interfaces_of_jax_stay_in_compat():
 
 
 def test_files_are_rooms_not_halls():
-    for path in PACKAGE.glob("*.py"):
+    for _, path in modules():
         assert len(path.read_text().splitlines()) <= 400, path
 
 
@@ -92,7 +105,8 @@ def test_everything_public_is_documented(name):
     assert doc.splitlines()[0].endswith("."), name
     assert "Reference:" in doc, f"{name} names no source, or that there is none"
     if inspect.isclass(thing):
-        for field in thing._fields:
+        fields = getattr(thing, "_fields", None) or thing.__dataclass_fields__
+        for field in fields:
             assert re.search(rf"^  {field}: ", doc, re.M), f"{name}.{field}"
         return
     parameters = inspect.signature(thing).parameters
@@ -118,7 +132,7 @@ def test_every_promise_has_a_test_of_its_name():
 
 
 @pytest.mark.parametrize(
-    "module", ["clipfx", *(f"clipfx.{m.name}" for m in pkgutil.iter_modules([PACKAGE]))]
+    "module", [f"clipfx.{name}".removesuffix(".__init__") for name, _ in modules()]
 )
 def test_doctests(module):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

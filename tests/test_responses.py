@@ -21,8 +21,11 @@ ORACLES = {
     "normalize": lambda n, c: c,
     "reject": lambda n, c: n if n <= c else 0.0,
     "band": lambda n, c: min(max(n, 0.5 * c), c),
+    "auto_s": lambda n, c: c * (n / (n + 0.01)),
+    "psac": lambda n, c: c * (n / (n + 0.1 / (n + 0.1))),
 }
-MADE = {"power": responses.power(0.5), "band": responses.band(0.5)}
+MADE = {"power": responses.power(0.5), "band": responses.band(0.5),
+        "auto_s": responses.auto_s(0.01), "psac": responses.psac(0.1)}  # fmt: skip
 ROWS = {name: MADE.get(name) or getattr(responses, name) for name in ORACLES}
 BOUNDED = set(ORACLES) - {"log", "power"}
 SMOOTH = {"tanh", "softsign", "pseudo_huber", "arctan", "log"}

@@ -106,7 +106,6 @@ def prepare(
         )
     params = args[argnums[0]] if isinstance(signature.argnums, int) else tuple(
         args[k] for k in argnums)  # fmt: skip
-    _check_params(params)
     size = batch_size(args, batch_argnums)
     kinds = []
     for k, arg in enumerate(args):
@@ -161,9 +160,9 @@ def _is_array(x: Any) -> bool:
     )
 
 
-def _check_params(params: Any) -> None:
+def check_params(params: Any) -> None:
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        if not _is_array(leaf) or not is_counted(leaf):
+        if not _is_array(leaf) or not is_counted(jnp.asarray(leaf)):
             kind = getattr(leaf, "dtype", type(leaf).__name__)
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise TypeError(

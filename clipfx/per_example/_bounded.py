@@ -26,6 +26,8 @@ class PerExample(NamedTuple):
       factor: `[B, G]`, what its gradient was multiplied with: 0 for padding and, in
         all groups, for an example with a norm that is not finite.
       aux: The second output of the loss, `[B, ...]`.
+
+    Reference: none.
     """
 
     value: jax.Array

@@ -44,11 +44,11 @@ def explain(
 
     Args:
       fun: See `clipped_grad`.
-      *args: Of the loss, with *one* example, without an axis of examples.
+      args: Of the loss, with *one* example, without an axis of examples.
       argnums: See `clipped_grad`.
       batch_argnums: Which arguments are the example's.
       has_aux: See `clipped_grad`.
-      **kwargs: Of the loss.
+      kwargs: Of the loss.
 
     Returns:
       A table, a line for each leaf: its name and shape, the road, the equations where
@@ -77,7 +77,8 @@ def explain(
         filled[k] = jax.tree.map(lambda x: jnp.asarray(x)[None], args[k])
     call = _batch.prepare(signature, filled, kwargs)
     plan = call.program.plan
-    rows = [("leaf", "shape", "road", "used in", "FLOPs", "bytes", "because")]
+    rows: list[tuple[str, ...]] = []
+    rows.append(("leaf", "shape", "road", "used in", "FLOPs", "bytes", "because"))
     for k, (path, leaf) in enumerate(leaves_with_path(call.params)):
         name = jax.tree_util.keystr(path, simple=True, separator="/") or "(root)"
         flops, moved = _cost(plan, k, math.prod(jnp.shape(leaf)))

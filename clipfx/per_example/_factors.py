@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from clipfx import _compat
+from clipfx._tree import widen
 from clipfx.per_example import _sites
 from clipfx.per_example._sites import Site
 from clipfx.per_example._views import Part
@@ -66,8 +67,7 @@ def direct(site: Site, part: Part, delta: jax.Array) -> jax.Array:
     kept = [k for k in range(delta.ndim - lead) if k not in repeated]
     gone = inner + [lead + k for k in sorted(repeated)]
     order = outer + [lead + k for k in _in_order(kept, part)]
-    wide = jnp.promote_types(delta.dtype, jnp.float32)
-    return jnp.transpose(delta, [*gone, *order]).sum(range(len(gone)), dtype=wide)
+    return widen(jnp.transpose(delta, [*gone, *order])).sum(range(len(gone)))
 
 
 def key(site: Site, part: Part) -> tuple | None:
@@ -86,7 +86,7 @@ def key(site: Site, part: Part) -> tuple | None:
         free = [k for k in range(len(part.dims)) if k != row]
     else:
         batch, rows, free, *_ = _sites.dot_dims(site)
-    first = tuple(k for dims in stacked for k in dims)
+    first = tuple(k for dims in stacked for k in dims or ())
     batch, rows, free = (_in_order(dims, part) for dims in (batch, rows, free))
     return first + names(batch), names(rows), names(free)
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from clipfx import responses
 from clipfx._checks import check_choice
-from clipfx._tree import group_leaves
-from clipfx.per_example import _batch, _bounded, _tape
+from clipfx._tree import group_leaves, widen
+from clipfx.per_example import _batch, _bounded
 from clipfx.per_example._batch import Signature
 from clipfx.per_example._bounded import PerExample
 from clipfx.per_example._limits import check_limit, limits
@@ -29,6 +29,8 @@ class ClippedGrad:
       response: What happens to a norm.
       microbatch_size: How many examples at a time.
       axis_name: Mesh axes to add up over.
+
+    Reference: none.
     """
 
     signature: Signature
@@ -62,7 +64,7 @@ class ClippedGrad:
         def some(args: Any, keep: Any, limit: Any) -> tuple[Any, PerExample]:
             call = _batch.prepare(self.signature, args, kwargs)
             if not call.size:
-                zeros = [jnp.zeros_like(_tape.wide(call.inputs[k]))
+                zeros = [jnp.zeros_like(widen(call.inputs[k]))
                          for k in call.program.params]  # fmt: skip
                 return zeros, _bounded.empty(call, len(members.names))
             return _bounded.bounded_sum(call, members, limit, self.response, keep)
@@ -223,6 +225,7 @@ def clipped_grad(
 def params_of(signature: Signature, args: Any) -> Any:
     numbers = _batch.numbers(signature, "argnums", len(args))
     params = tuple(args[k] for k in numbers)
+    _batch.check_params(params)
     return params[0] if isinstance(signature.argnums, int) else params
 
 

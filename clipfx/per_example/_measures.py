@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from clipfx._checks import is_known
-from clipfx._tree import group_leaves
-from clipfx.per_example import _batch, _bounded, _tape
+from clipfx._tree import group_leaves, widen
+from clipfx.per_example import _batch, _bounded
 from clipfx.per_example._batch import Signature
 from clipfx.per_example._bounded import PerExample
 from clipfx.per_example._grad import params_of, size_of
@@ -125,7 +125,7 @@ def group_grad(
                 "group must be the last positional argument, integers [B], got "
                 f"{len(args)} arguments; call it with parameters, batch and group."
             )
-        *args, group = args
+        group, args = args[-1], args[:-1]
         params = params_of(signature, args)
         size = size_of(signature, args)
         member = _membership(group, num_groups, size)
@@ -133,7 +133,7 @@ def group_grad(
         if size:
             sums, info = _bounded.sums_by_group(call, member)
         else:
-            like = [_tape.wide(call.inputs[k]) for k in call.program.params]
+            like = [widen(call.inputs[k]) for k in call.program.params]
             sums = [jnp.zeros((num_groups, *x.shape), x.dtype) for x in like]
             info = _bounded.empty(call, num_groups)._replace(norm=None)
         if axis_name is not None:
@@ -161,4 +161,4 @@ def _membership(group: Any, num_groups: int, size: int) -> jax.Array:
             f"group must be in [0, {num_groups}), got {int(group.min())} to "
             f"{int(group.max())}; num_groups says how many populations there are."
         )
-    return (group[:, None] == jnp.arange(num_groups)).astype(jnp.float32)
+    return (group[:, None] == jnp.arange(num_groups)[None]).astype(jnp.float32)

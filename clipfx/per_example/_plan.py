@@ -290,18 +290,18 @@ def _decide(
     sites = {s.number: s for places in uses for s, _ in places}
     formed = set()
     for number, site in sites.items():
-        parts = [p for p in site.view.parts
-                 if p.leaf is not None and roads[p.leaf] != "instantiated"]  # fmt: skip
-        if all(site.sliced) or not parts or any(len(uses[p.leaf]) > 1 for p in parts):
+        own = [p.leaf for p in site.view.parts if p.leaf is not None]
+        own = [leaf for leaf in own if roads[leaf] != "instantiated"]
+        if all(site.sliced) or not own or any(len(uses[leaf]) > 1 for leaf in own):
             continue
         if site.kind in ADD:
             continue
-        words = WORDS * sum(math.prod(shapes[p.leaf]) for p in parts)
-        dear = words < sum(costs[p.leaf] for p in parts)
+        words = WORDS * sum(math.prod(shapes[leaf]) for leaf in own)
+        dear = words < sum(costs[leaf] for leaf in own)
         if (dear and force is None) or force == "formed":
             formed.add(number)
-            for p in parts:
-                roads[p.leaf] = "formed"
+            for leaf in own:
+                roads[leaf] = "formed"
     # What an addition adds up over is better not kept, unless a product keeps it too.
     kept = {s.tap for leaf, places in enumerate(uses) for s, _ in places
             if s.kind not in ADD and roads[leaf] != "instantiated"}  # fmt: skip

@@ -212,7 +212,8 @@ def _dot_gradient(
     order = front + [len(cut) + kept.index(k) for k in range(len(kept))]
     spec = _compat.explicit_spec(delta)
     if spec is not None:
-        given = (None,) * len(order) if like is None else _compat.explicit_spec(like)
+        given = None if like is None else _compat.explicit_spec(like)
+        given = given or (None,) * len(order)
         spec = PartitionSpec(*(given[order.index(k)] for k in range(len(order))))
     out = lax.dot_general(
         data.astype(delta.dtype),

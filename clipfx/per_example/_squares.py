@@ -15,6 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from clipfx import _compat
+from clipfx._tree import widen
 from clipfx.per_example._factors import Factors
 
 # More positions than this are taken in tiles, half of which symmetry saves.
@@ -23,7 +24,7 @@ TILE = 256
 
 def square(x: jax.Array) -> jax.Array:
     """The sum of squares of all elements, in float32 or wider."""
-    x = _wide(x)
+    x = widen(x)
     return (x * x).sum()
 
 
@@ -36,10 +37,13 @@ def square_of_products(
       factors: All of the same leaf or the same region of it, aligned.
       precision: Of the matrix products.
     """
-    factors = [f._replace(left=f.left if f.by_index else _wide(f.left),
-                          right=_wide(f.right)) for f in _align(factors)]  # fmt: skip
+    factors = [f._replace(left=f.left if f.by_index else widen(f.left),
+                          right=widen(f.right)) for f in _align(factors)]  # fmt: skip
     if any(f.by_index for f in factors):  # look-ups do not know about meshes
-        factors = [Factors(*map(_compat.whole, f[:2]), f.key) for f in factors]
+        factors = [
+            Factors(_compat.whole(f.left), _compat.whole(f.right), f.key)
+            for f in factors
+        ]
     dense = _join([f for f in factors if not f.by_index])
     rows = _join([f for f in factors if f.by_index])
     if sum(f.right.shape[1] for f in factors) == 1:
@@ -68,14 +72,11 @@ def square_of_products(
 
 def fits(keys: list[tuple | None]) -> bool:
     """Whether sums of outer products with these keys can be measured together."""
-    if None in keys:
+    known = [key for key in keys if key is not None]
+    if len(known) < len(keys):
         return False
-    (s, k, n) = keys[0]
+    s, k, n = known[0]
     return all(key in ((s, k, n), (s, n, k)) for key in keys)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _align(factors: list[Factors]) -> list[Factors]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from clipfx import _compat
+from clipfx._tree import widen
 from clipfx.per_example import _run, _sites, _tape
 from clipfx.per_example._plan import Plan
 from clipfx.per_example._sites import Site
@@ -18,7 +19,7 @@ def weighted_sum(
     inputs: Sequence[Any],
     tape: Tape,
     factor: jax.Array,
-    index: Sequence[int],
+    index: Sequence[int | None],
     good: jax.Array,
 ) -> list[jax.Array]:
     """Sums over examples of gradients times factors, by leaf, in float32 or wider.
@@ -32,7 +33,7 @@ def weighted_sum(
       good: bool `[B]`, which examples have only finite numbers on the tape.
     """
     plan = program.plan
-    params = [_tape.wide(inputs[k]) for k in program.params]
+    params = [widen(inputs[k]) for k in program.params]
     sums = [jnp.zeros_like(p) for p in params]
     for leaf, x in tape.leaves.items():
         x = _mask(_scale(x, factor, ((index[leaf], 0),), None), good)
@@ -41,7 +42,7 @@ def weighted_sum(
         return sums
     # One dtype for all, because views may join leaves.
     views = {k: p for k, p in enumerate(params) if k not in tape.leaves}
-    common = jnp.result_type(*views.values())
+    common = _tape.dtype(plan)
     views = {k: p.astype(common) for k, p in views.items()}
 
     def at_sites(views):
@@ -89,7 +90,7 @@ def _of_sites(
             continue
         in_data, k = _sites.where_axis(site)
         axis = None if k is None else 1 + len(site.loops) + k
-        a, d = tape.data.get(site.data), tape.deltas[site.tap]
+        a, d = tape.operand(site), tape.deltas[site.tap]
         # Sites that share what is recorded share what is scaled, if factors agree.
         first, second = (site.data,), (site.tap, axis, groups[n])
         if in_data:
@@ -97,9 +98,7 @@ def _of_sites(
         if first not in data:
             data[first] = _scale(a, factor, groups[n], axis) if in_data else a
         if second not in deltas:
-            deltas[second] = (
-                _tape.wide(d) if in_data else _scale(d, factor, groups[n], axis)
-            )
+            deltas[second] = widen(d) if in_data else _scale(d, factor, groups[n], axis)
         pairs[n] = list(data).index(first), list(deltas).index(second)
     if not pairs:
         return {}
@@ -142,12 +141,12 @@ def _stand_in(program: Program, inputs: Sequence[Any], good: jax.Array) -> list:
             for x, m in zip(inputs, program.mapped, strict=True)]  # fmt: skip
 
 
-def _groups(site: Site, index: Sequence[int]) -> tuple[tuple[int, int], ...]:
+def _groups(site: Site, index: Sequence[int | None]) -> tuple[tuple[Any, int], ...]:
     """For every part of a weight its group, and how long it is."""
     parts = [(0 if p.leaf is None else index[p.leaf], p.stop - p.start)
              for p in site.view.parts]  # fmt: skip
     found = {index[p.leaf] for p in site.view.parts if p.leaf is not None}
-    return ((*found, 0),) if len(found) == 1 else tuple(parts)
+    return ((found.pop(), 0),) if len(found) == 1 else tuple(parts)
 
 
 def _axis_of_weight(site: Site) -> int | None:
@@ -155,7 +154,7 @@ def _axis_of_weight(site: Site) -> int | None:
     return None if axis is None else 1 + sum(site.sliced) + axis
 
 
-def _scale(x: jax.Array, factor: jax.Array, groups: tuple, axis: int | None) -> Any:
+def _scale(x: Any, factor: jax.Array, groups: tuple, axis: int | None) -> Any:
     """Multiplies `[B, ...]` by factors `[B, G]`, those of the groups along `axis`."""
     if len(groups) == 1:
         row, shape = factor[:, groups[0][0]], (x.shape[0],) + (1,) * (x.ndim - 1)
@@ -165,7 +164,7 @@ def _scale(x: jax.Array, factor: jax.Array, groups: tuple, axis: int | None) -> 
         ]
         row, shape = jnp.concatenate(rows, axis=1), [1] * x.ndim
         shape[0], shape[axis] = row.shape
-    return _tape.wide(x) * row.reshape(shape).astype(_tape.wide(x).dtype)
+    return widen(x) * row.reshape(shape).astype(widen(x).dtype)
 
 
 def _second_pass(

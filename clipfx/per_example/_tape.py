@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from clipfx import _compat
+from clipfx._tree import widen
 from clipfx.per_example import _factors, _run, _sites, _squares
 from clipfx.per_example._plan import Plan
 from clipfx.per_example._sites import Site
@@ -44,6 +45,10 @@ class Tape(NamedTuple):
     leaves: dict[int, jax.Array]
     formed: dict[int, jax.Array]
     squares: jax.Array | None
+
+    def operand(self, site: Site) -> Any:
+        """What was recorded for a site, None for an addition."""
+        return None if site.data is None else self.data[site.data]
 
 
 def record(
@@ -83,18 +88,28 @@ def record(
 
     axes = tuple(0 if mapped else None for mapped in program.mapped)
     outs, data, leaves, deltas = jax.vmap(one, axes)(*inputs)
+    data, leaves, deltas = jax.tree.map(_settled, (data, leaves, deltas))
     if ghost:
         return outs, Tape({}, {}, leaves, {}, deltas)
     formed = {}
     for n in plan.formed if norms else ():
         site = plan.sites[n]
         form = lambda x, d, site=site: _sites.weight_gradient(
-            site, x[None], wide(d)[None])  # fmt: skip
+            site, x[None], widen(d)[None])  # fmt: skip
         formed[n] = jax.vmap(form)(data[site.data], deltas[site.tap])
     rest = [site for n, site in plan.sites.items() if n not in formed]
     data = {site.data: data[site.data] for site in rest if site.data is not None}
     deltas = {site.tap: deltas[site.tap] for site in rest}
     return outs, Tape(data, deltas, leaves, formed, None)
+
+
+def _settled(x: jax.Array) -> jax.Array:
+    """XLA may drop a rounding to half precision where it fuses, and keep it elsewhere.
+
+    The norm and the sum have to be of the same numbers.
+    """
+    half = jnp.issubdtype(x.dtype, jnp.inexact) and jnp.finfo(x.dtype).bits < 32
+    return jax.lax.optimization_barrier(x) if half else x
 
 
 def _found(plan: Plan) -> jax.Array:
@@ -114,11 +129,6 @@ def _taps(plan: Plan) -> dict[int, jax.Array]:
 def _zeros(shape: tuple[int, ...], like: Any) -> jax.Array:
     """Of the dtype of a type, varying over the same axes of `jax.shard_map`."""
     return _compat.vary(jnp.zeros(shape, like.dtype), _compat.axes_of_type(like))
-
-
-def wide(x: jax.Array) -> jax.Array:
-    """In float32 or wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def dtype(plan: Plan) -> Any:
@@ -161,7 +171,7 @@ def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> jax.Array:
                 x = jax.lax.slice_in_dim(x, part.start, part.stop, axis=axis)
             total += _squares.square(x)
             continue
-        seen = [(s, p, tape.data.get(s.data), tape.deltas[s.tap]) for s, p in places]
+        seen = [(s, p, tape.operand(s), tape.deltas[s.tap]) for s, p in places]
         total += _of_region(seen)
     return total
 
@@ -170,7 +180,8 @@ def _of_region(places: list) -> jax.Array:
     """From all uses of one region of a leaf, each with what was recorded there."""
     site = places[0][0]
     if site.kind in _sites.ADD:
-        return _squares.square(sum(_factors.direct(s, p, d) for s, p, _, d in places))
+        parts = [_factors.direct(s, p, d) for s, p, _, d in places]
+        return _squares.square(functools.reduce(jnp.add, parts))
     factors = [_factors.factors(*place) for place in places]
     return _squares.square_of_products(factors, site.eqn.params.get("precision"))
 

@@ -1,0 +1,101 @@
+"""What a response is, and those that were published as weights of examples."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from clipfx._tree import divide
+
+Response = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def bounded(response: Response) -> Response:
+    """Says that no value exceeds the threshold, which then is a sensitivity."""
+    setattr(response, "bounded", True)  # noqa: B010, of a function
+    return response
+
+
+def auto_s(stability: float = 0.01) -> Response:
+    r"""Makes the response :math:`c\,n/(n + \gamma)`, automatic clipping.
+
+    Nearly `normalize` for norms well above gamma, but small ones keep their order. With
+    threshold 1 it is also NSGD, :math:`n/(n + r)`. The threshold only scales the
+    result: leave it at 1 and set the learning rate.
+
+    Args:
+      stability: :math:`\gamma > 0`, in the units of a norm, a Python number.
+
+    Returns:
+      A response.
+
+    Raises:
+      ValueError: If `stability` is not a finite number > 0.
+
+    Example:
+      >>> shaped = auto_s(0.01)(jnp.array([0.0, 0.01, 5.0]), jnp.array(1.0))
+      >>> [f"{x:.3f}" for x in shaped]
+      ['0.000', '0.500', '0.998']
+
+    Reference: Bu et al., `Automatic clipping <https://arxiv.org/abs/2206.07136>`_,
+    2023, AUTO-S (AUTO-V is `normalize`); Yang et al., `Normalized/clipped SGD with
+    perturbation <https://arxiv.org/abs/2206.13033>`_, 2022, NSGD.
+    """
+    _check_positive("stability", stability, "0.01 is usual")
+
+    def respond(norm: jax.Array, threshold: jax.Array) -> jax.Array:
+        usable = threshold < jnp.inf
+        limit = jnp.where(usable, threshold, 1)
+        # As a share, so that neither a product nor a sum leaves the range.
+        share = 1 / (1 + divide(stability, _one_if_0(norm)))
+        share = jnp.where(norm > stability, share, norm / (norm + stability))
+        return jnp.where(usable, limit * share, norm)
+
+    return bounded(respond)
+
+
+def psac(stability: float = 0.1) -> Response:
+    r"""Makes the response :math:`c\,n / (n + r/(n + r))` of DP-PSAC.
+
+    Like `auto_s` for large norms, but the factor of a vanishing gradient is c, not
+    :math:`c/\gamma`: tiny gradients are not blown up. The factor is largest, at
+    :math:`c/(2\sqrt{r} - r)`, for a norm of :math:`\sqrt{r} - r`.
+
+    Args:
+      stability: r > 0, a Python number.
+
+    Returns:
+      A response.
+
+    Raises:
+      ValueError: If `stability` is not a finite number > 0.
+
+    Example:
+      >>> shaped = psac(0.1)(jnp.array([0.001, 0.216, 5.0]), jnp.array(1.0))
+      >>> [f"{x:.3f}" for x in shaped]
+      ['0.001', '0.406', '0.996']
+
+    Reference: Xia et al., `Differentially private learning with per-sample adaptive
+    clipping <https://arxiv.org/abs/2212.00328>`_, 2023.
+    """
+    _check_positive("stability", stability, "0.1 and 0.01 are usual")
+
+    def respond(norm: jax.Array, threshold: jax.Array) -> jax.Array:
+        usable = threshold < jnp.inf
+        limit = jnp.where(usable, threshold, 1)
+        rest = stability / (norm + stability)
+        share = jnp.where(norm > 1, 1 / (1 + divide(rest, _one_if_0(norm))),
+                          norm / (norm + rest))  # fmt: skip
+        return jnp.where(usable, limit * share, norm)
+
+    return bounded(respond)
+
+
+def _one_if_0(norm: jax.Array) -> jax.Array:
+    return jnp.where(norm > 0, norm, 1)
+
+
+def _check_positive(name: str, value: float, usual: str) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number > 0, got {value!r}; {usual}.")

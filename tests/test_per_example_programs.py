@@ -1,0 +1,306 @@
+"""Per-example clipping of programs of every kind, against a loop over `jax.grad`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from per_example_oracle import (
+    LIMIT,
+    PIECES,
+    RESPONSES,
+    cast,
+    check,
+    draw,
+    each_gradient,
+    forced,
+    program,
+    roads,
+)
+from trees import enable_x64
+
+from clipfx import per_example
+
+# What each leaf of a piece must take: a fast rule that stops matching shows here. The
+# others are instantiated.
+ROADS = {
+    "dense": {"Gram": "w", "direct": "b"},
+    "dense_left": {"Gram": "w", "direct": "b"},
+    "attention": {"Gram": "k o q v"},
+    "experts": {"Gram": "router v w"},
+    "batched": {"outer product": "v w"},
+    "mapped": {"Gram": "w"},
+    "several": {"Gram": "w", "outer product": "v"},
+    "biases": {"direct": "a"},
+    "embed": {"segment sum": "e f g"},
+    "tied": {"Gram": "e"},
+    "twice": {"Gram": "w"},
+    "transposed": {"Gram": "v w"},
+    "joined": {"Gram": "a b c d f", "direct": "g h"},
+    "joined_constants": {"Gram": "a c", "direct": "b"},
+    "sliced": {"Gram": "r v w", "direct": "b"},
+    "reshaped": {"Gram": "a b c d"},
+    "indexed": {"Gram": "w"},
+    "rnn": {"Gram": "wh wx", "direct": "b"},
+    "gated": {"Gram": "f4 fi i4 ii", "direct": "b"},
+    "nested_scan": {"Gram": "u w wo", "direct": "b"},
+    "nested_joined": {"Gram": "a b"},
+    "layers": {"Gram": "w", "direct": "b"},
+    "remat_layers": {"Gram": "v w", "direct": "b"},
+    "odd_derivative": {"Gram": "w"},
+    "odd_parameter": {"Gram": "v"},
+    "branches": {"Gram": "i"},
+    "stopped": {"unused": "unused w"},
+    "nested_jit": {"Gram": "w"},
+    "inner_gradient": {"Gram": "w"},
+}
+# Of the two forms below only the sums and norms are laid down.
+ANY_ROAD = {"bias_reshaped", "dead_code", "indexed_in_scan"}
+AT_WILL = {"biases": "b c d"}
+CONVOLUTIONS = ("conv1", "conv2", "conv3")
+FORMED = {"branches": "i", "gated": "f4 fi i4 ii", "nested_joined": "a b",
+          "nested_scan": "u", "rnn": "wh wx"}  # fmt: skip
+
+
+def around(name, wrapper="plain"):
+    """A piece between two layers: what precedes and follows it matters too."""
+    return [("dense", "plain", "0"), (name, wrapper, "1"), ("dense", "plain", "2")]
+
+
+def roads_of(steps, force=None):
+    """Of the leaves of the piece in the middle."""
+    params, batch = draw(steps)
+    every = roads(
+        program(steps), cast(params, "float32"), cast(batch, "float32"), force
+    )
+    return {k.removeprefix("1/"): v for k, v in every.items() if k.startswith("1/")}
+
+
+def assert_roads(name, found, table):
+    expected = dict.fromkeys(found, "instantiated")
+    for road, leaves in table.items():
+        expected |= dict.fromkeys(leaves.split(), road)
+    at_will = AT_WILL.get(name, "").split()
+    assert {k: v for k, v in found.items() if k not in at_will} == {
+        k: v for k, v in expected.items() if k not in at_will
+    }
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_piece(name):
+    steps = around(name)
+    loss, (params, batch) = program(steps), draw(steps)
+    default = roads_of(steps)
+    if name not in ANY_ROAD:
+        assert_roads(name, default, ROADS.get(name, {}))
+    grads = each_gradient(loss, params, batch)
+    seen = []
+    for force in (None, "factored", "formed"):
+        found = roads_of(steps, force)
+        # Without loops nothing is formed, but instantiated: that is `jax.vmap`.
+        if found in seen or (force == "formed" and "formed" not in found.values()):
+            continue
+        seen.append(found)
+        run = forced(loss, force, "leaf")
+        check(run, loss, params, batch, "float64", groups="leaf", grads=grads)
+
+
+@pytest.mark.parametrize("name", ["attention", "embed", "joined", "remat_layers"])
+@pytest.mark.parametrize("wrapper", ["jit", "remat", "saving"])
+def test_fast_roads_inside_calls(name, wrapper):
+    """Norms of what rematerializes come from a backward pass of their own."""
+    steps = around(name, wrapper)
+    assert_roads(name, roads_of(steps), ROADS[name])
+    loss, (params, batch) = program(steps), draw(steps)
+    check(forced(loss, None, "leaf"), loss, params, batch, "float64", groups="leaf")
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_can_be_factored(name):
+    found = roads_of(around(name), "factored")
+    assert set(found.values()) == {"Gram"}
+
+
+@pytest.mark.parametrize("name", FORMED)
+def test_weights_in_loops_can_be_formed(name):
+    found = roads_of(around(name), "formed")
+    assert {found[leaf] for leaf in FORMED[name].split()} == {"formed"}
+
+
+@pytest.mark.parametrize("name", ["dense", "tied", "rnn", "joined", "biases"])
+def test_instantiated(name):
+    steps = around(name)
+    loss, (params, batch) = program(steps), draw(steps)
+    run = forced(loss, "instantiated", "leaf")
+    check(run, loss, params, batch, "float64", groups="leaf")
+
+
+# -------------------------------------------------------------- losses of their own
+
+
+def no_parameter(p, x):
+    return jnp.sum(x)
+
+
+def no_data(p, x):
+    return jnp.sum(jnp.sin(p["w"]))
+
+
+def only_a_parameter(p, x):
+    return p["s"]
+
+
+def decay_after(p, x):
+    return jnp.sum(jnp.tanh(x @ p["w"])) + 0.1 * (p["w"] ** 2).sum() + p["s"]
+
+
+def scalar_added(p, x):
+    return jnp.sum(jnp.tanh(x @ p["w"] + p["s"]))
+
+
+def empty_leaf(p, x):
+    return jnp.sum(jnp.tanh(x @ p["w"])) + (x[:, :0] @ p["empty"]).sum()
+
+
+def no_turns(p, x):
+    h, _ = jax.lax.scan(lambda h, _: (jnp.tanh(h @ p["w"]), None), x, length=0)
+    return jnp.sum(h @ p["w"] + x)
+
+
+def dead_in_scan(p, x):
+    h, _ = jax.lax.scan(lambda h, _: (jnp.tanh(h @ p["w"]), h @ p["v"]), x, length=2)
+    return jnp.sum(h)
+
+
+def dead_in_remat(p, x):
+    @jax.checkpoint
+    def block(x):
+        _ = x @ p["v"]
+        return jnp.tanh(x @ p["w"])
+
+    return jnp.sum(block(x))
+
+
+def one_output_of_two(p, x):
+    kept, _ = jax.jit(lambda x: (jnp.tanh(x @ p["w"]), x @ p["v"]))(x)
+    return jnp.sum(kept)
+
+
+def mapped_over_rows(p, x):
+    return jnp.sum(jax.lax.map(lambda row: jnp.tanh(row @ p["w"]), x, batch_size=2))
+
+
+LOSSES = [
+    no_parameter,
+    no_data,
+    only_a_parameter,
+    decay_after,
+    scalar_added,
+    empty_leaf,
+    no_turns,
+    dead_in_scan,
+    dead_in_remat,
+    one_output_of_two,
+    mapped_over_rows,
+]
+
+
+def small(length=5):
+    rng = np.random.default_rng(0)
+    shapes = {"w": (4, 4), "v": (4, 4), "s": (), "empty": (0, 3)}
+    params = {k: rng.normal(size=s) for k, s in shapes.items()}
+    return params, rng.normal(size=(3, length, 4))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_loss(loss):
+    check(forced(loss, None, "leaf"), loss, *small(), "float64", groups="leaf")
+
+
+def test_gram_matrices_in_tiles():
+    loss = lambda p, x: jnp.sum(jnp.tanh(x @ p["w"]))
+    params, batch = small(length=600)
+    with enable_x64(True):
+        assert roads(loss, params, batch, "factored")["w"] == "Gram"
+    check(forced(loss, "factored"), loss, params, batch, "float64")
+
+
+@pytest.mark.parametrize("width", ["float32", "float64"])
+def test_two_dtypes(width):
+    """A sum is of the dtype of its parameter, norms are of the widest."""
+
+    def loss(p, x):
+        h = jnp.tanh(x @ p["w"].astype(x.dtype))
+        half = jnp.tanh(h.astype(jnp.float32) @ p["w"].astype(jnp.float32))
+        return jnp.sum(half.astype(x.dtype) @ p["v"].astype(x.dtype))
+
+    params, batch = small()
+    grads = None
+    with enable_x64(True):
+        params = {"w": jnp.asarray(params["w"], width), "v": jnp.asarray(params["v"])}
+        batch = jnp.asarray(batch)
+        sums, info = jax.jit(per_example.clipped_grad(loss, LIMIT))(params, batch)
+        grads = jax.vmap(jax.grad(loss), (None, 0))(params, batch)
+        grads = {k: np.asarray(g, np.float64) for k, g in grads.items()}
+    assert (sums["w"].dtype, sums["v"].dtype) == (width, "float64")
+    assert info.norm.dtype == "float64"
+    norm = np.sqrt(sum((g**2).sum((1, 2)) for g in grads.values()))
+    np.testing.assert_allclose(info.norm[:, 0], norm, 1e-6)
+    for k, g in grads.items():
+        total = np.tensordot(np.minimum(1, LIMIT / norm), g, 1)
+        np.testing.assert_allclose(sums[k], total, 1e-5, 1e-6)
+
+
+# ------------------------------------------------------------------ random programs
+
+
+@st.composite
+def programs(sample):
+    """One to four pieces, plain or wrapped, some with the parameters of another."""
+    steps = []
+    for k in range(sample(st.integers(1, 4))):
+        name = sample(st.sampled_from(sorted(PIECES)))
+        kinds = ["plain", "plain", "jit", "remat", "saving", "layers", "remat layers"]
+        wrapper, key = sample(st.sampled_from(kinds)), f"{k}"
+        same = [s for s in steps if s[0] == name]
+        if same and sample(st.booleans()):
+            _, wrapper, key = same[0]
+        steps.append((name, wrapper, key))
+    return steps
+
+
+@settings(
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+@given(
+    steps=programs(),
+    dtype=st.sampled_from(["float64", "float64", "float32"]),
+    force=st.sampled_from([None, None, "factored", "formed", "instantiated"]),
+    groups=st.sampled_from(["global", "leaf", "layer"]),
+    response=st.sampled_from(sorted(RESPONSES)),
+    size=st.sampled_from([None, 1, 2]),
+    mask=st.sampled_from([None, (True, False, True), (False, False, True)]),
+    seed=st.integers(0, 9),
+)
+def test_random_program(steps, dtype, force, groups, response, size, mask, seed):
+    loss, (params, batch) = program(steps), draw(steps, seed)
+    if force is not None:
+        run = forced(loss, force, groups)
+        check(run, loss, params, batch, dtype, groups=groups)
+        return
+    where = None if mask is None else np.array(mask)
+    grad = per_example.clipped_grad(
+        loss,
+        LIMIT,
+        groups=groups,
+        response=RESPONSES[response][0],
+        microbatch_size=size,
+    )
+    run = lambda params, batch: grad(params, batch, where=where)
+    check(
+        run, loss, params, batch, dtype, groups=groups, response=response, where=where
+    )

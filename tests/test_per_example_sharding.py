@@ -1,0 +1,192 @@
+"""Per-example clipping on meshes: equal to one device, and what is compiled."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from clipfx import per_example
+
+B, T, WIDTH, HIDDEN = 8, 6, 8, 16
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+def loss(params, example, explicit=False):
+    """Dense layers, one of them split by columns, one by rows, and a scan."""
+    x, y = example
+    h = jnp.tanh(x @ params["w1"] + params["b1"][None]) * params["s"][None]
+    whole = {"out_sharding": P()} if explicit else {}
+    h = jnp.tanh(jnp.dot(h, params["w2"], **whole))
+
+    def step(carry, row):
+        carry = jnp.tanh(carry @ params["r"] + row)
+        return carry, carry
+
+    _, rows = jax.lax.scan(step, 0 * h[0], h)
+    return ((rows - y) ** 2).mean()
+
+
+def draw():
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    params = {
+        "w1": normal(WIDTH, HIDDEN),
+        "b1": normal(HIDDEN),
+        "s": normal(HIDDEN),
+        "w2": normal(HIDDEN, HIDDEN),
+        "r": normal(HIDDEN, HIDDEN),
+    }
+    return params, (normal(B, T, WIDTH), normal(B, T, HIDDEN))
+
+
+PARAMS, BATCH = draw()
+SPLIT = {"w1": P(None, "model"), "b1": P("model"), "s": P("model"),
+         "w2": P("model", None), "r": P()}  # fmt: skip
+GRAD = per_example.clipped_grad(loss, 0.5, groups="leaf")
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return jax.jit(GRAD)(PARAMS, BATCH)
+
+
+def assert_same(got, want):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(
+            np.asarray(x), np.asarray(y), rtol=2e-5, atol=1e-6
+        ),
+        got,
+        want,
+    )
+
+
+def collectives(compiled):
+    text = compiled.as_text()
+    count = lambda kind: len(re.findall(rf" {kind}(?:-start)?\(", text))
+    return count("all-reduce"), count("all-gather") + count("all-to-all")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model", [1, 2])
+def test_batch_and_parameters_on_a_mesh(alone, kind, model):
+    mesh = jax.make_mesh(
+        (8 // model, model), ("data", "model"), axis_types=(KINDS[kind],) * 2
+    )
+    with jax.set_mesh(mesh):
+        place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+        params = jax.tree.map(place, PARAMS, SPLIT)
+        batch = jax.tree.map(lambda x: place(x, P("data")), BATCH)
+        fun = lambda p, e: loss(p, e, explicit=kind == "explicit")
+        grad = jax.jit(per_example.clipped_grad(fun, 0.5, groups="leaf"))
+        sums, info = grad(params, batch)
+        compiled = grad.lower(params, batch).compile()
+        total = lambda p, b: jax.vmap(fun, (None, 0))(p, b).sum()
+        ordinary = jax.jit(jax.grad(total)).lower(params, batch).compile()
+    assert_same(jax.device_get((sums, info)), alone)
+    if kind == "explicit":
+        assert jax.tree.all(
+            jax.tree.map(lambda x, y: x.sharding == y.sharding, sums, params)
+        )
+    # One more for norms of parameters that are split; the sum's own stands twice, for
+    # the loop that drops bad examples, and hardly ever runs, holds it too.
+    reduces, others = collectives(compiled)
+    more = 2 if model > 1 else 1
+    assert reduces <= collectives(ordinary)[0] + more
+    assert others <= collectives(ordinary)[1] + (1 if kind == "explicit" else 0)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_shard_map_with_a_local_batch(alone, check):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    grad = per_example.clipped_grad(
+        loss, 0.5, groups="leaf", axis_name=None if check else "data"
+    )
+    run = jax.shard_map(
+        grad,
+        mesh=mesh,
+        in_specs=(P(), P("data")),
+        out_specs=(P(), P("data")),
+        check_vma=check,
+    )
+    assert_same(jax.jit(run)(PARAMS, BATCH), alone)
+    x, y = BATCH
+    bad = (x.at[0, 0, 0].set(jnp.nan), y)  # on one device
+    sums, info = jax.jit(run)(PARAMS, bad)
+    keep = jnp.arange(B) > 0
+    assert_same(sums, jax.jit(GRAD)(PARAMS, BATCH, where=keep)[0])
+    assert (info.factor[0] == 0).all()
+
+
+def test_shard_map_with_parameters_split_too(alone):
+    """Columns of the first layer, rows of the second, as in manual tensor parallel."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    def local(params, example):
+        x, y = example
+        h = jnp.tanh(x @ params["w1"] + params["b1"][None]) * params["s"][None]
+        h = jnp.tanh(jax.lax.psum(h @ params["w2"], "model"))
+
+        def step(carry, row):
+            carry = jnp.tanh(carry @ params["r"] + row)
+            return carry, carry
+
+        _, rows = jax.lax.scan(step, 0 * h[0], h)
+        return ((rows - y) ** 2).mean()
+
+    grad = per_example.clipped_grad(local, 0.5, groups="leaf")
+    run = jax.shard_map(
+        grad, mesh=mesh, in_specs=(SPLIT, P("data")), out_specs=(SPLIT, P("data"))
+    )
+    assert_same(jax.jit(run)(PARAMS, BATCH), alone)
+
+
+def test_pmap(alone):
+    cut = jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[1:]), BATCH)
+    grad = per_example.clipped_grad(loss, 0.5, groups="leaf", axis_name="data")
+    run = jax.pmap(grad, "data", in_axes=(None, 0), devices=jax.devices()[:4])
+    sums, info = run(PARAMS, cut)
+    assert_same(jax.tree.map(lambda x: x[0], sums), alone[0])
+    np.testing.assert_allclose(info.norm.reshape(B, -1), alone[1].norm, rtol=1e-5)
+
+
+def test_groups_of_examples_spread_unevenly():
+    group = jnp.array([0, 0, 1, 0, 1, 1, 1, 1])
+    grad = per_example.group_grad(loss, 2)
+    want = jax.jit(grad)(PARAMS, BATCH, group)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    run = jax.shard_map(
+        grad,
+        mesh=mesh,
+        in_specs=(P(), P("data"), P("data")),
+        out_specs=(P(), P("data")),
+    )
+    assert_same(jax.jit(run)(PARAMS, BATCH, group), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stacked_gradients_on_a_mesh(kind):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(KINDS[kind],))
+    stacked = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(PARAMS, BATCH)
+    tx = per_example.clip_per_example(0.5)
+    want, _ = jax.jit(tx.update)(stacked, tx.init(PARAMS))
+    with jax.set_mesh(mesh):
+        place = lambda x: jax.device_put(x, NamedSharding(mesh, P("data")))
+        got, state = jax.jit(tx.update)(jax.tree.map(place, stacked), tx.init(PARAMS))
+    assert_same(jax.device_get(got), want)
+    assert (state.metrics.steps == B).all()
+
+
+def test_no_array_of_all_gradients():
+    """Nothing as large as examples times a weight, in the compiled program."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    wide = {"w1": jnp.ones((300, 301)), "w2": jnp.ones((301, 10))}
+    fun = lambda p, x: (jnp.tanh(x @ p["w1"]) @ p["w2"]).sum()
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.ones((16, 300)), NamedSharding(mesh, P("data")))
+        text = jax.jit(per_example.clipped_grad(fun, 1.0)).lower(wide, x).compile()
+    for shape in re.findall(r"f32\[([\d,]+)\]", text.as_text()):
+        assert np.prod([int(n) for n in shape.split(",")]) <= 300 * 301
