@@ -73,19 +73,7 @@ def bounded_sum(
 
 def _measured(call: Call, tape: Tape, members: Groups) -> jax.Array:
     """Squared norms `[B, G]`."""
-    squares = _tape.squares(call.program.plan, tape)
-    return _by_group(_over_mesh(call, squares), members)
-
-
-def _over_mesh(call: Call, squares: jax.Array) -> jax.Array:
-    """Adds up `[B, L]` over the mesh axes that a leaf is split over."""
-    if not any(call.split):
-        return squares
-    columns = [
-        jax.lax.psum(squares[:, k], tuple(sorted(a))) if a else squares[:, k]
-        for k, a in enumerate(call.split)
-    ]
-    return jnp.stack(columns, axis=1)
+    return _by_group(_tape.squares(call.program.plan, tape, call.split), members)
 
 
 def _per_example(

@@ -25,7 +25,8 @@ TILE = 256
 def square(x: jax.Array) -> jax.Array:
     """The sum of squares of all elements, in float32 or wider."""
     x = widen(x)
-    return (x * x).sum()
+    x = x * x if not jnp.iscomplexobj(x) else x.real * x.real + x.imag * x.imag
+    return x.sum()
 
 
 def square_of_products(

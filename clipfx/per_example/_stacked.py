@@ -1,5 +1,6 @@
 """A transform for those who have every example's gradient already."""
 
+import functools
 from typing import Any
 
 import jax
@@ -17,11 +18,12 @@ from clipfx._clip import (
     fresh_metrics,
     reported,
 )
-from clipfx._norms import Norms, group_norms
-from clipfx._tree import group_leaves, narrow, times, widen
+from clipfx._norms import Norms
+from clipfx._tree import Groups, counted_leaves, group_leaves, narrow, times, widen
 from clipfx.per_example._batch import batch_size
 from clipfx.per_example._bounded import lowered
 from clipfx.per_example._limits import check_limit, limits
+from clipfx.per_example._squares import square
 
 
 def clip_per_example(
@@ -84,7 +86,7 @@ def clip_per_example(
         members = group_leaves(groups, updates)
         check_same_groups(state, members)
         size = batch_size((updates,), (0,))
-        norms = jax.vmap(lambda one: group_norms(one, members))(updates)
+        norms = _norms(updates, members)
         limit = limits(max_norm, members, size).astype(norms.value.dtype)
         limit = jnp.broadcast_to(limit, norms.value.shape)
         limit = _compat.reshard(limit, _compat.explicit_spec(norms.value))
@@ -106,6 +108,19 @@ def clip_per_example(
         return clipped, _next(state, norms, limit, before * factor, good)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _norms(updates: Any, members: Groups) -> Norms:
+    pairs = counted_leaves(updates, members)
+    kinds = {jnp.finfo(widen(x).dtype).dtype for x, _ in pairs}
+    dtype = jnp.float64 if jnp.dtype(jnp.float64) in kinds else jnp.float32
+    found = [jax.vmap(square)(x).astype(dtype) for x, _ in pairs]
+    zero = jnp.zeros(batch_size((updates,), (0,)), dtype)
+    groups = range(len(members.names))
+    rows = [[x for x, (_, i) in zip(found, pairs, strict=True) if i == g]
+            for g in groups]  # fmt: skip
+    squares = jnp.stack([functools.reduce(jnp.add, row or [zero]) for row in rows], 1)
+    return Norms(jnp.sqrt(squares), jnp.ones_like(squares))
 
 
 def _next(

@@ -139,19 +139,36 @@ def dtype(plan: Plan) -> Any:
     return jnp.dtype(jnp.float64 if jnp.dtype(jnp.float64) in found else jnp.float32)
 
 
-def squares(plan: Plan, tape: Tape) -> jax.Array:
-    """Squared norms `[B, L]` of each example's gradient, by leaf."""
+def squares(plan: Plan, tape: Tape, split: Sequence[frozenset[str]]) -> jax.Array:
+    """Squared norms `[B, L]` of each example's gradient, by leaf.
+
+    Args:
+      plan: Decisions.
+      tape: From `record`.
+      split: Per leaf the mesh axes of `jax.shard_map` that it is split over.
+    """
 
     def one(tape: Tape) -> jax.Array:
-        found = [_of_leaf(plan, leaf, tape) for leaf in range(len(plan.roads))]
-        return jnp.stack([x.astype(dtype(plan)) for x in found])
+        found = [_of_leaf(plan, leaf, tape).astype(dtype(plan)) for leaf in leaves]
+        return jnp.stack([_over(x, axes) for x, axes in zip(found, split, strict=True)])
 
+    leaves = range(len(plan.roads))
     if tape.squares is None:
         return jax.vmap(one)(tape)
-    found = tape.squares
+    found = tape.squares.astype(dtype(plan))
     for leaf, x in tape.leaves.items():
-        found = found.at[:, leaf].add(jax.vmap(_squares.square)(x))
-    return found.astype(dtype(plan))
+        found = found.at[:, leaf].add(jax.vmap(_squares.square)(x).astype(found.dtype))
+    every = frozenset().union(*split)
+    if not every:
+        return found
+    # Together they count as varying over what one of them does.
+    same = lambda k: jax.lax.pmean(found[:, k], tuple(sorted(every - split[k])))
+    columns = [same(k) if every - split[k] else found[:, k] for k in leaves]
+    return jnp.stack([_over(x, a) for x, a in zip(columns, split, strict=True)], 1)
+
+
+def _over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    return jax.lax.psum(x, tuple(sorted(axes))) if axes else x
 
 
 def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> jax.Array:
