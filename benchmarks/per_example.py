@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from absl import app, flags
 
+from benchmarks import _opacus
 from clipfx import per_example
 from clipfx.per_example import _batch, _bounded, _grad
 
@@ -28,6 +29,9 @@ _TURNS = flags.DEFINE_integer("turns", 15, "Timed calls of each variant.")
 _WORKLOADS = flags.DEFINE_list("workloads", None, "Names; by default all.")
 _VARIANTS = flags.DEFINE_list("variants", None, "Names; by default all.")
 _SLOW = flags.DEFINE_float("slow", 20.0, "Ratio from which one call has to do.")
+
+
+_OPACUS = flags.DEFINE_bool("opacus", True, "Whether to run PyTorch's peer too.")
 
 
 class Workload(NamedTuple):
@@ -289,6 +293,10 @@ def main(argv: list[str]) -> None:
         count = sum(x.size for x in jax.tree.leaves(work.params))
         print(f"\n{name}: {count / 1e6:.2f}M parameters")
         measure(work, names, _TURNS.value, _SLOW.value)
+        if _OPACUS.value and importlib.util.find_spec("opacus") is None:
+            print(f"{'Opacus':24} not installed")
+        elif _OPACUS.value:
+            _opacus.measure(name, _TURNS.value)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
 
 `clip_by_norm` is the builder; four words carry it. *groups* say which leaves share a
 norm, a *threshold* what is too large, a *response* what to do about it. The named
-methods are choices of these three. `metrics.read` shows norms and clip rates from any
-optimizer state; `tree_clip` and `global_norm` serve those who use no chain.
+methods are choices of these three. `per_example` bounds each example's gradient, for
+any loss, at the price of an ordinary one. `metrics.read` shows norms and clip rates
+from any optimizer state; `tree_clip` and `global_norm` serve those who use no chain.
 """
 
 from clipfx import metrics, per_example, responses, snr, thresholds

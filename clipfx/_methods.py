@@ -362,7 +362,7 @@ def _check_snr(snr: Any) -> jax.Array:
         raise ValueError(
             f"snr must be a scalar, one timestep for the whole update, got shape "
             f"{jnp.shape(snr)}; to give every example of a batch its own timestep use "
-            "per-example clipping, with max_norm * rule(snr) as thresholds."
+            "per_example.clipped_grad with thresholds max_norm * rule(snr)."
         )
     if is_known(snr) and not float(snr) >= 0:
         raise ValueError(f"snr must be a number >= 0, got {snr!r}; clipfx.snr has it.")
