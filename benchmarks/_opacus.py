@@ -6,6 +6,7 @@ computed, no noise is drawn and no step is taken.
 
 import itertools
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -135,6 +136,7 @@ def measure(name: str, turns: int) -> None:
 
         return run
 
+    warnings.simplefilter("ignore")  # of hooks on inputs without gradients
     torch.manual_seed(0)
     runs = {"torch ordinary": ordinary(), "Opacus hooks": hooks(),
             "Opacus ghost": ghost()}  # fmt: skip

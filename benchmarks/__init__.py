@@ -1,0 +1,1 @@
+"""Every claim about speed, as a script that prints ratios."""
