@@ -4,20 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from per_example_oracle import (
     LIMIT,
-    PIECES,
     RESPONSES,
     cast,
     check,
-    draw,
     each_gradient,
     forced,
-    program,
     roads,
 )
+from per_example_pieces import PIECES, draw, program
 from trees import enable_x64
 
 from clipfx import per_example
@@ -41,7 +39,6 @@ ROADS = {
     "joined_constants": {"Gram": "a c", "direct": "b"},
     "sliced": {"Gram": "r v w", "direct": "b"},
     "reshaped": {"Gram": "a b c d"},
-    "indexed": {"Gram": "w"},
     "rnn": {"Gram": "wh wx", "direct": "b"},
     "gated": {"Gram": "f4 fi i4 ii", "direct": "b"},
     "nested_scan": {"Gram": "u w wo", "direct": "b"},
@@ -71,9 +68,8 @@ def around(name, wrapper="plain"):
 def roads_of(steps, force=None):
     """Of the leaves of the piece in the middle."""
     params, batch = draw(steps)
-    every = roads(
-        program(steps), cast(params, "float32"), cast(batch, "float32"), force
-    )
+    params, batch = cast(params, "float32"), cast(batch, "float32")
+    every = roads(program(steps), params, batch, force=force)
     return {k.removeprefix("1/"): v for k, v in every.items() if k.startswith("1/")}
 
 
@@ -107,7 +103,7 @@ def test_piece(name):
 
 
 @pytest.mark.parametrize("name", ["attention", "embed", "joined", "remat_layers"])
-@pytest.mark.parametrize("wrapper", ["jit", "remat", "saving"])
+@pytest.mark.parametrize("wrapper", ["remat", "saving"])
 def test_fast_roads_inside_calls(name, wrapper):
     """Norms of what rematerializes come from a backward pass of their own."""
     steps = around(name, wrapper)
@@ -222,7 +218,7 @@ def test_gram_matrices_in_tiles():
     loss = lambda p, x: jnp.sum(jnp.tanh(x @ p["w"]))
     params, batch = small(length=600)
     with enable_x64(True):
-        assert roads(loss, params, batch, "factored")["w"] == "Gram"
+        assert roads(loss, params, batch, force="factored")["w"] == "Gram"
     check(forced(loss, "factored"), loss, params, batch, "float64")
 
 
@@ -271,9 +267,10 @@ def programs(sample):
 
 
 @settings(
-    max_examples=20,
+    max_examples=10,
     deadline=None,
     derandomize=True,
+    phases=[Phase.explicit, Phase.generate],  # to shrink takes minutes
     suppress_health_check=list(HealthCheck),
 )
 @given(
@@ -288,9 +285,10 @@ def programs(sample):
 )
 def test_random_program(steps, dtype, force, groups, response, size, mask, seed):
     loss, (params, batch) = program(steps), draw(steps, seed)
+    # What float32 itself loses grows with depth, on every road.
+    near = {"groups": groups, "depth": len(steps)}
     if force is not None:
-        run = forced(loss, force, groups)
-        check(run, loss, params, batch, dtype, groups=groups)
+        check(forced(loss, force, groups), loss, params, batch, dtype, **near)
         return
     where = None if mask is None else np.array(mask)
     grad = per_example.clipped_grad(
@@ -301,6 +299,4 @@ def test_random_program(steps, dtype, force, groups, response, size, mask, seed)
         microbatch_size=size,
     )
     run = lambda params, batch: grad(params, batch, where=where)
-    check(
-        run, loss, params, batch, dtype, groups=groups, response=response, where=where
-    )
+    check(run, loss, params, batch, dtype, response=response, where=where, **near)

@@ -113,7 +113,9 @@ def prepare(
         kinds += [kind] * len(jax.tree.leaves(arg))
     leaves, treedef = jax.tree.flatten((tuple(args), kwargs))
     kinds += [""] * (len(leaves) - len(kinds))
-    where = [k for k, x in enumerate(leaves) if _is_array(x)]
+    # Numbers of Python's that are no parameters stay what they are, as in `jax.grad`.
+    arrays = jax.Array | np.ndarray
+    where = [k for k, x in enumerate(leaves) if kinds[k] or isinstance(x, arrays)]
     inputs = [jnp.asarray(leaves[k]) for k in where]
     # In the order of `params`, which a tuple of argnums may change.
     starts = np.cumsum([0, *(len(jax.tree.leaves(arg)) for arg in args)])

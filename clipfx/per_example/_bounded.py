@@ -73,7 +73,9 @@ def bounded_sum(
 
 def _measured(call: Call, tape: Tape, members: Groups) -> jax.Array:
     """Squared norms `[B, G]`."""
-    return _by_group(_tape.squares(call.program.plan, tape, call.split), members)
+    return _by_group(
+        _tape.squares(call.program.plan, tape, call.size, call.split), members
+    )
 
 
 def _per_example(

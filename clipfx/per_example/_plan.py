@@ -283,7 +283,7 @@ def _decide(
         large = WORDS * math.prod(shapes[leaf])
         dear = large < costs[leaf] if force is None else force != "factored"
         dear &= roads[leaf] != "direct"
-        in_time = any(not all(s.sliced) for s, _ in places)
+        in_time = any(len(p.stack) < len(s.loops) for s, p in places)
         if dear and (not in_time or force == "instantiated"):
             roads[leaf] = "instantiated"
     # The gradient of a weight in a loop is better formed after the loop than in it.
@@ -325,7 +325,8 @@ def _unaligned(places: list[tuple[Site, Part]], remat: bool) -> str:
     if remat:
         if len(places) > 1:
             return "several uses, and remat"
-        return "" if all(places[0][0].sliced) else "a loop, and remat"
+        ((site, part),) = places
+        return "" if len(part.stack) == len(site.loops) else "a loop, and remat"
     for (s1, p1), (s2, p2) in itertools.combinations(places, 2):
         if p1.region is None or p2.region is None:
             return "several uses in different forms"

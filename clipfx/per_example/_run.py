@@ -73,12 +73,12 @@ def run(
             outs = [outs[i] for i in keep]
         elif site is not None and site.number in sites and visit is not None:
             apply = lambda *inputs: _compat.evaluate(jaxpr, eqn, inputs, [0])[0]  # noqa: B023
-            outs = [visit(site, inputs, apply, given.get(site.number))]
+            outs = [visit(site, inputs, apply, given.get(site.number))][: len(keep)]
         else:
             outs = _compat.evaluate(jaxpr, eqn, inputs, keep)
             if site is not None and site.number in sites and site.data is not None:
                 records[site.data] = inputs[site.operand]
-        if node.taps.get(k) in taps:
+        if outs and node.taps.get(k) in taps:
             outs = [tap(outs[0], taps[node.taps[k]]), *outs[1:]]
         env.update(zip([eqn.outvars[i] for i in keep], outs, strict=True))
     return [read(v) for v in jaxpr.outvars], records
@@ -170,7 +170,7 @@ def _move(jaxpr: Any, eqn: Any, inputs: list) -> list:
         v.aval.shape,
         known.dtype if jnp.issubdtype(v.aval.dtype, jnp.floating) else v.aval.dtype,
     )
-    values = [zeros(v) if x is None else x
+    values = [_literal(v) if _compat.is_literal(v) else zeros(v) if x is None else x
               for x, v in zip(inputs, eqn.invars, strict=True)]  # fmt: skip
     return _compat.evaluate(jaxpr, eqn, values, list(range(len(eqn.outvars))))
 

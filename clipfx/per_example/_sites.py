@@ -50,7 +50,8 @@ class Site(NamedTuple):
     @property
     def repeats(self) -> bool:
         """Whether an addition adds the same weight in several places."""
-        return bool(self.view.repeated or grown(self) or not all(self.sliced))
+        fixed = any(len(p.stack) < len(self.loops) for p in self.view.parts)
+        return bool(self.view.repeated or grown(self) or fixed)
 
     @property
     def operand(self) -> int:
@@ -101,6 +102,8 @@ def grown(site: Site) -> frozenset[int]:
     """Dimensions of size 1 that an addition repeats by itself."""
     before = site.eqn.invars[site.weight].aval.shape
     after = site.eqn.outvars[0].aval.shape
+    if len(before) < len(after):  # a scalar
+        return frozenset(range(len(after)))
     return frozenset(k for k, (a, b) in enumerate(zip(before, after, strict=True))
                      if a != b)  # fmt: skip
 
@@ -181,7 +184,9 @@ def weight_gradient(
         summed = [1 + k for k, sliced in enumerate(site.sliced) if not sliced]
         total = delta.sum([0, *summed])
         lead = sum(site.sliced)
-        return total.sum([lead + k for k in grown(site)], keepdims=True)
+        total = total.sum([lead + k for k in grown(site)], keepdims=True)
+        shape = site.eqn.invars[site.weight].aval.shape
+        return total.reshape(*total.shape[:lead], *shape)
     run = functools.partial(apply, site)
     if jnp.issubdtype(data.dtype, jnp.floating):
         data = data.astype(delta.dtype)

@@ -38,8 +38,10 @@ def square_of_products(
       factors: All of the same leaf or the same region of it, aligned.
       precision: Of the matrix products.
     """
-    factors = [f._replace(left=f.left if f.by_index else widen(f.left),
-                          right=widen(f.right)) for f in _align(factors)]  # fmt: skip
+    wide = {widen(f.right).dtype for f in factors}
+    dtype = jnp.float64 if jnp.dtype(jnp.float64) in wide else jnp.float32
+    cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    factors = [Factors(cast(f.left), cast(f.right), f.key) for f in _align(factors)]
     if any(f.by_index for f in factors):  # look-ups do not know about meshes
         factors = [
             Factors(_compat.whole(f.left), _compat.whole(f.right), f.key)
@@ -51,7 +53,7 @@ def square_of_products(
         (f,) = factors
         left = (f.left * f.left).sum(-1) if not f.by_index else 1.0
         return (left * (f.right * f.right).sum(-1)).sum()
-    total, size = jnp.float32(0), jnp.float32(0)
+    total = size = jnp.zeros((), factors[0].right.dtype)
     if dense is not None:
         total += _gram(dense.left, dense.right, precision)
         lengths = jnp.linalg.norm(dense.left, axis=-1)

@@ -12,6 +12,7 @@ from clipfx._tree import widen
 from clipfx.per_example import _factors, _run, _sites, _squares
 from clipfx.per_example._plan import Plan
 from clipfx.per_example._sites import Site
+from clipfx.per_example._views import Part
 
 
 class Program(NamedTuple):
@@ -139,12 +140,15 @@ def dtype(plan: Plan) -> Any:
     return jnp.dtype(jnp.float64 if jnp.dtype(jnp.float64) in found else jnp.float32)
 
 
-def squares(plan: Plan, tape: Tape, split: Sequence[frozenset[str]]) -> jax.Array:
+def squares(
+    plan: Plan, tape: Tape, size: int, split: Sequence[frozenset[str]]
+) -> jax.Array:
     """Squared norms `[B, L]` of each example's gradient, by leaf.
 
     Args:
       plan: Decisions.
       tape: From `record`.
+      size: B.
       split: Per leaf the mesh axes of `jax.shard_map` that it is split over.
     """
 
@@ -154,7 +158,7 @@ def squares(plan: Plan, tape: Tape, split: Sequence[frozenset[str]]) -> jax.Arra
 
     leaves = range(len(plan.roads))
     if tape.squares is None:
-        return jax.vmap(one)(tape)
+        return jax.vmap(one, axis_size=size)(tape)
     found = tape.squares.astype(dtype(plan))
     for leaf, x in tape.leaves.items():
         found = found.at[:, leaf].add(jax.vmap(_squares.square)(x).astype(found.dtype))
@@ -178,26 +182,36 @@ def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> jax.Array:
     groups: dict[Any, list] = {}
     for place in plan.uses[leaf]:
         groups.setdefault(place[1].region or place[0].number, []).append(place)
-    total = jnp.float32(0)
+    total = jnp.zeros((), dtype(plan))
     for places in groups.values():
         (site, part), *_ = places
         if site.number in tape.formed:
-            x = tape.formed[site.number]
-            if site.view.axis is not None:
-                axis = sum(site.sliced) + site.view.axis
-                x = jax.lax.slice_in_dim(x, part.start, part.stop, axis=axis)
-            total += _squares.square(x)
-            continue
-        seen = [(s, p, tape.operand(s), tape.deltas[s.tap]) for s, p in places]
-        total += _of_region(seen)
+            found = _squares.square(_part(site, part, tape.formed[site.number]))
+        else:
+            found = _of_region(
+                [(s, p, tape.operand(s), tape.deltas[s.tap]) for s, p in places]
+            )
+        total += found.astype(total.dtype)
     return total
+
+
+def _part(site: Site, part: Part, formed: jax.Array) -> jax.Array:
+    """The gradient of one part from that of a weight, `[loops that slice..., ...]`."""
+    if site.view.axis is not None:
+        axis = sum(site.sliced) + site.view.axis
+        formed = jax.lax.slice_in_dim(formed, part.start, part.stop, axis=axis)
+    stacks = dict(part.stack)
+    loops = [
+        loop for (loop, _), cut in zip(site.loops, site.sliced, strict=True) if cut
+    ]
+    return formed.sum([k for k, loop in enumerate(loops) if loop not in stacks])
 
 
 def _of_region(places: list) -> jax.Array:
     """From all uses of one region of a leaf, each with what was recorded there."""
     site = places[0][0]
     if site.kind in _sites.ADD:
-        parts = [_factors.direct(s, p, d) for s, p, _, d in places]
+        parts = [_factors.direct(s, p, d).reshape(-1) for s, p, _, d in places]
         return _squares.square(functools.reduce(jnp.add, parts))
     factors = [_factors.factors(*place) for place in places]
     return _squares.square_of_products(factors, site.eqn.params.get("precision"))

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from clipfx import _compat
+
 
 class Part(NamedTuple):
     """The elements of one leaf, or of a constant, in a value.
@@ -90,7 +92,8 @@ def of_equation(
         return [_slice(view, shapes[0], list(zip(starts, ends, steps, strict=True)))]
     if name == "split":
         return _split(view, shapes[0], eqn.params["axis"], eqn.params["sizes"])
-    if name == "rev" or (name == "dynamic_slice" and all(constant[1:])):
+    fixed = all(map(_compat.is_literal, eqn.invars[1:]))
+    if name == "rev" or (name == "dynamic_slice" and fixed):
         return [_blur(view)]
     return [None] * len(outs)
 
