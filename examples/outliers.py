@@ -1,7 +1,22 @@
 """Digits with wrong labels, learned with and without a bound on every example.
 
     python -m examples.outliers
-    python -m examples.outliers --wrong=0.3 --rates=0.03,0.1 --runs=1
+    python -m examples.outliers --wrong=0.2 --max_norm=0.3 --rates=0.003,0.1,0.3
+
+A tenth of the labels to train on are wrong. Once the rest is learned, the longest
+gradients are those of the wrong labels, and a model that follows them learns these by
+heart. `per_example` bounds the gradient of each example, `batch` that of the mean, with
+the same threshold. All variants share initial weights, wrong labels and batches, and
+each has the choice of its learning rate.
+
+By default, and with seeds 3 to 8: `per_example` is best at a rate of 0.1, and there,
+with each seed, ahead of the others at their best, by one held-out digit in a hundred on
+average. At that rate the others are four to six in a hundred behind, and repeat nearly
+all wrong labels; `batch` is no better than `none` with a smaller rate. Norms find the
+wrong labels for as long as the model does not repeat them, and losses do so as well.
+
+Stopping early is the other remedy: with --steps=300 few wrong labels are repeated. Of
+the rates up to 1, `per_example` is best at 1 there, and ahead by half as much or more.
 """
 
 import dataclasses
@@ -36,43 +51,52 @@ class Settings:
     """What all variants have in common; each is a flag of the same name."""
 
     wrong: float = 0.1
-    rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
+    rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
     max_norm: float = 1.0
-    steps: int = 2300
+    steps: int = 3000
     batch: int = 64
-    hidden: int = 128
     runs: int = 3
     seed: int = 0
+
+
+def _are_rates(texts: Sequence[str]) -> bool:
+    try:
+        return all(0 < float(text) < math.inf for text in texts)
+    except ValueError:
+        return False
 
 
 # See diffusion_digits: imported, an example keeps its flags to itself.
 FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
 _integer = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
 _float = functools.partial(flags.DEFINE_float, flag_values=FLAGS)
-_float("wrong", Settings.wrong, "Share of the labels that are wrong.", 0, 1)
+_float("wrong", Settings.wrong, "Share of wrong labels.", 0.01, 0.99)
 flags.DEFINE_list(
     "rates", [str(x) for x in Settings.rates], "Learning rates.", flag_values=FLAGS
 )
 _float("max_norm", Settings.max_norm, "The threshold of both clips.")
 _integer("steps", Settings.steps, "Steps of each run.", 1)
 _integer("batch", Settings.batch, "Digits in a step.", 1)
-_integer("hidden", Settings.hidden, "Units of each layer.", 1)
 _integer("runs", Settings.runs, "Seeds for each variant and rate.", 1)
 _integer("seed", Settings.seed, "The first: of weights, order and wrong labels.", 0)
 flags.DEFINE_string("out", "out/outliers", "Where to write.", flag_values=FLAGS)
 flags.register_validator("max_norm", lambda x: x > 0, "must be greater than 0", FLAGS)
+_rule = "must be one or more numbers greater than 0"
+flags.register_validator("rates", lambda x: x and _are_rates(x), _rule, FLAGS)
 
 
 class MLP(nn.Module):
-    """Logits `[..., 10]` of digits `[..., 64]`, by two hidden layers."""
-
-    hidden: int
+    """Two hidden layers."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits `[..., 10]` of digits `[..., 64]`."""
         for _ in range(2):
-            x = nn.relu(nn.Dense(self.hidden)(x))
+            x = nn.relu(nn.Dense(128)(x))
         return nn.Dense(CLASSES)(x)
+
+
+MODEL = MLP()
 
 
 class Data(NamedTuple):
@@ -102,7 +126,7 @@ class Run:
     """One training: a dict for each epoch, and the examples as seen at the end.
 
     In `rows`, `loss` is the mean over the epoch, `test` the accuracy on held-out digits
-    and `learned` the share of the wrong labels that the model repeats.
+    and `repeated` the share of the wrong labels that the model repeats.
     """
 
     variant: str
@@ -121,9 +145,17 @@ class Run:
         """The number of the last epoch."""
         return self.rows[-1][name]
 
+    def found(self, score: np.ndarray) -> float:
+        """Area under the ROC curve of a score that should be high for wrong labels."""
+        from sklearn.metrics import roc_auc_score
+
+        if not np.isfinite(score).all():
+            return math.nan
+        return float(roc_auc_score(self.wrong, score))
+
 
 def load_data(share: float, seed: int) -> Data:
-    """Digits in [-1, 1], a fifth held out, and some of the other labels made wrong."""
+    """Digits in [-1, 1], half of them held out; some labels of the rest made wrong."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -132,7 +164,7 @@ def load_data(share: float, seed: int) -> Data:
     order = np.random.default_rng(0).permutation(len(labels))
     images = np.asarray(images, np.float32)[order] / 8 - 1
     labels = np.asarray(labels, np.int32)[order]
-    test = len(labels) // 5
+    test = len(labels) // 2
     noisy, wrong = spoil(labels[test:], share, np.random.default_rng((seed, 0)))
     return Data(images[test:], noisy, wrong, images[:test], labels[:test])
 
@@ -162,9 +194,11 @@ def draw_batches(data: Data, settings: Settings, seed: int) -> Iterator[Batch]:
 
 def loss(params: Any, image: jax.Array, label: jax.Array) -> jax.Array:
     """Cross entropy of one digit `[64]`."""
-    hidden = params["params"]["Dense_0"]["bias"].size
-    logits = MLP(hidden).apply(params, image)
+    logits: Any = MODEL.apply(params, image)
     return optax.softmax_cross_entropy_with_integer_labels(logits, label)
+
+
+Sum = Callable[[Any, Batch], tuple[Any, jax.Array]]
 
 
 def plain_sum(params: Any, batch: Batch) -> tuple[Any, jax.Array]:
@@ -178,21 +212,22 @@ def plain_sum(params: Any, batch: Batch) -> tuple[Any, jax.Array]:
     return jax.grad(total, has_aux=True)(params)
 
 
-def bounded_sum(params: Any, batch: Batch, max_norm: float) -> tuple[Any, jax.Array]:
+def bounded_sum(max_norm: float) -> Sum:
     """As `plain_sum`, with every gradient scaled down to `max_norm`."""
     grad = per_example.clipped_grad(loss, max_norm, batch_argnums=(1, 2))
-    sums, info = grad(params, batch.images, batch.labels, where=batch.where)
-    return sums, info.value
+
+    def summed(params, batch):
+        sums, info = grad(params, batch.images, batch.labels, where=batch.where)
+        return sums, info.value
+
+    return summed
 
 
 # From the threshold to the sum of a batch, and to what is done to its mean.
-VARIANTS: dict[str, Callable[[float], tuple[Callable, Any]]] = {
+VARIANTS: dict[str, Callable[[float], tuple[Sum, Any]]] = {
     "none": lambda c: (plain_sum, optax.identity()),
     "batch": lambda c: (plain_sum, clipfx.clip_by_global_norm(c)),
-    "per_example": lambda c: (
-        functools.partial(bounded_sum, max_norm=c),
-        optax.identity(),
-    ),
+    "per_example": lambda c: (bounded_sum(c), optax.identity()),
 }
 
 
@@ -232,20 +267,20 @@ def make_epoch(variant: str, settings: Settings) -> tuple[Any, Step]:
     return tx, jax.jit(lambda learner, batches: jax.lax.scan(step, learner, batches))
 
 
-def start(tx: Any, settings: Settings, rate: float, seed: int) -> Learner:
+def start(tx: Any, rate: float, seed: int) -> Learner:
     """What a run begins with; the weights are the same for every variant."""
-    params = MLP(settings.hidden).init(jax.random.key(seed), jnp.zeros(64))
+    params = MODEL.init(jax.random.key(seed), jnp.zeros(64))
     return Learner(params, tx.init(params), jnp.float32(rate))
 
 
 @jax.jit
 def predict(params: Any, images: jax.Array) -> jax.Array:
     """Classes `[batch]`."""
-    hidden = params["params"]["Dense_0"]["bias"].size
-    return MLP(hidden).apply(params, images).argmax(-1)
+    logits: Any = MODEL.apply(params, images)
+    return logits.argmax(-1)
 
 
-# Without the sum of the gradients, which costs about as much as the norms.
+# Of single examples, in one pass and without any gradient.
 measure = jax.jit(per_example.norms(loss, batch_argnums=(1, 2)))
 
 
@@ -253,22 +288,24 @@ def train(variant: str, rate: float, seed: int, settings: Settings) -> Run:
     """Trains one model, and measures the gradients of all examples at the end."""
     data = load_data(settings.wrong, seed)
     tx, epoch = make_epoch(variant, settings)
-    learner = start(tx, settings, rate, seed)
+    learner = start(tx, rate, seed)
     rows, step = [], 0
     for batches in draw_batches(data, settings, seed):
         learner, losses = epoch(learner, batches)
         step += len(losses)
         said = np.asarray(predict(learner.params, data.images))
         right = np.asarray(predict(learner.params, data.test_images))
-        rows.append({
-            "variant": variant,
-            "rate": rate,
-            "seed": seed,
-            "step": step,
-            "loss": float(losses.sum() / batches.where.sum()),
-            "test": float((right == data.test_labels).mean()),
-            "learned": float((said == data.labels)[data.wrong].mean()),
-        })
+        rows.append(
+            {
+                "variant": variant,
+                "rate": rate,
+                "seed": seed,
+                "step": step,
+                "loss": float(losses.sum() / batches.where.sum()),
+                "test": float((right == data.test_labels).mean()),
+                "repeated": float((said == data.labels)[data.wrong].mean()),
+            }
+        )
     seen = measure(learner.params, data.images, data.labels)
     norms, losses = np.asarray(seen.norm[:, 0]), np.asarray(seen.value)
     return Run(variant, rate, seed, rows, norms, losses, data.wrong)
@@ -283,7 +320,7 @@ def measure_times(settings: Settings) -> dict[str, float]:
     ready = {}
     for name in VARIANTS:
         tx, step = make_step(name, settings)
-        learner, step = start(tx, settings, 0.0, settings.seed), jax.jit(step)
+        learner, step = start(tx, 0.0, settings.seed), jax.jit(step)
         ready[name] = functools.partial(step, learner, batch)
         jax.block_until_ready(ready[name]())
     times = {name: [] for name in VARIANTS}
@@ -299,37 +336,32 @@ def select(runs: Sequence[Run], variant: str, rate: float) -> list[Run]:
     return [run for run in runs if (run.variant, run.rate) == (variant, rate)]
 
 
+def list_rates(runs: Sequence[Run]) -> list[float]:
+    """All learning rates, from the smallest."""
+    return sorted({run.rate for run in runs})
+
+
 def best_rate(runs: Sequence[Run], variant: str) -> float:
     """The rate with the highest accuracy at the end, mean over seeds."""
-    rates = dict.fromkeys(run.rate for run in runs)
     mean = lambda rate: np.mean([r.last("test") for r in select(runs, variant, rate)])
-    return max(rates, key=mean)
+    return max(list_rates(runs), key=mean)
 
 
-def tabulate_rates(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row for each rate: accuracy at the end, mean and range over seeds."""
+def tabulate(
+    runs: Sequence[Run], number: Callable[[Run], float]
+) -> list[dict[str, Any]]:
+    """A row for each rate: mean and range over seeds, for each variant."""
     rows = []
-    for rate in dict.fromkeys(run.rate for run in runs):
+    for rate in list_rates(runs):
         row: dict[str, Any] = {"rate": rate}
         for variant in VARIANTS:
-            test = [run.last("test") for run in select(runs, variant, rate)]
-            row[variant] = f"{np.mean(test):.3f} ({min(test):.3f}-{max(test):.3f})"
+            x = [number(run) for run in select(runs, variant, rate)]
+            row[variant] = f"{np.mean(x):.3f} ({min(x):.3f}-{max(x):.3f})"
         rows.append(row)
     return rows
 
 
-def find_wrong(wrong: np.ndarray, score: np.ndarray) -> float:
-    """Area under the ROC curve of a score that should be large where labels are wrong.
-
-    A diverged run has no order: 0.5, a guess.
-    """
-    from sklearn.metrics import roc_auc_score
-
-    if not np.isfinite(score).all() or not 0 < wrong.sum() < len(wrong):
-        return 0.5
-    return float(roc_auc_score(wrong, score))
-
-
+@np.errstate(all="ignore")  # a run may diverge
 def summarize(runs: Sequence[Run], variant: str, ms: float) -> dict[str, Any]:
     """A row of the table of variants, each at its best rate; means over seeds."""
     rate = best_rate(runs, variant)
@@ -338,65 +370,68 @@ def summarize(runs: Sequence[Run], variant: str, ms: float) -> dict[str, Any]:
     return {
         "variant": variant,
         "rate": rate,
-        "test": mean(lambda run: run.last("test")),
+        "held-out": mean(lambda run: run.last("test")),
         "peak": mean(lambda run: run.column("test").max()),
-        "learned": mean(lambda run: run.last("learned")),
-        "norm, right": mean(lambda run: np.median(run.norms[~run.wrong])),
-        "norm, wrong": mean(lambda run: np.median(run.norms[run.wrong])),
-        "ROC, norm": mean(lambda run: find_wrong(run.wrong, run.norms)),
-        "ROC, loss": mean(lambda run: find_wrong(run.wrong, run.losses)),
+        "repeated": mean(lambda run: run.last("repeated")),
+        "right": mean(lambda run: np.median(run.norms[~run.wrong])),
+        "wrong": mean(lambda run: np.median(run.norms[run.wrong])),
+        "by norm": mean(lambda run: run.found(run.norms)),
+        "by loss": mean(lambda run: run.found(run.losses)),
         "ms/step": ms,
     }
 
 
-def plot(runs: Sequence[Run], path: pathlib.Path) -> None:
-    """Draws accuracies, what is learned of wrong labels, and norms, as PNG."""
+def plot(runs: Sequence[Run], max_norm: float, path: pathlib.Path) -> None:
+    """Draws accuracies, what is repeated of wrong labels, and norms, as PNG."""
     figure = Figure(figsize=(10, 7), layout="constrained")
-    (by_rate, tests), (learned, norms) = figure.subplots(2, 2)
+    (by_rate, tests), (repeated, norms) = figure.subplots(2, 2)
+    rates = list_rates(runs)
     rate = best_rate(runs, "per_example")
     for color, variant in zip(("C7", "C1", "C0"), VARIANTS, strict=True):
-        plot_rates(by_rate, runs, variant, color)
-        for axes, name in ((tests, "test"), (learned, "learned")):
-            plot_band(axes, select(runs, variant, rate), name, color)
-    by_rate.set(xscale="log", xlabel="learning rate", ylabel="held-out accuracy")
-    by_rate.set(title="At the end", ylim=(0.85, 1))
-    tests.set(xlabel="step", ylabel="held-out accuracy", ylim=(0.85, 1))
-    tests.set(title=f"On the way, learning rate {rate:g}")
-    learned.set(xlabel="step", ylabel="share of wrong labels repeated", ylim=(0, 1))
-    plot_norms(norms, select(runs, "per_example", rate)[0])
+        ends = [[1 - r.last("test") for r in select(runs, variant, x)] for x in rates]
+        ends = list(zip(*ends, strict=True))
+        plot_band(by_rate, rates, ends, color, marker="o", label=variant)
+        chosen = select(runs, variant, rate)
+        steps = chosen[0].column("step")
+        plot_band(tests, steps, [1 - run.column("test") for run in chosen], color)
+        plot_band(repeated, steps, [run.column("repeated") for run in chosen], color)
+    by_rate.set(title="At the end", xscale="log", xlabel="learning rate")
+    tests.set(title=f"On the way, learning rate {rate:g}", xlabel="step")
+    for axes in (by_rate, tests):
+        axes.set(ylabel="held-out error", yscale="log")
+        _common.plain_ticks(axes)
+    repeated.set(title=f"On the way, learning rate {rate:g}", xlabel="step")
+    repeated.set(ylabel="share of wrong labels repeated", ylim=(-0.02, 1.02))
+    plot_norms(norms, select(runs, "per_example", rate)[0], max_norm)
     names = by_rate.get_legend_handles_labels()
     figure.legend(*names, loc="outside upper center", ncols=len(VARIANTS))
     figure.savefig(path, dpi=120)
 
 
-def plot_rates(axes: Axes, runs: Sequence[Run], variant: str, color: str) -> None:
-    """Accuracy at the end over rates, and its range over seeds."""
-    rates = list(dict.fromkeys(run.rate for run in runs))
-    ends = [[r.last("test") for r in select(runs, variant, rate)] for rate in rates]
-    ends = np.array(ends)
-    axes.plot(rates, ends.mean(1), "o-", color=color, ms=4, label=variant)
-    axes.fill_between(rates, ends.min(1), ends.max(1), color=color, alpha=0.2, lw=0)
+def plot_band(
+    axes: Axes, x: Any, seeds: Sequence[Any], color: str, **style: Any
+) -> None:
+    """The mean of some curves, and their range."""
+    values = np.stack(seeds)
+    axes.plot(x, values.mean(0), color=color, lw=1.2, **style)
+    axes.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
 
 
-def plot_band(axes: Axes, runs: Sequence[Run], name: str, color: str) -> None:
-    """A column over the steps: mean and range over seeds."""
-    values = np.stack([run.column(name) for run in runs])
-    steps = runs[0].column("step")
-    axes.plot(steps, values.mean(0), color=color, lw=1.2)
-    axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
-
-
-def plot_norms(axes: Axes, run: Run) -> None:
-    """Two histograms on one logarithmic axis."""
-    finite = run.norms[np.isfinite(run.norms) & (run.norms > 0)]
-    low, high = (finite.min(), finite.max()) if len(finite) else (0.1, 1.0)
-    bins = np.geomspace(low, high * 1.01, 50)
-    for kind, color in ((~run.wrong, "C2"), (run.wrong, "C3")):
-        label = "wrong labels" if color == "C3" else "right labels"
-        axes.hist(run.norms[kind], bins, color=color, alpha=0.6, label=label)
-    axes.set(xscale="log", yscale="log", xlabel="gradient norm", ylabel="examples")
+def plot_norms(axes: Axes, run: Run, max_norm: float) -> None:
+    """Two histograms on one logarithmic axis, and the threshold."""
     axes.set_title(f"Examples at the end of {run.variant}, seed {run.seed}")
-    axes.legend()
+    shown = np.isfinite(run.norms) & (run.norms > 0)
+    if not shown.any():  # diverged; a logarithmic axis takes something to show
+        return
+    ends = [*run.norms[shown], 0.9 * max_norm, 1.1 * max_norm]
+    bins = np.geomspace(min(ends), max(ends), 50).tolist()
+    for wrong, name, color in ((False, "right", "C2"), (True, "wrong", "C3")):
+        norms = run.norms[shown & (run.wrong == wrong)]
+        axes.hist(norms, bins, color=color, alpha=0.6, label=f"{name} labels")
+    axes.axvline(max_norm, color="k", ls="--", lw=1, label="threshold")
+    axes.set(xscale="log", yscale="log", xlabel="gradient norm", ylabel="examples")
+    _common.plain_ticks(axes)
+    axes.legend(loc="upper left")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -419,12 +454,20 @@ def main(argv: Sequence[str]) -> None:
         for rate, seed in tqdm(pairs, f"{variant:>11}"):
             runs.append(train(variant, rate, seed, settings))
     rows = [summarize(runs, variant, times[variant]) for variant in VARIANTS]
-    print("\nHeld-out accuracy at the end, mean and range over seeds:\n")
-    print(_common.format_table(tabulate_rates(runs)))
-    print("\nEach at its best rate:\n")
+    print("\nHeld-out accuracy at the end, mean and range over seeds, by rate:\n")
+    print(_common.format_table(tabulate(runs, lambda run: run.last("test"))))
+    print("\nArea under the ROC curve, norms to find the wrong labels at the end:\n")
+    print(_common.format_table(tabulate(runs, lambda run: run.found(run.norms))))
+    print("\nEach at its best rate, means over seeds:\n")
     print(_common.format_table(rows))
+    print(
+        "\nbest rate: by held-out accuracy at the end. peak: the highest on the way."
+        "\nrepeated: share of the wrong labels that the model repeats. right, wrong:"
+        "\nmedian gradient norms by kind of label. by norm, by loss: area under the"
+        "\nROC curve of what should find the wrong labels. ms/step: median, in turns."
+    )
     _common.write_jsonl(out / "metrics.jsonl", (row for r in runs for row in r.rows))
-    plot(runs, out / "outliers.png")
+    plot(runs, settings.max_norm, out / "outliers.png")
     print(f"Wrote metrics.jsonl and outliers.png to {out}.")
 
 

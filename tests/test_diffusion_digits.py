@@ -16,7 +16,7 @@ from flax import nnx
 
 import clipfx
 from examples import char_rnn, diffusion_digits
-from examples.diffusion_digits import FLAGS, VARIANTS, Settings
+from examples.diffusion_digits import FLAGS, MIXED, NAMES, VARIANTS, Settings
 
 SMALL = Settings(steps=3, batch=4, hidden=8)
 FEW = ["none", "global"]  # each takes a second to compile
@@ -198,6 +198,67 @@ def test_norms_of_a_run(few_variants):
     np.testing.assert_allclose(column("global", "applied"), limit, rtol=1e-5)
 
 
+def test_mix():
+    batch = first_batch(50)
+    mixed = jax.jit(diffusion_digits.mix)(batch)
+    assert mixed.t[0] == 50 and len(np.unique(mixed.t)) > 1
+    assert mixed.t.min() >= 0 and mixed.t.max() < diffusion_digits.TIMESTEPS
+    np.testing.assert_array_equal(mixed.snr, RATIOS[mixed.t])
+    np.testing.assert_array_equal(mixed.digits, batch.digits)
+    assert len(np.unique(jax.random.key_data(mixed.key), axis=0)) == 6
+
+
+def test_thresholds_of_examples():
+    snr = jnp.array([1e3, 5.0, 0.2])
+    limit = MIXED["mixed_min_snr"](0.1, 5.0, snr)
+    np.testing.assert_allclose(limit, [0.5, 0.5, 0.02], rtol=1e-6)
+    assert jnp.isinf(MIXED["mixed_none"](0.1, 5.0, snr)).all()
+
+
+@pytest.mark.parametrize("variant", MIXED)
+def test_mixed_update(variant):
+    """As clipping each unweighted gradient, and weighing it then."""
+    batch = first_batch(100)
+    settings = dataclasses.replace(SMALL, max_norm=0.3)
+    model = diffusion_digits.Denoiser(8, nnx.Rngs(0))
+    graph, before = nnx.split(diffusion_digits.Denoiser(8, nnx.Rngs(0)))
+    step, tx = diffusion_digits.choose(variant, settings, optax.sgd(1.0))
+    learner = model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+    _, seen = nnx.jit(step)(learner, batch)
+
+    def loss(params, example):
+        one = example._replace(digits=example.digits[None])
+        return diffusion_digits.x0_error(nnx.merge(graph, params), one)
+
+    mixed = diffusion_digits.mix(batch)
+    grads = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(before, mixed)
+    norms = jax.vmap(clipfx.global_norm)(grads)
+    limit = jnp.inf
+    if variant == "mixed_min_snr":
+        limit = 0.3 * clipfx.snr.min_snr(mixed.snr)
+        assert (norms > limit).sum() > 0
+    weights = mixed.snr * jnp.minimum(1, limit / norms)
+    mean = jax.tree.map(lambda g: jnp.tensordot(weights, g, 1) / 6, grads)
+    moved = jax.tree.map(jnp.subtract, before, nnx.state(model))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), moved, mean
+    )
+    np.testing.assert_allclose(seen["norm"], mixed.snr[0] * norms[0], rtol=1e-4)
+    np.testing.assert_allclose(seen["applied"], weights[0] * norms[0], rtol=1e-4)
+    assert seen["t"] == 100
+
+
+def test_mixed_run(tmp_path, capsys):
+    rows = run_main(tmp_path, variants=["mixed_min_snr"])
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    keys = ("t", "snr", "loss", "norm", "applied")
+    assert all(math.isfinite(row[key]) for row in rows for key in keys)
+    for row in rows:
+        limit = 0.1 * min(row["snr"], SMALL.gamma)
+        assert row["applied"] == pytest.approx(min(row["norm"], limit), rel=1e-4)
+    assert "\nmixed_min_snr " in capsys.readouterr().out
+
+
 def history(t, loss, norm=None, applied=None):
     norm = np.ones(len(t)) if norm is None else norm
     applied = norm if applied is None else applied
@@ -300,5 +361,5 @@ def test_bad_flag(tmp_path, given, message):
 def test_flags_are_apart_from_another_example():
     char_rnn_steps = flags.FLAGS["steps"].default
     assert FLAGS["steps"].default == Settings.steps
-    assert FLAGS["variants"].default == list(VARIANTS)
+    assert FLAGS["variants"].default == list(NAMES)
     assert char_rnn_steps == char_rnn.Settings.steps

@@ -210,6 +210,11 @@ def test_norms_alone():
     _, norms, _ = oracle(loss, PARAMS, BATCH, "leaf")
     np.testing.assert_allclose(info.norm, norms, rtol=1e-5)
     assert info.factor is None
+    keep = jnp.arange(B) < 4
+    padded = jax.jit(per_example.norms(loss, groups="leaf"))(PARAMS, BATCH, where=keep)
+    np.testing.assert_allclose(
+        padded.norm, norms * np.asarray(keep)[:, None], rtol=1e-5
+    )
 
 
 def test_norms_never_vanish_by_cancellation():

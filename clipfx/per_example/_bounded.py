@@ -115,11 +115,14 @@ def _by_group(squares: jax.Array, members: Groups) -> jax.Array:
     return jnp.stack(columns, axis=1)
 
 
-def measure(call: Call, members: Groups) -> PerExample:
+def measure(call: Call, members: Groups, where: jax.Array | None) -> PerExample:
     """Norms alone."""
     outs, tape = _tape.record(call.program, call.inputs, norms=True)
     norm = jnp.sqrt(_measured(call, tape, members))
-    return _per_example(call, outs, jnp.ones(outs[0].shape, bool), norm, None)
+    keep = jnp.ones(outs[0].shape, bool) if where is None else where
+    keep = _compat.reshard(keep, _compat.explicit_spec(outs[0]))
+    norm = jnp.where(keep[:, None], norm, 0)
+    return _per_example(call, outs, keep, norm, None)
 
 
 def sums_by_group(call: Call, member: jax.Array) -> tuple[list, PerExample]:

@@ -59,7 +59,7 @@ class ClippedGrad:
         size = size_of(self.signature, args)
         given = self.max_norm if max_norm is None else max_norm
         limit = limits(given, members, size)
-        keep = _mask(where, size)
+        keep = mask_of(where, size)
 
         def some(args: Any, keep: Any, limit: Any) -> tuple[Any, PerExample]:
             call = _batch.prepare(self.signature, args, kwargs)
@@ -235,7 +235,8 @@ def size_of(signature: Signature, args: Any) -> int:
     )
 
 
-def _mask(where: Any, size: int) -> jax.Array | None:
+def mask_of(where: Any, size: int) -> jax.Array | None:
+    """Checks which examples count."""
     if where is None:
         return None
     where = jnp.asarray(where)

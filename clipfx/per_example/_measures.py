@@ -11,7 +11,7 @@ from clipfx._tree import group_leaves, widen
 from clipfx.per_example import _batch, _bounded
 from clipfx.per_example._batch import Signature
 from clipfx.per_example._bounded import PerExample
-from clipfx.per_example._grad import params_of, size_of
+from clipfx.per_example._grad import mask_of, params_of, size_of
 
 
 def norms(
@@ -35,8 +35,8 @@ def norms(
       groups: See `clipfx.clip_by_norm`. Static.
 
     Returns:
-      A function of the same arguments, batches in place of examples. It returns
-      `PerExample` with `factor` None.
+      A function of the same arguments, batches in place of examples, and `where=` (bool
+      `[B]`, False for padding). It returns `PerExample` with `factor` None.
 
     Raises:
       TypeError: See `clipped_grad`.
@@ -56,12 +56,12 @@ def norms(
     signature = Signature(fun, argnums, batch_argnums, has_aux)
     _batch.check_signature(signature)
 
-    def measure(*args: Any, **kwargs: Any) -> PerExample:
+    def measure(*args: Any, where: Any = None, **kwargs: Any) -> PerExample:
         members = group_leaves(groups, params_of(signature, args))
         call = _batch.prepare(signature, args, kwargs)
         if not call.size:
             return _bounded.empty(call, len(members.names))._replace(factor=None)
-        return _bounded.measure(call, members)
+        return _bounded.measure(call, members, mask_of(where, call.size))
 
     return measure
 
