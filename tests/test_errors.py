@@ -221,7 +221,7 @@ ERRORS = [
     (
         lambda: updated(clipfx.clip_by_snr(1.0), snr=jnp.ones(8)),
         ValueError,
-        r"snr must be a scalar.*\(8,\).*per-example",
+        r"snr must be a scalar.*\(8,\).*per_example",
     ),
     (lambda: updated(clipfx.clip_by_snr(1.0), snr=-1.0), ValueError, "snr must be"),
     (lambda: clipfx.snr.ddpm_linear(10), ValueError, "num_steps must be"),

@@ -55,13 +55,13 @@ def alone():
 
 
 def assert_same(got, want):
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(
-            np.asarray(x), np.asarray(y), rtol=2e-5, atol=1e-6
-        ),
-        got,
-        want,
-    )
+    """To 2e-5 of the largest entry of each leaf: another mesh rounds in another order."""
+
+    def one(x, y):
+        x, y = np.asarray(x), np.asarray(y)
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5 * np.abs(y).max(initial=0))
+
+    jax.tree.map(one, got, want)
 
 
 def collectives(compiled):
