@@ -55,7 +55,7 @@ def alone():
 
 
 def assert_same(got, want):
-    """To 2e-5 of the largest entry of each leaf: another mesh rounds in another order."""
+    """To 2e-5 of the largest entry of a leaf: a mesh rounds in another order."""
 
     def one(x, y):
         x, y = np.asarray(x), np.asarray(y)
