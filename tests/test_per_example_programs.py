@@ -155,6 +155,10 @@ def scalar_added(p, x):
     return jnp.sum(jnp.tanh(x @ p["w"] + p["s"]))
 
 
+def scalar_added_twice(p, x):
+    return jnp.sum(jnp.tanh(x @ p["w"] + p["s"]) + jnp.sin(x @ p["v"] + p["s"]))
+
+
 def empty_leaf(p, x):
     return jnp.sum(jnp.tanh(x @ p["w"])) + (x[:, :0] @ p["empty"]).sum()
 
@@ -193,6 +197,7 @@ LOSSES = [
     only_a_parameter,
     decay_after,
     scalar_added,
+    scalar_added_twice,
     empty_leaf,
     no_turns,
     dead_in_scan,

@@ -350,15 +350,21 @@ def _apart(a: tuple, b: tuple) -> bool:
     return any(x[1] <= y[0] or y[1] <= x[0] for x, y in zip(a, b, strict=True))
 
 
-def factored_cost(places: list[tuple[Site, Part]]) -> tuple[str, int]:
-    """The road by outer products, and its cost in multiplications."""
+def by_region(places: list[tuple[Site, Part]]) -> list[list[tuple[Site, Part]]]:
+    """The uses of a leaf, together where they are of the same region of it."""
     groups: dict[Any, list] = {}
     for site, part in places:
-        groups.setdefault(part.region or site.number, []).append(
-            (site.kind, *sizes(site, part))
-        )
+        # That of a scalar is (), known and the same for all.
+        region = site.number if part.region is None else part.region
+        groups.setdefault(region, []).append((site, part))
+    return list(groups.values())
+
+
+def factored_cost(places: list[tuple[Site, Part]]) -> tuple[str, int]:
+    """The road by outer products, and its cost in multiplications."""
     cost, road = 0, "direct"
-    for some in groups.values():
+    for region in by_region(places):
+        some = [(site.kind, *sizes(site, part)) for site, part in region]
         if some[0][0] in ADD:
             continue
         road = "outer product" if road == "direct" else road

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from clipfx import _compat
 from clipfx._tree import widen
 from clipfx.per_example import _factors, _run, _sites, _squares
-from clipfx.per_example._plan import Plan
+from clipfx.per_example._plan import Plan, by_region
 from clipfx.per_example._sites import Site
 from clipfx.per_example._views import Part
 
@@ -179,11 +179,8 @@ def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> jax.Array:
     """The squared norm of one example's gradient."""
     if leaf in tape.leaves:
         return _squares.square(tape.leaves[leaf])
-    groups: dict[Any, list] = {}
-    for place in plan.uses[leaf]:
-        groups.setdefault(place[1].region or place[0].number, []).append(place)
     total = jnp.zeros((), dtype(plan))
-    for places in groups.values():
+    for places in by_region(plan.uses[leaf]):
         (site, part), *_ = places
         if site.number in tape.formed:
             found = _squares.square(_part(site, part, tape.formed[site.number]))
