@@ -6,15 +6,17 @@
 `clip_by_norm` is the builder; four words carry it. *groups* say which leaves share a
 norm, a *threshold* what is too large, a *response* what to do about it. The named
 methods are choices of these three. `per_example` bounds each example's gradient, for
-any loss, at the price of an ordinary one. `metrics.read` shows norms and clip rates
-from any optimizer state; `tree_clip` and `global_norm` serve those who use no chain.
+any loss, at the price of an ordinary one; `privacy` adds noise to such sums.
+`metrics.read` shows norms and clip rates from any optimizer state; `tree_clip` and
+`global_norm` serve those who use no chain.
 """
 
-from clipfx import metrics, per_example, responses, snr, thresholds
+from clipfx import metrics, per_example, privacy, responses, snr, thresholds
 from clipfx._adaptive import autoclip, quantile_clip, zclip
 from clipfx._averages import adagc, band_by_history, norm_stabilizer
 from clipfx._clip import ClipMetrics, ClipState, clip_by_norm, global_norm, tree_clip
 from clipfx._elementwise import clip_by_value
+from clipfx._fair import clip_fair_groups
 from clipfx._methods import (
     clip_by_block_rms,
     clip_by_global_norm,
@@ -54,6 +56,7 @@ __all__ = [
     "clip_by_params",
     "clip_by_snr",
     "clip_by_value",
+    "clip_fair_groups",
     "clip_group_ratio",
     "clip_per_layer",
     "clip_spikes",
@@ -65,6 +68,7 @@ __all__ = [
     "normalize_by_norm",
     "per_example",
     "per_stacked_layer",
+    "privacy",
     "quantile_clip",
     "responses",
     "skip_spikes",

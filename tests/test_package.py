@@ -21,12 +21,15 @@ LAYERS = ["_compat", "_checks", "_tree", "_norms", "_statistics", "_weights",
           "responses",
           "thresholds", "snr", "_clip", "_elementwise", "_methods", "_adaptive",
           "_averages", "_power", "_spikes", "_relative", "_steps", "_wrappers",
-          "metrics", *(f"per_example._{name}" for name in (
+          "_fair", "metrics", *(f"per_example._{name}" for name in (
               "views", "sites", "factors", "squares", "plan", "run", "tape", "sums",
-              "batch", "bounded", "limits", "grad", "measures", "stacked",
-              "explain"))]  # fmt: skip
-NAMESPACES = [clipfx.metrics, clipfx.per_example, clipfx.responses, clipfx.snr,
-              clipfx.thresholds]  # fmt: skip
+              "batch", "bounded", "limits", "parts", "grad", "groups", "measures",
+              "fair", "stacked", "explain")),
+          *(f"privacy._{name}" for name in (
+              "noise", "rules", "dp_grad", "accounting"))]  # fmt: skip
+FOLDERS = {"clipfx", "clipfx.per_example", "clipfx.privacy"}
+NAMESPACES = [clipfx.metrics, clipfx.per_example, clipfx.privacy, clipfx.responses,
+              clipfx.snr, clipfx.thresholds]  # fmt: skip
 
 
 def modules():
@@ -68,7 +71,7 @@ def test_layers_hold():
             if isinstance(node, ast.ImportFrom):
                 package = (node.module or "").split(".")
                 names = []
-                if package in (["clipfx"], ["clipfx", "per_example"]):
+                if ".".join(package) in FOLDERS:
                     names = [".".join([*package[1:], a.name]) for a in node.names]
                 elif package[0] == "clipfx":
                     names = [".".join(package[1:])]
@@ -77,6 +80,8 @@ def test_layers_hold():
                          if a.name.startswith("clipfx.")]  # fmt: skip
                 outside = {a.name.split(".")[0] for a in node.names} - {"clipfx"}
                 allowed = {"jax", "optax", "numpy", *sys.stdlib_module_names}
+                if layer == "privacy._accounting":  # inside of a function
+                    allowed.add("dp_accounting")
                 assert outside <= allowed, (layer, outside)
             else:
                 continue

@@ -61,23 +61,27 @@ def check_signature(signature: Signature) -> None:
         )
     for name in ("argnums", "batch_argnums"):
         given = getattr(signature, name)
-        numbers = given if isinstance(given, tuple) else (given,)
-        if not numbers or not all(type(k) is int for k in numbers):
+        positions = _several(given)
+        if not positions or not all(type(k) is int for k in positions):
             raise TypeError(
                 f"{name} must be an int or a tuple of ints, got {given!r}; it says "
                 "which positional arguments are meant."
             )
 
 
+def _several(given: Any) -> tuple:
+    return given if isinstance(given, tuple) else (given,)
+
+
 def numbers(signature: Signature, name: str, count: int) -> tuple[int, ...]:
+    """The positions of `argnums` or `batch_argnums` in a call, from 0."""
     given = getattr(signature, name)
-    numbers = given if isinstance(given, tuple) else (given,)
-    if not all(-count <= k < count for k in numbers):
+    if not all(-count <= k < count for k in _several(given)):
         raise ValueError(
             f"{name} must be positions of arguments, got {given!r} for a call with "
             f"{count}; pass parameters and batches by position."
         )
-    return tuple(k % count for k in numbers)
+    return tuple(k % count for k in _several(given))
 
 
 def prepare(
@@ -86,6 +90,7 @@ def prepare(
     kwargs: dict[str, Any],
     *,
     norms: bool = True,
+    ord: int = 2,
     force: str | None = None,
 ) -> Call:
     """Traces the loss of one example and decides on roads.
@@ -95,6 +100,7 @@ def prepare(
       args: With a batch in place of an example.
       kwargs: Passed on as they are.
       norms: Whether norms will be asked for.
+      ord: p of the norm, 1 or 2.
       force: See `make_plan`.
     """
     argnums = numbers(signature, "argnums", len(args))
@@ -150,7 +156,7 @@ def prepare(
     some = [x if size or not m else jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
             for x, m in zip(inputs, mapped, strict=True)]  # fmt: skip
     jax.eval_shape(jax.vmap(capture, axes, out_axes=None), *some)
-    plan = make_plan(program["jaxpr"], here, mapped, norms=norms, force=force)
+    plan = make_plan(program["jaxpr"], here, mapped, norms=norms, ord=ord, force=force)
     built = Program(plan, tuple(here), mapped)
     axes, split = [batch - x for x in own], [x - batch for x in own]
     return Call(inputs, built, size, params, program["aux"], axes, split)
@@ -198,6 +204,39 @@ def batch_size(args: Sequence[Any], numbers: Sequence[int]) -> int:
             "axis of every leaf is that of examples."
         )
     return next(iter(found.values()))
+
+
+def params_of(signature: Signature, args: Any) -> Any:
+    """The parameters, as `jax.grad` sees them, checked."""
+    params = tuple(args[k] for k in numbers(signature, "argnums", len(args)))
+    check_params(params)
+    return params[0] if isinstance(signature.argnums, int) else params
+
+
+def size_of(signature: Signature, args: Any) -> int:
+    """B, checked."""
+    return batch_size(args, numbers(signature, "batch_argnums", len(args)))
+
+
+def mask_of(where: Any, size: int) -> jax.Array | None:
+    """Checks which examples count."""
+    if where is None:
+        return None
+    where = jnp.asarray(where)
+    if where.shape != (size,) or where.dtype != jnp.bool_:
+        raise ValueError(
+            f"where must be bool[{size}], one entry for each example, got "
+            f"{where.dtype}{list(where.shape)}; False marks padding."
+        )
+    return where
+
+
+def check_ord(ord: Any) -> None:
+    """Checks p of the norm."""
+    if ord not in (1, 2):
+        raise ValueError(
+            f"ord must be 2 or 1, got {ord!r}; the 1-norm is for Laplace noise."
+        )
 
 
 def _outputs(out: Any, has_aux: bool) -> tuple[Any, Any]:

@@ -1,7 +1,6 @@
 """One batch: norms, factors, and the sum that no bad example can spoil."""
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,7 +38,7 @@ class PerExample(NamedTuple):
 def bounded_sum(
     call: Call,
     members: Groups,
-    limit: jax.Array,
+    limit: jax.Array | Callable,
     response: responses.Response,
     where: jax.Array | None,
 ) -> tuple[list[jax.Array], PerExample]:
@@ -48,7 +47,7 @@ def bounded_sum(
     Args:
       call: The loss and its inputs.
       members: Of the leaves of the parameters.
-      limit: Thresholds `[B or 1, G]`.
+      limit: Thresholds `[B or 1, G]`, or from norms and a mask to them.
       response: From norms and thresholds to new norms.
       where: bool `[B]`, False for padding.
 
@@ -57,28 +56,31 @@ def bounded_sum(
     """
     inputs = call.inputs
     outs, tape = _tape.record(call.program, inputs, norms=True)
-    squares = _measured(call, tape, members)
-    good = jnp.isfinite(squares).all(1)
+    norm = _measured(call, tape, members)
+    good = jnp.isfinite(norm).all(1)
     rows = _compat.explicit_spec(good)
     keep = jnp.ones_like(good) if where is None else _compat.reshard(where, rows)
-    norm = Norms(jnp.sqrt(squares), jnp.ones_like(squares))
-    limit = jnp.broadcast_to(lowered(limit.astype(squares.dtype)), squares.shape)
-    limit = _compat.reshard(limit, _compat.explicit_spec(squares))
-    before, factor = factors(norm, limit, response, "zero")
+    shown = jnp.where(keep[:, None], norm, 0)
+    if callable(limit):
+        limit = limit(shown, keep)
+    limit = jnp.broadcast_to(lowered(limit.astype(norm.dtype)), norm.shape)
+    limit = _compat.reshard(limit, _compat.explicit_spec(norm))
+    norms = Norms(norm, jnp.ones_like(norm))
+    before, factor = factors(norms, limit, response, "zero")
     factor = jnp.where((good & keep)[:, None], before * factor, 0)
     sums = _sums.weighted_sum(call.program, inputs, tape, factor, members.index, good)
-    shown = jnp.where(keep[:, None], norm.value, 0)
-    return _total(call, sums), _per_example(call, outs, keep, shown, factor)
+    return total(call, sums), known(call, outs, keep, shown, factor)
 
 
 def _measured(call: Call, tape: Tape, members: Groups) -> jax.Array:
-    """Squared norms `[B, G]`."""
-    return _by_group(
-        _tape.squares(call.program.plan, tape, call.size, call.split), members
-    )
+    """Norms `[B, G]`."""
+    plan = call.program.plan
+    powers = by_group(_tape.powers(plan, tape, call.size, call.split), members.index,
+                      len(members.names))  # fmt: skip
+    return powers if plan.ord == 1 else jnp.sqrt(powers)
 
 
-def _per_example(
+def known(
     call: Call, outs: list, keep: jax.Array, norm: Any, factor: Any
 ) -> PerExample:
     """Puts together what is known; the loss of padding is 0."""
@@ -90,13 +92,12 @@ def _per_example(
 def empty(call: Call, groups: int) -> PerExample:
     """What is known of no examples."""
     nothing = jnp.zeros((0, groups), jnp.float32)
-    return _per_example(call, _none(call), jnp.ones(0, bool), nothing, nothing)
+    return known(call, _none(call), jnp.ones(0, bool), nothing, nothing)
 
 
-def _total(call: Call, sums: Sequence[jax.Array]) -> list[jax.Array]:
+def total(call: Call, sums: Sequence[jax.Array]) -> list[jax.Array]:
     """Adds up over the mesh axes that the batch varies over and parameters do not."""
-    return [jax.lax.psum(x, tuple(sorted(axes))) if axes else x
-            for x, axes in zip(sums, call.axes, strict=True)]  # fmt: skip
+    return [_tape.over(x, axes) for x, axes in zip(sums, call.axes, strict=True)]
 
 
 def lowered(limit: jax.Array) -> jax.Array:
@@ -105,12 +106,12 @@ def lowered(limit: jax.Array) -> jax.Array:
     return limit * (1 - 2.0 ** (-49 if wide else -20))
 
 
-def _by_group(squares: jax.Array, members: Groups) -> jax.Array:
-    """`[B, G]` from `[B, L]`."""
+def by_group(rows: jax.Array, index: Sequence[int | None], count: int) -> jax.Array:
+    """Adds up `[B, L]` by group, `[B, G]`."""
     columns = [
-        sum((squares[:, k] for k, i in enumerate(members.index) if i == g),
-            jnp.zeros_like(squares[:, 0]))
-        for g in range(len(members.names))
+        sum((rows[:, k] for k, i in enumerate(index) if i == g),
+            jnp.zeros_like(rows[:, 0]))
+        for g in range(count)
     ]  # fmt: skip
     return jnp.stack(columns, axis=1)
 
@@ -118,37 +119,11 @@ def _by_group(squares: jax.Array, members: Groups) -> jax.Array:
 def measure(call: Call, members: Groups, where: jax.Array | None) -> PerExample:
     """Norms alone."""
     outs, tape = _tape.record(call.program, call.inputs, norms=True)
-    norm = jnp.sqrt(_measured(call, tape, members))
+    norm = _measured(call, tape, members)
     keep = jnp.ones(outs[0].shape, bool) if where is None else where
     keep = _compat.reshard(keep, _compat.explicit_spec(outs[0]))
     norm = jnp.where(keep[:, None], norm, 0)
-    return _per_example(call, outs, keep, norm, None)
-
-
-def sums_by_group(call: Call, member: jax.Array) -> tuple[list, PerExample]:
-    """Sums by group of examples, `[K, ...]` by leaf.
-
-    Args:
-      call: The loss and its inputs.
-      member: `[B, K]`, 1 where an example belongs.
-    """
-    inputs = call.inputs
-    outs, tape = _tape.record(call.program, inputs, norms=False)
-    floats = [x for x in jax.tree.leaves(tape) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    rows = [jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in floats]
-    good = functools.reduce(jnp.logical_and, rows, jnp.ones(call.size, bool))
-    spec = _compat.explicit_spec(good)
-    member = _compat.reshard(member, spec and (*spec, None))
-    member = jnp.where(good[:, None], member, 0)
-    # Unrolled: XLA's convolutions are slow in a loop on CPUs.
-    index = [0] * len(call.program.params)
-    parts = [
-        _sums.weighted_sum(call.program, inputs, tape, column[:, None], index, good)
-        for column in jnp.unstack(member, axis=1)
-    ]
-    sums = [jnp.stack(x) for x in zip(*parts, strict=True)]
-    keep = jnp.ones(call.size, bool)
-    return _total(call, sums), _per_example(call, outs, keep, None, member)
+    return known(call, outs, keep, norm, None)
 
 
 def _none(call: Call) -> list[jax.Array]:

@@ -1,7 +1,6 @@
-"""Bounded sums of every example's gradient, norms alone, and sums by group."""
+"""Bounded sums of every example's gradient."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from clipfx.per_example import _batch, _bounded
 from clipfx.per_example._batch import Signature
 from clipfx.per_example._bounded import PerExample
 from clipfx.per_example._limits import check_limit, limits
+from clipfx.per_example._parts import check_step, in_parts, measuring
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,6 +27,7 @@ class ClippedGrad:
       max_norm: The threshold.
       groups: Which leaves share a norm.
       response: What happens to a norm.
+      ord: p of the norm.
       microbatch_size: How many examples at a time.
       axis_name: Mesh axes to add up over.
 
@@ -37,6 +38,7 @@ class ClippedGrad:
     max_norm: Any
     groups: Any
     response: responses.Response
+    ord: int
     microbatch_size: int | None
     axis_name: Any
 
@@ -51,28 +53,53 @@ class ClippedGrad:
           *args: Of the loss, with a batch in place of an example.
           where: bool `[B]`, False for padding, which contributes exactly nothing.
           max_norm: In place of the one given before: a number, `[G]`, `[B]`, `[B, G]`
-            (`[B, 1]` or `[1, G]` if B = G), or a dict by group name.
+            (`[B, 1]` or `[1, G]` if B = G), a dict by group name, or a function
+            `max_norm(norm, where)` from norms `[B, G]` and the mask `[B]` of this
+            batch to one of these. In `shard_map` it sees the part of a device.
           **kwargs: Of the loss, the same for every example.
         """
-        params = params_of(self.signature, args)
+        params = _batch.params_of(self.signature, args)
         members = group_leaves(self.groups, params)
-        size = size_of(self.signature, args)
+        size = _batch.size_of(self.signature, args)
         given = self.max_norm if max_norm is None else max_norm
-        limit = limits(given, members, size)
-        keep = mask_of(where, size)
+        keep = _batch.mask_of(where, size)
+        fit = lambda given: limits(given, members, size)
+        parted = self.microbatch_size is not None and size > self.microbatch_size
 
-        def some(args: Any, keep: Any, limit: Any) -> tuple[Any, PerExample]:
-            call = _batch.prepare(self.signature, args, kwargs)
+        def some(args: Any, rows: Any, inside: Any) -> tuple[Any, PerExample]:
+            keep, limit = rows
+            if inside is not None:
+                keep = inside if keep is None else keep & inside
+            call = _batch.prepare(self.signature, args, kwargs, ord=self.ord)
             if not call.size:
                 zeros = [jnp.zeros_like(widen(call.inputs[k]))
                          for k in call.program.params]  # fmt: skip
                 return zeros, _bounded.empty(call, len(members.names))
+            if limit is None:
+                limit = of_norms if callable(given) else fit(given)
             return _bounded.bounded_sum(call, members, limit, self.response, keep)
 
-        sums, info = _in_parts(some, self, args, keep, limit, size)
+        def of_norms(norm: jax.Array, keep: jax.Array) -> jax.Array:
+            return fit(given(norm, keep))
+
+        limit = None
+        if parted and callable(given):  # of the whole batch: one more pass
+            measure = measuring(self.signature, members, self.ord, kwargs)
+            _, info = self._parts(measure, args, keep, size)
+            every = jnp.ones(size, bool) if keep is None else keep
+            limit = of_norms(info.norm, every)
+        elif parted:
+            limit = fit(given)
+        if limit is not None:
+            limit = jnp.broadcast_to(limit, (size, limit.shape[1]))
+        sums, info = self._parts(some, args, (keep, limit), size)
         if self.axis_name is not None:
-            sums = [_psum(x, self.axis_name) for x in sums]
+            sums = [jax.lax.psum(x, self.axis_name) for x in sums]
         return jax.tree.structure(params).unflatten(sums), info
+
+    def _parts(self, some: Callable, args: Any, rows: Any, size: int) -> Any:
+        step = self.microbatch_size
+        return in_parts(some, self.signature, step, args, rows, size)
 
     def sensitivity(
         self,
@@ -81,9 +108,9 @@ class ClippedGrad:
         max_norm: Any = None,
         params: Any = None,
     ) -> float:
-        r"""How far the sum moves between neighbouring batches, in the 2-norm.
+        r"""How far the sum moves between neighbouring batches, in the norm of `ord`.
 
-        With :math:`S = (\sum_k c_k^2)^{1/2}` over groups k: S if one example is added
+        With :math:`S = (\sum_k c_k^p)^{1/p}` over groups k: S if one example is added
         or removed, or replaced by one that contributes nothing, and 2 S if it is
         replaced by any other. Holds for what is stored, evaluated in float64, up to
         the rounding of the sum itself.
@@ -100,32 +127,37 @@ class ClippedGrad:
         """
         relations = ("add_or_remove_one", "replace_one", "replace_special")
         check_choice("relation", relation, relations)
-        if not getattr(self.response, "bounded", False):
-            raise ValueError(
-                f"response must be bounded by its threshold, got {self.response!r}, "
-                "which is not known to be; responses.hard is, and a response of your "
-                "own that is may say so with an attribute bounded = True."
-            )
+        check_bounded(self.response)
         limit = self.max_norm if max_norm is None else max_norm
+        if callable(limit):
+            raise ValueError(
+                f"max_norm must be known to sensitivity, got the function {limit!r}; "
+                "pass the largest threshold it returns, as max_norm."
+            )
         if isinstance(limit, Mapping):
             limit = list(limit.values())
         limit = np.asarray(limit, np.float64)
-        if limit.ndim == 2:
-            limit = limit.max(0)
-        if limit.ndim == 0 and self.groups == "global":
-            count = 1
-        elif limit.ndim == 0:
+        limit = limit.max(0) if limit.ndim == 2 else limit
+        if limit.ndim == 0 and self.groups != "global":
             if params is None:
                 raise ValueError(
                     "params must be passed to sensitivity with one max_norm for "
                     f"groups={self.groups!r}, got None; they tell how many groups "
                     "there are."
                 )
-            count = len(group_leaves(self.groups, params).names)
-        else:
-            count = 1
-        bound = math.sqrt(count) * float(np.linalg.norm(limit))
+            limit = np.full(len(group_leaves(self.groups, params).names), limit)
+        bound = float(np.linalg.norm(np.atleast_1d(limit), self.ord))
         return 2 * bound if relation == "replace_one" else bound
+
+
+def check_bounded(response: responses.Response) -> None:
+    """Checks that no value exceeds the threshold."""
+    if not getattr(response, "bounded", False):
+        raise ValueError(
+            f"response must be bounded by its threshold, got {response!r}, which is "
+            "not known to be; responses.hard is, and a response of your own that is "
+            "may say so with an attribute bounded = True."
+        )
 
 
 def clipped_grad(
@@ -137,13 +169,14 @@ def clipped_grad(
     has_aux: bool = False,
     groups: Any = "global",
     response: responses.Response = responses.hard,
+    ord: int = 2,
     microbatch_size: int | None = None,
     axis_name: Any = None,
 ) -> ClippedGrad:
     r"""Sums the gradients of a batch, each example's bounded, at one gradient's price.
 
     With :math:`g_{b,k}` the gradient of example b with respect to group k of leaves,
-    :math:`n_{b,k}` its 2-norm, c the threshold and :math:`\psi` the response,
+    :math:`n_{b,k}` its norm, c the threshold and :math:`\psi` the response,
 
     .. math:: \sum_b g_{b,k} \, \psi_c(n_{b,k}) / n_{b,k} .
 
@@ -162,8 +195,8 @@ def clipped_grad(
 
     Args:
       fun: `fun(params, example, ...)` returns the loss of one example, a scalar.
-      max_norm: :math:`c`: a number >= 0, `[G]`, or a dict by group name; can be given
-        at each call, also for every example.
+      max_norm: :math:`c`: a number >= 0, `[G]`, a dict by group name, or a function of
+        the norms of a batch; can be given at each call, also for every example.
       argnums: Which arguments to differentiate, as in `jax.grad`. Static.
       batch_argnums: Which arguments have an axis of examples in front: trees of arrays
         `[B, ...]`. All others are the same for every example. Static.
@@ -171,8 +204,10 @@ def clipped_grad(
       groups: Which leaves share a norm, see `clipfx.clip_by_norm`. Static.
       response: From norms and thresholds to new norms, one of `clipfx.responses` or
         your own.
+      ord: p of the norm, 2 or 1. The 1-norm, for Laplace noise, has a cheap road where
+        an example uses a parameter once; all others are instantiated. Static.
       microbatch_size: How many examples at a time, by a scan; None takes all. Bounds
-        memory, the result is the same. Static.
+        memory, the result is the same. A function of norms needs one more pass. Static.
       axis_name: Mesh axes to add up over, for `pmap` and `shard_map(check_vma=False)`;
         under `jit` and `shard_map` this happens by itself. Static.
 
@@ -210,88 +245,8 @@ def clipped_grad(
     _batch.check_signature(signature)
     responses.check_response(response)
     check_limit(max_norm)
-    if microbatch_size is not None and (
-        type(microbatch_size) is not int or microbatch_size < 1
-    ):
-        raise ValueError(
-            f"microbatch_size must be an int >= 1 or None, got {microbatch_size!r}; "
-            "it is the number of examples computed at a time."
-        )
+    _batch.check_ord(ord)
+    check_step(microbatch_size)
     return ClippedGrad(
-        signature, max_norm, groups, response, microbatch_size, axis_name
+        signature, max_norm, groups, response, ord, microbatch_size, axis_name
     )
-
-
-def params_of(signature: Signature, args: Any) -> Any:
-    numbers = _batch.numbers(signature, "argnums", len(args))
-    params = tuple(args[k] for k in numbers)
-    _batch.check_params(params)
-    return params[0] if isinstance(signature.argnums, int) else params
-
-
-def size_of(signature: Signature, args: Any) -> int:
-    return _batch.batch_size(
-        args, _batch.numbers(signature, "batch_argnums", len(args))
-    )
-
-
-def mask_of(where: Any, size: int) -> jax.Array | None:
-    """Checks which examples count."""
-    if where is None:
-        return None
-    where = jnp.asarray(where)
-    if where.shape != (size,) or where.dtype != jnp.bool_:
-        raise ValueError(
-            f"where must be bool[{size}], one entry for each example, got "
-            f"{where.dtype}{list(where.shape)}; False marks padding."
-        )
-    return where
-
-
-def _psum(x: jax.Array, axis_name: Any) -> jax.Array:
-    return jax.lax.psum(x, axis_name)
-
-
-def _in_parts(
-    some: Callable, grad: ClippedGrad, args: Any, keep: Any, limit: Any, size: int
-) -> tuple[Any, PerExample]:
-    """All at once, or `microbatch_size` at a time, added up in the order of a scan."""
-    step = grad.microbatch_size
-    if step is None or size <= step:
-        return some(args, keep, limit)
-    count = -(-size // step)
-    keep = jnp.ones(size, bool) if keep is None else keep
-    limit = jnp.broadcast_to(limit, (size, limit.shape[1]))
-    numbers = _batch.numbers(grad.signature, "batch_argnums", len(args))
-    batches = [args[k] for k in numbers]
-
-    def cut(x):
-        x = jnp.asarray(x)
-        if count * step > size:  # the last example again, masked
-            x = x[jnp.minimum(jnp.arange(count * step), size - 1)]
-        # Every part takes from the whole length: a batch split over devices stays so.
-        return x.reshape(step, count, *x.shape[1:]).swapaxes(0, 1)
-
-    inside = (jnp.arange(count * step) < size).reshape(step, count).T
-    parts = jax.tree.map(cut, (batches, keep, limit))
-
-    def body(sums, part):
-        (batches, keep, limit), inside = part
-        filled = list(args)
-        for k, batch in zip(numbers, batches, strict=True):
-            filled[k] = batch
-        more, info = some(tuple(filled), keep & inside, limit)
-        return [a + b for a, b in zip(sums, more, strict=True)], info
-
-    first = jax.tree.map(lambda x: x[0], (parts, inside))
-    like, _ = jax.eval_shape(
-        lambda part: body([0.0] * _leaves(grad, args), part), first
-    )
-    zeros = [jnp.zeros(x.shape, x.dtype) for x in like]
-    sums, info = jax.lax.scan(body, zeros, (parts, inside))
-    join = lambda x: x.swapaxes(0, 1).reshape(count * step, *x.shape[2:])[:size]
-    return sums, jax.tree.map(join, info)
-
-
-def _leaves(grad: ClippedGrad, args: Any) -> int:
-    return len(jax.tree.leaves(params_of(grad.signature, args)))

@@ -1,5 +1,6 @@
 """Thresholds by group, by example, by both."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +14,23 @@ from clipfx._tree import Groups
 
 def check_limit(max_norm: Any) -> None:
     """Checks the kind of thresholds, and the sign where values are known."""
+    if callable(max_norm):
+        try:
+            inspect.signature(max_norm).bind(None, None)
+        except TypeError:
+            raise TypeError(
+                "max_norm must be a function of two arguments, norms [B, G] and a mask "
+                f"[B], if it is one, got {max_norm!r}; a schedule is evaluated by you, "
+                "and passed at each call."
+            ) from None
+        return
     for x in max_norm.values() if isinstance(max_norm, Mapping) else [max_norm]:
         array = isinstance(x, jax.Array | np.ndarray | np.generic)
         number = isinstance(x, int | float) and not isinstance(x, bool)
         if not number and not (array and jnp.issubdtype(x.dtype, jnp.number)):
             raise TypeError(
-                "max_norm must be a number, an array or a dict by group name, got "
-                f"{x!r}; a schedule is evaluated by you, and passed at each call."
+                "max_norm must be a number, an array, a dict by group name or a "
+                f"function of norms, got {x!r}; what changes is passed at each call."
             )
         if is_known(x) and not np.all(np.asarray(x, np.float64) >= 0):
             raise ValueError(

@@ -22,6 +22,8 @@ from clipfx.per_example._views import Part, View
 # Moving a word through memory costs as much as this many multiplications: a gradient
 # that is formed is written, read for its norm and read for the sum.
 WORDS = 256
+# Roads that know the 2-norm only.
+SQUARED = {"Gram", "segment sum"}
 
 
 class Info(NamedTuple):
@@ -85,6 +87,7 @@ class Plan(NamedTuple):
       formed: Numbers of sites whose weight's gradient is formed for each example.
       remat: Whether the program rematerializes.
       dtypes: Of the parameters.
+      ord: p of the norm, 1 or 2.
     """
 
     root: Node
@@ -95,6 +98,7 @@ class Plan(NamedTuple):
     formed: frozenset[int]
     remat: bool
     dtypes: list
+    ord: int
 
 
 class _Walk:
@@ -233,6 +237,7 @@ def make_plan(
     data: Sequence[bool],
     *,
     norms: bool = True,
+    ord: int = 2,
     force: str | None = None,
 ) -> Plan:
     """Walks a program and decides on a road for every parameter.
@@ -242,6 +247,7 @@ def make_plan(
       leaves: Which inputs are parameters.
       data: Per input whether it differs between examples.
       norms: Whether norms will be asked for; sums alone need no alignment.
+      ord: p of the norm, 1 or 2.
       force: A road to take wherever possible, for tests and measurements:
         `"factored"`, `"formed"` or `"instantiated"`.
     """
@@ -256,18 +262,24 @@ def make_plan(
         walk.blame(info, "an output of its own")
     shapes = [jaxpr.invars[k].aval.shape for k in leaves]
     dtypes = [jaxpr.invars[k].aval.dtype for k in leaves]
-    return _decide(walk, root, shapes, dtypes, norms, force)
+    return _decide(walk, root, shapes, dtypes, norms, ord, force)
 
 
 def _decide(
-    walk: _Walk, root: Node, shapes: list, dtypes: list, norms: bool, force: Any
+    walk: _Walk,
+    root: Node,
+    shapes: list,
+    dtypes: list,
+    norms: bool,
+    ord: int,
+    force: Any,
 ) -> Plan:
     uses, reasons = walk.uses, walk.reasons
     for leaf, dtype in enumerate(dtypes):
         if jnp.issubdtype(dtype, jnp.complexfloating):
             reasons[leaf].append("complex numbers")
     roads = [""] * len(uses)
-    costs = {}
+    costs: dict[int, float] = {}
     for leaf, places in enumerate(uses):
         if reasons[leaf] or not places:
             roads[leaf] = "instantiated" if reasons[leaf] else "unused"
@@ -283,6 +295,8 @@ def _decide(
         large = WORDS * math.prod(shapes[leaf])
         dear = large < costs[leaf] if force is None else force != "factored"
         dear &= roads[leaf] != "direct"
+        if ord != 2 and roads[leaf] in SQUARED:
+            dear, costs[leaf] = True, math.inf
         in_time = any(len(p.stack) < len(s.loops) for s, p in places)
         if dear and (not in_time or force == "instantiated"):
             roads[leaf] = "instantiated"
@@ -302,6 +316,9 @@ def _decide(
             formed.add(number)
             for leaf in own:
                 roads[leaf] = "formed"
+    if ord != 2:
+        for leaf, road in enumerate(roads):
+            roads[leaf] = "instantiated" if road in SQUARED else road
     # What an addition adds up over is better not kept, unless a product keeps it too.
     kept = {s.tap for leaf, places in enumerate(uses) for s, _ in places
             if s.kind not in ADD and roads[leaf] != "instantiated"}  # fmt: skip
@@ -317,7 +334,8 @@ def _decide(
         if roads[leaf] != "instantiated"
     }
     remat = walk.remat and norms
-    return Plan(root, uses, roads, reasons, used, frozenset(formed), remat, dtypes)
+    formed = frozenset(formed)
+    return Plan(root, uses, roads, reasons, used, formed, remat, dtypes, ord)
 
 
 def _unaligned(places: list[tuple[Site, Part]], remat: bool) -> str:

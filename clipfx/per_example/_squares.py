@@ -1,9 +1,10 @@
-r"""Squared norms of sums of outer products, without forming them.
+r"""Norms of sums of outer products to the power of p, without forming them.
 
 For :math:`G = \sum_t u_t v_t^T`, :math:`\|G\|^2 = \sum_{t,s} (u_t^T u_s)(v_t^T v_s)`:
 two small Gram matrices instead of one large G. With one position it is
 :math:`|u|^2 |v|^2`. Rows u may be one-hot, given as ids: their Gram matrix says which
-ids are equal, and that of one-hot and dense rows is a look-up.
+ids are equal, and that of one-hot and dense rows is a look-up. For other p than 2 there
+is only the case of one position, :math:`|u|_p^p |v|_p^p`.
 """
 
 import functools
@@ -22,21 +23,24 @@ from clipfx.per_example._factors import Factors
 TILE = 256
 
 
-def square(x: jax.Array) -> jax.Array:
-    """The sum of squares of all elements, in float32 or wider."""
+def power(x: jax.Array, ord: int = 2, axis: int | None = None) -> jax.Array:
+    """The sum of powers, of absolute values or squares, in float32 or wider."""
     x = widen(x)
+    if ord == 1:
+        return jnp.abs(x).sum(axis)
     x = x * x if not jnp.iscomplexobj(x) else x.real * x.real + x.imag * x.imag
-    return x.sum()
+    return x.sum(axis)
 
 
-def square_of_products(
-    factors: list[Factors], precision: jax.lax.PrecisionLike = None
+def power_of_products(
+    factors: list[Factors], precision: jax.lax.PrecisionLike = None, ord: int = 2
 ) -> jax.Array:
-    """The squared norm of a sum of outer products, of one example.
+    """The norm of a sum of outer products, of one example, to the power of p.
 
     Args:
       factors: All of the same leaf or the same region of it, aligned.
       precision: Of the matrix products.
+      ord: p, 2 unless there is one position only.
     """
     wide = {widen(f.right).dtype for f in factors}
     dtype = jnp.float64 if jnp.dtype(jnp.float64) in wide else jnp.float32
@@ -51,15 +55,16 @@ def square_of_products(
     rows = _join([f for f in factors if f.by_index])
     if sum(f.right.shape[1] for f in factors) == 1:
         (f,) = factors
-        left = (f.left * f.left).sum(-1) if not f.by_index else 1.0
-        return (left * (f.right * f.right).sum(-1)).sum()
+        left = power(f.left, ord, -1) if not f.by_index else 1.0
+        return (left * power(f.right, ord, -1)).sum()
+    assert ord == 2, ord
     total = size = jnp.zeros((), factors[0].right.dtype)
     if dense is not None:
         total += _gram(dense.left, dense.right, precision)
         lengths = jnp.linalg.norm(dense.left, axis=-1)
         size += (lengths * jnp.linalg.norm(dense.right, axis=-1)).sum(-1)
     if rows is not None:
-        total += square(_sum_rows(rows.left, rows.right))
+        total += power(_sum_rows(rows.left, rows.right))
         size += jnp.linalg.norm(rows.right, axis=-1).sum(-1)
     if dense is not None and rows is not None:
         take = functools.partial(jnp.take_along_axis, axis=2)

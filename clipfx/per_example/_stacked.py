@@ -1,6 +1,5 @@
 """A transform for those who have every example's gradient already."""
 
-import functools
 from typing import Any
 
 import jax
@@ -21,9 +20,9 @@ from clipfx._clip import (
 from clipfx._norms import Norms
 from clipfx._tree import Groups, counted_leaves, group_leaves, narrow, times, widen
 from clipfx.per_example._batch import batch_size
-from clipfx.per_example._bounded import lowered
+from clipfx.per_example._bounded import by_group, lowered
 from clipfx.per_example._limits import check_limit, limits
-from clipfx.per_example._squares import square
+from clipfx.per_example._squares import power
 
 
 def clip_per_example(
@@ -99,7 +98,7 @@ def clip_per_example(
                 return jnp.zeros(jnp.shape(x)[1:], jnp.result_type(x))
             row = lambda f: f[:, i].reshape((-1,) + (1,) * (x.ndim - 1))
             wide = times(times(widen(x), row(before)), row(factor))
-            wide = jnp.where(row(good[:, None].repeat(i + 1, 1)), wide, 0)
+            wide = jnp.where(good.reshape((-1,) + (1,) * (x.ndim - 1)), wide, 0)
             return narrow(wide.sum(0) / max(count, 1), x.dtype)
 
         leaves, treedef = jax.tree.flatten(updates)
@@ -114,12 +113,10 @@ def _norms(updates: Any, members: Groups) -> Norms:
     pairs = counted_leaves(updates, members)
     kinds = {jnp.finfo(widen(x).dtype).dtype for x, _ in pairs}
     dtype = jnp.float64 if jnp.dtype(jnp.float64) in kinds else jnp.float32
-    found = [jax.vmap(square)(x).astype(dtype) for x, _ in pairs]
-    zero = jnp.zeros(batch_size((updates,), (0,)), dtype)
-    groups = range(len(members.names))
-    rows = [[x for x, (_, i) in zip(found, pairs, strict=True) if i == g]
-            for g in groups]  # fmt: skip
-    squares = jnp.stack([functools.reduce(jnp.add, row or [zero]) for row in rows], 1)
+    found = [jax.vmap(power)(x).astype(dtype) for x, _ in pairs]
+    found = found or [jnp.zeros(batch_size((updates,), (0,)), dtype)]
+    rows = jnp.stack(found, 1)
+    squares = by_group(rows, [i for _, i in pairs], len(members.names))
     return Norms(jnp.sqrt(squares), jnp.ones_like(squares))
 
 

@@ -53,7 +53,7 @@ def weighted_sum(
 
     found, pull = jax.vjp(at_sites, views)
     groups = {n: _groups(site, index) for n, site in plan.sites.items()}
-    if tape.squares is None:
+    if tape.powers is None:
         grads = _of_sites(plan, tape, found, factor, groups, good)
         for n, x in tape.formed.items():
             axis = _axis_of_weight(plan.sites[n])
@@ -65,7 +65,7 @@ def weighted_sum(
     (back,) = pull({n: like(grads[n], w) for n, w in found.items()})
     for leaf, x in back.items():
         sums[leaf] = x.astype(params[leaf].dtype)
-    if tape.squares is None:
+    if tape.powers is None:
         return sums
     # Without a good example there is none to stand in.
     return [jnp.where(good.any(), x, jnp.zeros_like(x)) for x in sums]

@@ -38,14 +38,14 @@ class Tape(NamedTuple):
         tap.
       leaves: By leaf the gradient of each example, `[B, ...]`, where instantiated.
       formed: By site the gradient of each example with respect to its weight.
-      squares: `[B, L]`, squared norms by leaf, if they were measured on the way.
+      powers: `[B, L]`, norms to the power of p by leaf, if measured on the way.
     """
 
     data: dict[int, jax.Array]
     deltas: dict[int, jax.Array]
     leaves: dict[int, jax.Array]
     formed: dict[int, jax.Array]
-    squares: jax.Array | None
+    powers: jax.Array | None
 
     def operand(self, site: Site) -> Any:
         """What was recorded for a site, None for an addition."""
@@ -114,7 +114,7 @@ def _settled(x: jax.Array) -> jax.Array:
 
 
 def _found(plan: Plan) -> jax.Array:
-    """Where squared norms are added up, `[L]`."""
+    """Where powers of norms are added up, `[L]`."""
     value = plan.root.jaxpr.outvars[0].aval
     return _zeros((len(plan.roads),), value).astype(dtype(plan))
 
@@ -140,10 +140,10 @@ def dtype(plan: Plan) -> Any:
     return jnp.dtype(jnp.float64 if jnp.dtype(jnp.float64) in found else jnp.float32)
 
 
-def squares(
+def powers(
     plan: Plan, tape: Tape, size: int, split: Sequence[frozenset[str]]
 ) -> jax.Array:
-    """Squared norms `[B, L]` of each example's gradient, by leaf.
+    """Norms `[B, L]` of each example's gradient to the power of p, by leaf.
 
     Args:
       plan: Decisions.
@@ -154,40 +154,42 @@ def squares(
 
     def one(tape: Tape) -> jax.Array:
         found = [_of_leaf(plan, leaf, tape).astype(dtype(plan)) for leaf in leaves]
-        return jnp.stack([_over(x, axes) for x, axes in zip(found, split, strict=True)])
+        return jnp.stack([over(x, axes) for x, axes in zip(found, split, strict=True)])
 
     leaves = range(len(plan.roads))
-    if tape.squares is None:
+    if tape.powers is None:
         return jax.vmap(one, axis_size=size)(tape)
-    found = tape.squares.astype(dtype(plan))
+    found = tape.powers.astype(dtype(plan))
+    power = functools.partial(_squares.power, ord=plan.ord)
     for leaf, x in tape.leaves.items():
-        found = found.at[:, leaf].add(jax.vmap(_squares.square)(x).astype(found.dtype))
+        found = found.at[:, leaf].add(jax.vmap(power)(x).astype(found.dtype))
     every = frozenset().union(*split)
     if not every:
         return found
     # Together they count as varying over what one of them does.
     same = lambda k: jax.lax.pmean(found[:, k], tuple(sorted(every - split[k])))
     columns = [same(k) if every - split[k] else found[:, k] for k in leaves]
-    return jnp.stack([_over(x, a) for x, a in zip(columns, split, strict=True)], 1)
+    return jnp.stack([over(x, a) for x, a in zip(columns, split, strict=True)], 1)
 
 
-def _over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+def over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """Adds up over mesh axes of `jax.shard_map`, if there are any."""
     return jax.lax.psum(x, tuple(sorted(axes))) if axes else x
 
 
 def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> jax.Array:
-    """The squared norm of one example's gradient."""
+    """The norm of one example's gradient to the power of p."""
     if leaf in tape.leaves:
-        return _squares.square(tape.leaves[leaf])
+        return _squares.power(tape.leaves[leaf], plan.ord)
     total = jnp.zeros((), dtype(plan))
     for places in by_region(plan.uses[leaf]):
         (site, part), *_ = places
         if site.number in tape.formed:
-            found = _squares.square(_part(site, part, tape.formed[site.number]))
+            formed = _part(site, part, tape.formed[site.number])
+            found = _squares.power(formed, plan.ord)
         else:
-            found = _of_region(
-                [(s, p, tape.operand(s), tape.deltas[s.tap]) for s, p in places]
-            )
+            some = [(s, p, tape.operand(s), tape.deltas[s.tap]) for s, p in places]
+            found = _of_region(some, plan.ord)
         total += found.astype(total.dtype)
     return total
 
@@ -204,20 +206,21 @@ def _part(site: Site, part: Part, formed: jax.Array) -> jax.Array:
     return formed.sum([k for k, loop in enumerate(loops) if loop not in stacks])
 
 
-def _of_region(places: list) -> jax.Array:
+def _of_region(places: list, ord: int) -> jax.Array:
     """From all uses of one region of a leaf, each with what was recorded there."""
     site = places[0][0]
     if site.kind in _sites.ADD:
         parts = [_factors.direct(s, p, d).reshape(-1) for s, p, _, d in places]
-        return _squares.square(functools.reduce(jnp.add, parts))
+        return _squares.power(functools.reduce(jnp.add, parts), ord)
     factors = [_factors.factors(*place) for place in places]
-    return _squares.square_of_products(factors, site.eqn.params.get("precision"))
+    precision = site.eqn.params.get("precision")
+    return _squares.power_of_products(factors, precision, ord)
 
 
 def _probe(
     plan: Plan, found: jax.Array, site: Site, inputs: list, apply: Callable, _: Any
 ) -> jax.Array:
-    """The output; its backward pass adds squared norms to the gradient of `found`.
+    """The output; its backward pass adds powers of norms to the gradient of `found`.
 
     So nothing is kept, and rematerialization goes on saving memory.
     """
@@ -232,7 +235,7 @@ def _probe(
         found = _found(plan)
         turn = site._replace(loops=())
         for part in parts:
-            x = _of_region([(turn, part._replace(stack=()), data, delta)])
+            x = _of_region([(turn, part._replace(stack=()), data, delta)], plan.ord)
             found = found.at[part.leaf].add(x.astype(found.dtype))
         return None, delta, found
 

@@ -1,0 +1,243 @@
+"""The hand-off to dp-accounting: what a run is, and what it costs."""
+
+import math
+from typing import Any
+
+from clipfx._checks import check_choice, check_number
+
+ACCOUNTANTS = ("pld", "rdp")
+MECHANISMS = ("gaussian", "laplace")
+RELATIONS = ("add_or_remove_one", "replace_one", "replace_special")
+
+
+def event(
+    noise_multiplier: float,
+    steps: int,
+    *,
+    sampling_probability: float = 1.0,
+    mechanism: str = "gaussian",
+) -> Any:
+    r"""Describes a run as dp-accounting's event.
+
+    .. math:: \mathrm{steps} \times \mathrm{Poisson}_q(\mathrm{mechanism}(z))
+
+    The multiplier of `clipfx.privacy.dp_grad` is joint: it stands for all that a step
+    releases, noised counts of adaptive thresholds included. So the same call describes
+    runs with fixed thresholds and runs with adaptive ones.
+
+    Args:
+      noise_multiplier: z >= 0, the standard deviation of the noise (its scale, for
+        Laplace) over the bound on one example's contribution; 0 is not private.
+      steps: How many, >= 1.
+      sampling_probability: q in [0, 1]: each example is in each batch with this
+        probability, independently of all others. Shuffled batches are not that. 1:
+        every step takes all.
+      mechanism: `"gaussian"`, or `"laplace"` for `ord=1`.
+
+    Returns:
+      A `dp_accounting.DpEvent`, for `epsilon` or any accountant there.
+
+    Raises:
+      ImportError: If dp-accounting is not installed.
+      TypeError: If an argument is of the wrong kind.
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> run = event(1.1, 1000, sampling_probability=0.01)
+      >>> run.count, run.event.event
+      (1000, GaussianDpEvent(noise_multiplier=1.1))
+
+    Reference: Mironov et al., `Rényi differential privacy of the sampled Gaussian
+    mechanism <https://arxiv.org/abs/1908.10530>`_, 2019.
+    """
+    dp = _library()
+    check_number(
+        "noise_multiplier",
+        noise_multiplier,
+        "[0, inf)",
+        "0 is not private",
+        static=True,
+    )
+    if type(steps) is not int or steps < 1:
+        raise ValueError(
+            f"steps must be an int >= 1, got {steps!r}; it is the number of updates."
+        )
+    check_number(
+        "sampling_probability", sampling_probability, "[0, 1]",
+        "it is the expected batch size over the number of examples", static=True,
+    )  # fmt: skip
+    check_choice("mechanism", mechanism, MECHANISMS)
+    kinds = {"gaussian": dp.GaussianDpEvent, "laplace": dp.LaplaceDpEvent}
+    one = kinds[mechanism](float(noise_multiplier))
+    if sampling_probability < 1:
+        one = dp.PoissonSampledDpEvent(float(sampling_probability), one)
+    return dp.SelfComposedDpEvent(one, steps)
+
+
+def epsilon(
+    event: Any,
+    delta: float,
+    *,
+    accountant: str = "pld",
+    relation: str = "add_or_remove_one",
+) -> float:
+    r"""Computes what a run costs, the smallest known :math:`\epsilon` for a delta.
+
+    Args:
+      event: From `event`, or any `dp_accounting.DpEvent`.
+      delta: In (0, 1); well below one over the number of examples.
+      accountant: `"pld"`, privacy loss distributions, tight; or `"rdp"`, Rényi
+        divergences, an upper bound that most papers report.
+      relation: Between neighbouring datasets: `"add_or_remove_one"` example,
+        `"replace_one"` by any other, or `"replace_special"`, by one that contributes
+        nothing.
+
+    Returns:
+      :math:`\epsilon`, `math.inf` without noise.
+
+    Raises:
+      ImportError: If dp-accounting is not installed.
+      TypeError: If `delta` is no number.
+      ValueError: If an argument is out of range, or the accountant does not know the
+        event under the relation.
+
+    Example:
+      >>> run = event(1.5, 2250, sampling_probability=0.04)
+      >>> f"{epsilon(run, 1e-5):.2f} {epsilon(run, 1e-5, accountant='rdp'):.2f}"
+      '6.77 7.33'
+
+    Reference: Koskela et al., `Computing tight differential privacy guarantees using
+    FFT <https://arxiv.org/abs/1906.03049>`_, 2020; Mironov, `Rényi differential privacy
+    <https://arxiv.org/abs/1702.07476>`_, 2017.
+    """
+    dp = _library()
+    _check_delta(delta)
+    make = _accountant(accountant, relation)
+    try:
+        return float(make().compose(event).get_epsilon(delta))
+    except dp.UnsupportedEventError as error:
+        raise ValueError(
+            f"event must be known to accountant={accountant!r} under "
+            f"relation={relation!r}, got {event!r}; pass another of the two."
+        ) from error
+
+
+def noise_multiplier_for(
+    epsilon: float,
+    delta: float,
+    steps: int,
+    *,
+    sampling_probability: float = 1.0,
+    mechanism: str = "gaussian",
+    accountant: str = "pld",
+    relation: str = "add_or_remove_one",
+) -> float:
+    r"""Finds the least noise with which a run costs at most :math:`\epsilon`.
+
+    Args:
+      epsilon: > 0.
+      delta: See `clipfx.privacy.epsilon`.
+      steps: See `event`.
+      sampling_probability: See `event`, > 0.
+      mechanism: See `event`.
+      accountant: See `clipfx.privacy.epsilon`.
+      relation: See `clipfx.privacy.epsilon`.
+
+    Returns:
+      The noise multiplier, to four digits, rounded up.
+
+    Raises:
+      ImportError: If dp-accounting is not installed.
+      TypeError: If an argument is of the wrong kind.
+      ValueError: If an argument is out of range, or no multiplier up to a million is
+        enough, or the accountant does not know the mechanism under the relation.
+
+    Example:
+      >>> z = noise_multiplier_for(8.0, 1e-5, 2250, sampling_probability=0.04)
+      >>> f"{z:.4f}"
+      '1.3460'
+
+    Reference: see `clipfx.privacy.epsilon`.
+    """
+    dp = _library()
+    check_number("epsilon", epsilon, "(0, inf)", "1 to 10 is usual", static=True)
+    _check_delta(delta)
+    some = lambda z: event(
+        z, steps, sampling_probability=sampling_probability, mechanism=mechanism
+    )
+    some(1.0)  # checks the rest
+    if not sampling_probability:
+        raise ValueError(
+            "sampling_probability must be > 0 to need noise, got 0; nothing would be "
+            "released."
+        )
+    # Coarse where epsilon is large, still an upper bound: fine grids take minutes.
+    make = _accountant(accountant, relation, 1e-4 * max(1.0, epsilon / 10))
+    enough = lambda z: make().compose(some(z)).get_epsilon(delta) <= epsilon
+    high = 2 * _surely(epsilon, delta, steps, sampling_probability, mechanism)
+    try:
+        if high > 1e6 or not enough(high):
+            raise ValueError(
+                f"epsilon must be within reach, got {epsilon!r} with delta={delta!r}, "
+                f"which a noise multiplier of {min(high, 1e6):.3g} does not meet; take "
+                "fewer steps, a smaller sampling_probability or a larger epsilon."
+            )
+        while enough(high / 2):
+            high /= 2
+    except dp.UnsupportedEventError as error:
+        raise ValueError(
+            f"mechanism={mechanism!r} must be known to accountant={accountant!r} under "
+            f"relation={relation!r}, got one that is not; pass another of these."
+        ) from error
+    bracket = dp.ExplicitBracketInterval(high / 2, high)
+    return float(
+        dp.calibrate_dp_mechanism(make, some, epsilon, delta, bracket, tol=5e-5 * high)
+    )
+
+
+def _surely(
+    epsilon: float, delta: float, steps: int, probability: float, mechanism: str
+) -> float:
+    """A multiplier that is enough, to start from, for one added or removed example."""
+    if mechanism == "laplace":  # pure, each step amplified by its sampling
+        return 1 / math.log1p(math.expm1(epsilon / steps) / probability)
+    # Zero-concentrated: epsilon = rho + 2 (rho log(1/delta))^(1/2), rho = T / (2 z^2).
+    log = -math.log(delta)
+    return math.sqrt(steps / 2) / (math.sqrt(log + epsilon) - math.sqrt(log))
+
+
+def _check_delta(delta: Any) -> None:
+    check_number(
+        "delta", delta, "(0, 1)", "well below one over the number of examples",
+        static=True,
+    )  # fmt: skip
+
+
+def _accountant(accountant: str, relation: str, interval: float = 1e-4) -> Any:
+    """Makes fresh accountants; the interval is that of privacy losses."""
+    dp = _library()
+    check_choice("accountant", accountant, ACCOUNTANTS)
+    check_choice("relation", relation, RELATIONS)
+    if (accountant, relation) == ("rdp", "replace_one"):
+        raise ValueError(
+            'accountant must be "pld" for relation="replace_one", got "rdp", which '
+            "takes the noise multiplier for that of the doubled sensitivity; or double "
+            "the noise yourself."
+        )
+    known = getattr(dp.NeighboringRelation, relation.upper())
+    if accountant == "pld":
+        return lambda: dp.pld.PLDAccountant(known, interval)
+    return lambda: dp.rdp.RdpAccountant(neighboring_relation=known)
+
+
+def _library() -> Any:
+    try:
+        import dp_accounting
+        import dp_accounting.pld
+        import dp_accounting.rdp
+    except ImportError as error:
+        raise ImportError(
+            "clipfx.privacy needs dp-accounting for this, which is not installed; "
+            'install it with python -m pip install "clipfx-jax[privacy]".'
+        ) from error
+    return dp_accounting
