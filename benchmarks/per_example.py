@@ -23,7 +23,8 @@ from absl import app, flags
 
 from benchmarks import _opacus
 from clipfx import per_example
-from clipfx.per_example import _batch, _bounded, _grad
+from clipfx._tree import group_leaves
+from clipfx.per_example import _batch, _bounded
 
 _TURNS = flags.DEFINE_integer("turns", 15, "Timed calls of each variant.")
 _WORKLOADS = flags.DEFINE_list("workloads", None, "Names; by default all.")
@@ -239,7 +240,7 @@ def forced(road: str) -> Callable:
 
         def run(params, batch):
             call = _batch.prepare(grad.signature, (params, batch), {}, force=road)
-            members = _grad.group_leaves("global", params)
+            members = group_leaves("global", params)
             limit = jnp.ones((1, 1))
             return _bounded.bounded_sum(call, members, limit, grad.response, None)
 

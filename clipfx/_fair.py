@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from clipfx import responses
@@ -234,13 +235,14 @@ def _check_contributions(leaves: Sequence[Any], num_groups: int) -> None:
 def _check_present(present: Any, num_groups: int) -> Any:
     if present is None:
         return None
+    nobody = is_known(present) and not np.asarray(present).any()
     present = jnp.asarray(present)
     if present.shape != (num_groups,) or present.dtype != jnp.bool_:
         raise ValueError(
             f"present must be bool[{num_groups}], one entry for each population, got "
             f"{present.dtype}{list(present.shape)}; False marks one without examples."
         )
-    if is_known(present) and not present.any():
+    if nobody:
         raise ValueError(
             "present must be True for a population, got all absent; there is nothing "
             "to sum."

@@ -46,14 +46,16 @@ def each_gradient(loss, params, batch, dtype="float64"):
         return jax.tree.map(lambda *xs: np.stack([np.asarray(x) for x in xs]), *rows)
 
 
-def expected(grads, groups="global", limit=LIMIT, response="hard", slack=2.0**-20):
+def expected(
+    grads, groups="global", limit=LIMIT, response="hard", slack=2.0**-20, ord=2
+):
     """Sums, as the gradients but for the examples, and norms and factors `[B, G]`."""
     leaves = jax.tree.leaves(grads)
     members = group_leaves(groups, jax.tree.map(lambda x: x[0], grads))
-    squares = np.zeros((len(leaves[0]), len(members.names)))
+    powers = np.zeros((len(leaves[0]), len(members.names)))
     for x, g in zip(leaves, members.index, strict=True):
-        squares[:, g] += (x.reshape(len(x), -1) ** 2).sum(1)
-    norm = np.sqrt(squares)
+        powers[:, g] += (np.abs(x.reshape(len(x), -1)) ** ord).sum(1)
+    norm = powers ** (1 / ord)
     target = RESPONSES[response][1](norm, limit * (1 - slack))
     factor = np.where(norm > 0, target / np.where(norm > 0, norm, 1), 1.0)
     return total(grads, factor, groups), norm, factor
@@ -77,12 +79,13 @@ def roads(loss, params, *args, force=None):
     return {name(path): road for (path, _), road in zip(paths, plan.roads, strict=True)}
 
 
-def forced(loss, force, groups="global", limit=LIMIT):
+def forced(loss, force, groups="global", limit=LIMIT, ord=2):
     """`clipped_grad` with one road for every parameter that can take it."""
     signature = _batch.Signature(loss, 0, 1, False)
 
     def run(params, batch):
-        call = _batch.prepare(signature, (params, batch), {}, force=force)
+        args = (params, batch)
+        call = _batch.prepare(signature, args, {}, force=force, ord=ord)
         members = group_leaves(groups, params)
         dtype = jax.tree.leaves(params)[0].dtype
         limits = jnp.full((1, len(members.names)), limit, dtype)

@@ -24,7 +24,7 @@ LAYERS = ["_compat", "_checks", "_tree", "_norms", "_statistics", "_weights",
           "_fair", "metrics", *(f"per_example._{name}" for name in (
               "views", "sites", "factors", "squares", "plan", "run", "tape", "sums",
               "batch", "bounded", "limits", "parts", "grad", "groups", "measures",
-              "fair", "stacked", "explain")),
+              "between", "fair", "stacked", "explain")),
           *(f"privacy._{name}" for name in (
               "noise", "rules", "dp_grad", "accounting"))]  # fmt: skip
 FOLDERS = {"clipfx", "clipfx.per_example", "clipfx.privacy"}

@@ -102,6 +102,15 @@ def test_piece(name):
         check(run, loss, params, batch, "float64", groups="leaf", grads=grads)
 
 
+@pytest.mark.parametrize("name", PIECES)
+def test_piece_in_the_1_norm(name):
+    """What is used once has a fast road, all else is instantiated or formed."""
+    steps = around(name)
+    loss, (params, batch) = program(steps), draw(steps)
+    run = forced(loss, None, "leaf", ord=1)
+    check(run, loss, params, batch, "float64", groups="leaf", ord=1)
+
+
 @pytest.mark.parametrize("name", ["attention", "embed", "joined", "remat_layers"])
 @pytest.mark.parametrize("wrapper", ["remat", "saving"])
 def test_fast_roads_inside_calls(name, wrapper):
@@ -287,13 +296,14 @@ def programs(sample):
     size=st.sampled_from([None, 1, 2]),
     mask=st.sampled_from([None, (True, False, True), (False, False, True)]),
     seed=st.integers(0, 9),
+    ord=st.sampled_from([2, 2, 1]),
 )
-def test_random_program(steps, dtype, force, groups, response, size, mask, seed):
+def test_random_program(steps, dtype, force, groups, response, size, mask, seed, ord):
     loss, (params, batch) = program(steps), draw(steps, seed)
     # What float32 itself loses grows with depth, on every road.
-    near = {"groups": groups}
+    near = {"groups": groups, "ord": ord}
     if force is not None:
-        check(forced(loss, force, groups), loss, params, batch, dtype, **near)
+        check(forced(loss, force, groups, ord=ord), loss, params, batch, dtype, **near)
         return
     where = None if mask is None else np.array(mask)
     grad = per_example.clipped_grad(
@@ -301,6 +311,7 @@ def test_random_program(steps, dtype, force, groups, response, size, mask, seed)
         LIMIT,
         groups=groups,
         response=RESPONSES[response][0],
+        ord=ord,
         microbatch_size=size,
     )
     run = lambda params, batch: grad(params, batch, where=where)

@@ -120,7 +120,7 @@ def measure(call: Call, members: Groups, where: jax.Array | None) -> PerExample:
     """Norms alone."""
     outs, tape = _tape.record(call.program, call.inputs, norms=True)
     norm = _measured(call, tape, members)
-    keep = jnp.ones(outs[0].shape, bool) if where is None else where
+    keep = jnp.ones_like(outs[0], bool) if where is None else where
     keep = _compat.reshard(keep, _compat.explicit_spec(outs[0]))
     norm = jnp.where(keep[:, None], norm, 0)
     return known(call, outs, keep, norm, None)

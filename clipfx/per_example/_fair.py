@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from clipfx import _compat
 from clipfx._fair import (
     Bounds,
     bound,
@@ -15,10 +16,11 @@ from clipfx._fair import (
     measure,
 )
 from clipfx._norms import Norms
-from clipfx._tree import widen
-from clipfx.per_example import _batch, _factors, _squares
+from clipfx.per_example import _batch
+from clipfx.per_example import _between as between
 from clipfx.per_example._batch import Signature
-from clipfx.per_example._groups import Pass, by_group, contribution, one_pass, weighted
+from clipfx.per_example._groups import by_group, contributions, one_pass, weighted
+from clipfx.per_example._tape import over
 
 
 class PerPopulation(NamedTuple):
@@ -57,10 +59,10 @@ def fair_grad(
 
     :math:`\sum_k c_k \min(1, \rho r / \lVert c_k \rVert)` with the contributions
     :math:`c_k = \sum_{b: group(b) = k} g_b`, as `clipfx.clip_fair_groups` does with
-    those of `group_grad`, in one function. Costs one backward pass, and for each
-    further population the part of it that makes weight gradients. Contributions of a
-    table of rows that are looked up are not formed if the table has many more rows than
-    a batch looks up.
+    those of `group_grad`, in one function and for less: where the norm of a leaf's
+    contributions is cheaper than they are, from inner products of what examples left
+    behind, or from rows that were looked up, only the bounded sum is formed. All others
+    cost, by population, the part of a backward pass that makes weight gradients.
 
     Args:
       fun: See `clipped_grad`.
@@ -115,82 +117,26 @@ def fair_grad(
                 "absent; skip the step."
             )
         run = one_pass(call, member)
-        light = [] if axis_name is not None else _light(run, num_groups)
+        light = {} if axis_name is not None else between.choose(run)
         heavy = [k for k in range(len(call.program.params)) if k not in light]
-        parts = [contribution(run, k) for k in range(num_groups)]
-        parts = [[part[k] for k in heavy] for part in parts]
+        parts = contributions(run, heavy)
         count = run.member.sum(0)
+        count = over(count, _compat.varying_axes(count))
         if axis_name is not None:
             parts, count = jax.lax.psum((parts, count), axis_name)
         norms = measure(parts)
-        for leaf in light:
-            more = jnp.sqrt(_squares_of_rows(run, leaf))
+        if light:
+            more = between.norms(run, light)
             value = jnp.hypot(norms.value / norms.scale, more)
             norms = Norms(value, jnp.ones_like(value))
         scales, norm, _, _ = bound(norms, bounds)
         sums = dict(zip(heavy, combine(parts, scales, norm), strict=True))
         factor = scales[0] * scales[1]
-        if light:
-            every = weighted(run, run.member @ factor)
-            sums.update((leaf, every[leaf]) for leaf in light)
+        each = (run.member * jnp.where(jnp.isfinite(norm), factor, 0)[None]).sum(1)
+        sums.update(zip(light, weighted(run, each, list(light)), strict=True))
         found = PerPopulation(run.info.value, count, norm, factor, run.info.aux)
         return jax.tree.structure(params).unflatten(
             [sums[k] for k in sorted(sums)]
         ), found
 
     return grad
-
-
-def _light(run: Pass, num_groups: int) -> list[int]:
-    """Leaves whose contributions have norms that are cheaper than they are.
-
-    Tables of rows that are looked up, many more than a batch looks up. The same
-    through inner products of examples, as for products within an example, would square
-    what cancels between examples: too inexact a norm to bound a ratio by.
-    """
-    plan, found = run.call.program.plan, []
-    if any(run.call.axes):  # rows of other devices are needed
-        return found
-    for leaf, places in enumerate(plan.uses):
-        if plan.roads[leaf] != "sum" or len(places) != 1:
-            continue
-        ((site, part),) = places
-        if site.kind == "gather" and site.view.axis is None:
-            blocks, looked_up, rows, _ = _factors.sizes(site, part)
-            every = run.call.size * looked_up
-            if blocks == 1 and 2 * every < (num_groups - 1) * rows:
-                found.append(leaf)
-    return found
-
-
-def _squares_of_rows(run: Pass, leaf: int) -> jax.Array:
-    """Squared norms `[K + 1]` of contributions to a table, and of their sum."""
-    ((site, part),) = run.call.program.plan.uses[leaf]
-    make = lambda x, d: tuple(_factors.factors(site, part, x, d)[:2])
-    ids, rows = jax.vmap(make)(run.tape.operand(site), run.tape.deltas[site.tap])
-    member = jnp.repeat(run.member, ids[0].size, axis=0)
-    ids, rows = ids.reshape(-1), widen(rows).reshape(ids.size, -1)
-    rows = jnp.where(member.sum(1, keepdims=True) > 0, rows, 0)
-    number = member.argmax(1)
-    each = _squared_sums(ids, number, rows)
-    own = [jnp.where(number == k, each, 0).sum() for k in range(member.shape[1])]
-    whole = _squared_sums(ids, jnp.zeros_like(number), rows).sum()
-    return jnp.stack([*own, whole])
-
-
-def _squared_sums(ids: jax.Array, number: jax.Array, rows: jax.Array) -> jax.Array:
-    """Adds up rows `[N, ...]` of equal id and number, and squares.
-
-    Returns `[N]`, each square where its id and number come first, elsewhere 0.
-    """
-    order = jnp.lexsort((ids, number))
-    ids, number = ids[order], number[order]
-    new = jnp.ones(ids.shape, bool)
-    new = new.at[1:].set((ids[1:] != ids[:-1]) | (number[1:] != number[:-1]))
-    place = jnp.cumsum(new) - 1
-    sums = jax.ops.segment_sum(
-        rows[order], place, num_segments=ids.size, indices_are_sorted=True
-    )
-    squares = _squares.power(sums, axis=-1)
-    first = jnp.where(new, squares[place], 0)
-    return jnp.zeros_like(first).at[order].set(first)

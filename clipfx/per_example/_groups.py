@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipfx import _compat
 from clipfx._checks import is_known
@@ -90,7 +91,7 @@ def group_grad(
         call = _batch.prepare(signature, args, kwargs, norms=False)
         if call.size:
             pass_ = one_pass(call, member)
-            parts = [contribution(pass_, k) for k in range(num_groups)]
+            parts = contributions(pass_, range(len(call.program.params)))
             sums, info = [jnp.stack(x) for x in zip(*parts, strict=True)], pass_.info
         else:
             like = [widen(call.inputs[k]) for k in call.program.params]
@@ -130,29 +131,38 @@ def one_pass(call: Call, member: jax.Array) -> Pass:
     spec = _compat.explicit_spec(good)
     member = _compat.reshard(member, spec and (*spec, None))
     member = jnp.where(good[:, None], member, 0)
-    info = _bounded.known(call, outs, jnp.ones(call.size, bool), None, member)
+    info = _bounded.known(call, outs, jnp.ones_like(good), None, member)
     return Pass(call, tape, member, good, info)
 
 
-def contribution(run: Pass, k: int) -> list[jax.Array]:
-    """The sum of the gradients of population k, by leaf.
+def contributions(run: Pass, leaves: Sequence[int]) -> list[list[jax.Array]]:
+    """The sums of the gradients of every population, K times some leaves.
 
     One after the other: XLA's convolutions are slow in a loop on CPUs.
     """
-    return weighted(run, run.member[:, k])
+    columns = jnp.unstack(run.member, axis=1)
+    return [weighted(run, column, leaves) for column in columns]
 
 
-def weighted(run: Pass, factor: jax.Array) -> list[jax.Array]:
-    """The sum of gradients times factors `[B]`, by leaf."""
-    call, index = run.call, [0] * len(run.call.program.params)
+def weighted(run: Pass, factor: jax.Array, leaves: Sequence[int]) -> list[jax.Array]:
+    """The sum of gradients times factors `[B]`, of some leaves."""
+    call, tape, plan = run.call, run.tape, run.call.program.plan
+    sites = {n: site for n, site in plan.sites.items()
+             if any(part.leaf in leaves for part in site.view.parts)}  # fmt: skip
+    program = call.program._replace(plan=plan._replace(sites=sites))
+    some = {k: x for k, x in tape.leaves.items() if k in leaves}
+    index = [0] * len(program.params)
     sums = _sums.weighted_sum(
-        call.program, call.inputs, run.tape, factor[:, None], index, run.good
-    )
-    return _bounded.total(call, sums)
+        program, call.inputs, tape._replace(leaves=some), factor[:, None], index,
+        run.good,
+    )  # fmt: skip
+    sums = _bounded.total(call, sums)
+    return [sums[k] for k in leaves]
 
 
 def membership(group: Any, num_groups: int, size: int, name: str = "group") -> Any:
     """float32 `[B, K]`, 1 where an example belongs."""
+    known = np.asarray(group) if is_known(group) else None
     group = jnp.asarray(group)
     if not jnp.issubdtype(group.dtype, jnp.integer):
         raise TypeError(
@@ -164,9 +174,11 @@ def membership(group: Any, num_groups: int, size: int, name: str = "group") -> A
             f"{name} must have shape ({size},), one entry for each example, got "
             f"{group.shape}; every example is of one population."
         )
-    if is_known(group) and size and not (0 <= group.min() <= group.max() < num_groups):
-        raise ValueError(
-            f"{name} must be in [0, {num_groups}), got {int(group.min())} to "
-            f"{int(group.max())}; num_groups says how many populations there are."
-        )
+    if known is not None and size:
+        low, high = int(known.min()), int(known.max())
+        if not 0 <= low <= high < num_groups:
+            raise ValueError(
+                f"{name} must be in [0, {num_groups}), got {low} to {high}; num_groups "
+                "says how many populations there are."
+            )
     return (group[:, None] == jnp.arange(num_groups)[None]).astype(jnp.float32)

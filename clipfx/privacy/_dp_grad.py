@@ -151,7 +151,7 @@ class DPGrad:
         def of_examples(table: jax.Array) -> jax.Array:
             if member is None:
                 return table
-            return (member[:, :, None] * table).sum(1)
+            return (member[:, :, None] * table[None]).sum(1)
 
         start, clip = self._start(members), self.clipped
         if rule.response is not None:

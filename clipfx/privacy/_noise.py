@@ -49,8 +49,8 @@ def add_gaussian_noise(
         the numbers then depend on the mesh. Static.
 
     Returns:
-      A transform with `NoiseState`. Structure, shapes `[...]` and dtypes stay. Integers and
-      other leaves that are not floating pass through.
+      A transform with `NoiseState`. Structure, shapes `[...]` and dtypes stay. Leaves
+      that are not floating pass through.
 
     Raises:
       TypeError: If `stddev` is no number, or `key` no key.
@@ -93,8 +93,8 @@ def add_laplace_noise(
       axis_name: See `add_gaussian_noise`. Static.
 
     Returns:
-      A transform with `NoiseState`. Structure, shapes `[...]` and dtypes stay. Integers and
-      other leaves that are not floating pass through.
+      A transform with `NoiseState`. Structure, shapes `[...]` and dtypes stay. Leaves
+      that are not floating pass through.
 
     Raises:
       TypeError: If `scale` is no number, or `key` no key.

@@ -123,7 +123,7 @@ def quantile(
     return PrivateThreshold(
         max_norm,
         init=lambda start: start,
-        ask=lambda limit, norm, _: jnp.where(norm <= limit, 0.5, -0.5),
+        ask=lambda limit, norm, _: jnp.where(norm <= limit[None], 0.5, -0.5),
         limit=lambda start, limit, counts: limit[None],
         update=update,
         reach=lambda groups: math.sqrt(groups) / 2,
@@ -184,7 +184,7 @@ def dpsgd_f(
         own = above / jnp.where(size > 0, size, 1)
         ratio = jnp.where(size > 0, own / jnp.where(share > 0, share, 1), 1)
         ratio = jnp.where(share > 0, ratio, 0)
-        return start * (1 + ratio)[:, None]
+        return start[None] * (1 + ratio)[:, None]
 
     return PrivateThreshold(
         max_norm,
@@ -288,7 +288,7 @@ def dpsgd_global_adapt(
     return PrivateThreshold(
         max_norm,
         init=lambda start: jnp.full_like(start, upper),
-        ask=lambda upper, norm, _: jnp.where(norm > tolerance * upper, 1.0, 0.0),
+        ask=lambda upper, norm, _: jnp.where(norm > tolerance * upper[None], 1.0, 0.0),
         limit=lambda start, upper, counts: start[None],
         update=lambda upper, counts, size: upper * jnp.exp(counts / size - step_size),
         reach=lambda groups: math.sqrt(groups),
