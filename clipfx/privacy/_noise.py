@@ -9,7 +9,7 @@ import optax
 
 from clipfx import _compat
 from clipfx._checks import check_number
-from clipfx._tree import is_counted, widen
+from clipfx._tree import is_counted, times, widen
 
 
 class NoiseState(NamedTuple):
@@ -159,8 +159,7 @@ def add(
         x = jnp.asarray(x)
         wide = widen(x)
         z = _like(draw, wide, _of_part(jax.random.fold_in(key, i), x, axes))
-        z = z * jnp.asarray(size).astype(z.real.dtype)
-        noised.append((wide + z).astype(x.dtype))
+        noised.append((wide + times(z, jnp.asarray(size))).astype(x.dtype))
     return noised
 
 
@@ -171,9 +170,10 @@ def as_key(key: Any) -> jax.Array:
     )
     raw = getattr(key, "dtype", None) == jnp.uint32 and jnp.ndim(key) == 1
     if not (typed and key.ndim == 0) and not raw:
+        kind = getattr(key, "dtype", type(key).__name__)
         raise TypeError(
-            f"key must be one key of jax.random, got {key!r}; make it with "
-            "jax.random.key(seed)."
+            f"key must be one key of jax.random, got {kind}{list(jnp.shape(key))}; "
+            "make it with jax.random.key(seed)."
         )
     return key if typed else jax.random.wrap_key_data(key)
 

@@ -293,7 +293,7 @@ def dpsgd_global_adapt(
         update=lambda upper, counts, size: upper * jnp.exp(counts / size - step_size),
         reach=lambda groups: math.sqrt(groups),
         count_stddev=count_stddev,
-        response=respond,
+        response=lambda upper: respond(upper[None]),
     )
 
 

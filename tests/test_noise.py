@@ -1,0 +1,208 @@
+"""Noise: its level, its independence, and that it never comes twice."""
+
+import itertools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from trees import enable_x64
+
+from clipfx import privacy
+
+KEY = jax.random.key(7)
+KINDS = {
+    "gaussian": (privacy.add_gaussian_noise, 1.0),
+    "laplace": (privacy.add_laplace_noise, math.sqrt(2)),
+}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def drawn(kind, tree, steps=1, key=KEY):
+    """Of several steps."""
+    tx = KINDS[kind][0](1.0, key)
+    state, found = tx.init(tree), []
+    update = jax.jit(tx.update)
+    for _ in range(steps):
+        noise, state = update(jax.tree.map(jnp.zeros_like, tree), state)
+        found.append(noise)
+    return found
+
+
+@each_kind
+def test_norm_of_parameters_after_many_steps_of_nothing(kind):
+    """Within 5% of what the noise should make of them."""
+    make, share = KINDS[kind]
+    size, steps, rate, batch, level = 2000, 40, 0.3, 64, 2.5
+    params = {"a": jnp.zeros((size, 3)), "b": jnp.zeros(size)}
+    tx = optax.chain(make(level, KEY), optax.scale(1 / batch), optax.sgd(rate))
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), None, length=steps)
+    found = math.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(params)))
+    right = share * level * rate / batch * math.sqrt(steps * 4 * size)
+    assert found == pytest.approx(right, rel=0.05)
+
+
+@each_kind
+def test_distribution(kind):
+    (x,) = drawn(kind, jnp.zeros(200_000))
+    x = np.sort(np.float64(x))
+    error = np.vectorize(math.erf)(x / math.sqrt(2)) / 2 + 0.5
+    exact = {
+        "gaussian": error,
+        "laplace": np.where(x < 0, np.exp(x) / 2, 1 - np.exp(-x) / 2),
+    }[kind]
+    steps = np.arange(len(x)) / len(x)
+    assert np.abs(exact - steps).max() < 2 / math.sqrt(len(x))  # Kolmogorov
+
+
+@each_kind
+def test_leaves_and_steps_are_independent(kind):
+    tree = {k: jnp.zeros(4000) for k in "abc"}
+    rows = [np.float64(x) for noise in drawn(kind, tree, 3) for x in noise.values()]
+    assert len({float(row[0]) for row in rows}) == 9
+    for x, y in itertools.combinations(rows, 2):
+        assert abs(np.corrcoef(x, y)[0, 1]) < 5 / math.sqrt(4000)
+        assert not np.isin(x, y).mean() > 0.01  # nor shifted
+
+
+@each_kind
+def test_same_noise_for_every_dtype(kind):
+    wide = drawn(kind, jnp.zeros(300))[0]
+    for dtype in (jnp.bfloat16, jnp.float16):
+        x = drawn(kind, jnp.zeros(300, dtype))[0]
+        assert x.dtype == dtype
+        chex.assert_trees_all_equal(x, wide.astype(dtype))
+    with enable_x64(True):
+        x = np.asarray(drawn(kind, jnp.zeros(300, jnp.float64))[0])
+        assert x.dtype == np.float64
+        assert (x != np.float32(x)).mean() > 0.9  # or low bits would show
+    z = drawn(kind, jnp.zeros(3000, jnp.complex64))[0]
+    assert abs(np.corrcoef(z.real, z.imag)[0, 1]) < 0.1
+    assert float(z.imag.std()) == pytest.approx(KINDS[kind][1], rel=0.1)
+    x, n = drawn(kind, [jnp.zeros(2), jnp.arange(3)])[0]
+    chex.assert_trees_all_equal(n, jnp.zeros(3, n.dtype))
+
+
+@each_kind
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_draws_equal_whole_ones(kind, axes):
+    tree = {"split": jnp.zeros((16, 24)), "whole": jnp.zeros(7), "odd": jnp.zeros(8)}
+    right = drawn(kind, tree, 2)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axes,) * 2)
+    spec = {"split": P("data", "model"), "whole": P(), "odd": P(("data", "model"))}
+    place = {k: NamedSharding(mesh, s) for k, s in spec.items()}
+    split = jax.device_put(tree, place)
+    tx = KINDS[kind][0](1.0, KEY)
+    update = jax.jit(tx.update)
+    state = tx.init(split)
+    for step in range(2):
+        found, state = update(split, state)
+        chex.assert_trees_all_close(found, right[step], rtol=1e-6)
+        for k, x in found.items():
+            assert x.sharding.is_equivalent_to(place[k], x.ndim)
+    text = update.lower(split, state).compile().as_text()
+    assert "all-gather" not in text
+    assert "[16,24]" not in text.split("ENTRY")[1].replace("sharding", "")
+
+
+@each_kind
+def test_parts_of_a_mesh_draw_their_own(kind):
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
+    make = KINDS[kind][0]
+    split = jnp.zeros((64, 50))
+
+    def local(make):
+        tx = make()
+        return lambda x, y: tx.update([x, y], tx.init(x))[0]
+
+    typed = jax.shard_map(
+        local(lambda: make(1.0, KEY)), mesh=mesh, in_specs=(P("i"), P()),
+        out_specs=[P("i"), P()],
+    )  # fmt: skip
+    x, y = jax.jit(typed)(split, jnp.zeros(50))
+    assert np.unique(x).size > 0.99 * x.size
+    # What is whole has the same noise everywhere: its type says so.
+    right = drawn(kind, [split, jnp.zeros(50)])[0][1]
+    chex.assert_trees_all_close(y, right, rtol=1e-6)
+    untyped = jax.pmap(
+        local(lambda: make(1.0, KEY, axis_name="i")), axis_name="i",
+    )  # fmt: skip
+    x, _ = untyped(split.reshape(8, 8, 50), jnp.zeros((8, 50)))
+    assert np.unique(x).size > 0.99 * x.size
+
+
+@each_kind
+def test_resumed_run_goes_on_with_the_same_noise_and_repeats_none(kind, tmp_path):
+    params = {"w": jnp.zeros(50)}
+    whole = [np.asarray(x["w"]) for x in drawn(kind, params, 6)]
+    make = KINDS[kind][0]
+    tx = make(1.0, KEY)
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = tx.update(params, state)
+    assert all(jnp.issubdtype(x.dtype, jnp.integer) for x in jax.tree.leaves(state))
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "state", state)
+    tx = make(1.0, jax.random.key(7))  # a new process
+    with ocp.StandardCheckpointer() as saver:
+        state = saver.restore(tmp_path / "state", tx.init(params))
+    for step in range(3, 6):
+        noise, state = tx.update(params, state)
+        np.testing.assert_allclose(noise["w"], whole[step], rtol=1e-6)
+    assert len({float(x[0]) for x in whole}) == 6
+
+
+def test_schedule_and_accumulation():
+    tx = privacy.add_gaussian_noise(lambda step: jnp.where(step < 1, 0.0, 2.0), KEY)
+    params = jnp.zeros(1000)
+    state = tx.init(params)
+    first, state = tx.update(params, state)
+    second, state = tx.update(params, state)
+    assert (first == 0).all()
+    assert float(second.std()) == pytest.approx(2, rel=0.1)
+    # Once per logical batch: inside of the accumulation.
+    tx = optax.MultiSteps(privacy.add_gaussian_noise(2.0, KEY), 4)
+    state, seen = tx.init(params), []
+    with jax.numpy_dtype_promotion("standard"):  # for Optax
+        for _ in range(8):
+            noise, state = tx.update(params, state, params)
+            seen.append(float(noise.std()))
+    assert [round(x) for x in seen] == [0, 0, 0, 2, 0, 0, 0, 2]
+
+
+def test_old_and_new_keys_are_the_same():
+    old = drawn("gaussian", jnp.zeros(5), key=jax.random.PRNGKey(7))
+    chex.assert_trees_all_equal(old, drawn("gaussian", jnp.zeros(5)))
+
+
+ERRORS = [
+    (lambda: privacy.add_gaussian_noise(-1.0, KEY), ValueError, "stddev"),
+    (lambda: privacy.add_gaussian_noise(math.inf, KEY), ValueError, "stddev"),
+    (lambda: privacy.add_laplace_noise(math.nan, KEY), ValueError, "scale"),
+    (lambda: privacy.add_laplace_noise("1", KEY), TypeError, "scale"),
+    (lambda: privacy.add_gaussian_noise(1.0, 0), TypeError, "key"),
+    (lambda: privacy.add_gaussian_noise(1.0, jax.random.split(KEY)), TypeError, "key"),
+]
+
+
+@pytest.mark.parametrize("case", ERRORS, ids=range(len(ERRORS)))
+def test_bad_input_gets_one_sentence(case):
+    call, kind, text = case
+    with pytest.raises(kind, match=text) as caught:
+        call()
+    sentence = str(caught.value)
+    assert sentence.endswith(".")
+    assert "; " in sentence
+    assert "\n" not in sentence
