@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,9 @@ from clipfx._tree import divide
 Response = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def bounded(response: Response) -> Response:
+def bounded(response: Any) -> Response:
     """Says that no value exceeds the threshold, which then is a sensitivity."""
-    setattr(response, "bounded", True)  # noqa: B010, of a function
+    response.bounded = True
     return response
 
 
@@ -47,10 +48,7 @@ def auto_s(stability: float = 0.01) -> Response:
     def respond(norm: jax.Array, threshold: jax.Array) -> jax.Array:
         usable = threshold < jnp.inf
         limit = jnp.where(usable, threshold, 1)
-        # As a share, so that neither a product nor a sum leaves the range.
-        share = 1 / (1 + divide(stability, _one_if_0(norm)))
-        share = jnp.where(norm > stability, share, norm / (norm + stability))
-        return jnp.where(usable, limit * share, norm)
+        return jnp.where(usable, limit * _share(norm, stability, stability), norm)
 
     return bounded(respond)
 
@@ -85,15 +83,15 @@ def psac(stability: float = 0.1) -> Response:
         usable = threshold < jnp.inf
         limit = jnp.where(usable, threshold, 1)
         rest = stability / (norm + stability)
-        share = jnp.where(norm > 1, 1 / (1 + divide(rest, _one_if_0(norm))),
-                          norm / (norm + rest))  # fmt: skip
-        return jnp.where(usable, limit * share, norm)
+        return jnp.where(usable, limit * _share(norm, rest, 1.0), norm)
 
     return bounded(respond)
 
 
-def _one_if_0(norm: jax.Array) -> jax.Array:
-    return jnp.where(norm > 0, norm, 1)
+def _share(norm: jax.Array, rest: Any, far: float) -> jax.Array:
+    """N / (n + rest), also for norms beyond `far` whose sum would leave the range."""
+    large = 1 / (1 + divide(rest, jnp.where(norm > 0, norm, 1)))
+    return jnp.where(norm > far, large, norm / (norm + rest))
 
 
 def _check_positive(name: str, value: float, usual: str) -> None:

@@ -53,6 +53,7 @@ class Node(NamedTuple):
       views: By equation, which outputs are views of parameters.
       data: By variable the number of what is recorded of it.
       taps: By equation the number of the tap on its output.
+      users: By variable the equations that read it, and None for the program's end.
     """
 
     jaxpr: Any
@@ -62,6 +63,7 @@ class Node(NamedTuple):
     views: dict[int, list[bool]]
     data: dict[Any, int]
     taps: dict[int, int]
+    users: dict[Any, list[int | None]]
 
     def numbers(self) -> set[int]:
         """Of all sites here and inside."""
@@ -122,7 +124,7 @@ class _Walk:
         env = dict(zip(jaxpr.constvars, [Info()] * len(jaxpr.constvars), strict=True))
         env.update(zip(jaxpr.invars, infos, strict=True))
         read = lambda v: Info() if _compat.is_literal(v) else env[v]
-        node = Node(jaxpr, consts, {}, {}, {}, {}, {})
+        node = Node(jaxpr, consts, {}, {}, {}, {}, {}, _users(jaxpr))
         for k, eqn in enumerate(jaxpr.eqns):
             inputs = [read(v) for v in eqn.invars]
             outs = self.equation(node, k, eqn, inputs, loops)
@@ -183,8 +185,8 @@ class _Walk:
                 data = None
                 if eqn.primitive.name not in ADD:
                     data = node.data.setdefault(eqn.invars[1 - j], number)
-                tap = node.taps.setdefault(_where_added(node.jaxpr, k), number)
-                site = Site(number, node.jaxpr, eqn, j, info.view, loops, data, tap)
+                tap = node.taps.setdefault(_where_added(node, k), number)
+                site = Site(number, eqn, j, info.view, loops, data, tap)
                 node.sites[k] = site
                 for part in info.view.parts:
                     if part.leaf is not None:
@@ -210,21 +212,30 @@ class _Walk:
         return [Info(data=True)] * len(eqn.outvars)
 
 
-def _where_added(jaxpr: Any, k: int) -> int:
+def _users(jaxpr: Any) -> dict[Any, list[int | None]]:
+    users: dict[Any, list[int | None]] = {}
+    ends = [(None, v) for v in jaxpr.outvars]
+    for k, v in [*((k, v) for k, e in enumerate(jaxpr.eqns) for v in e.invars), *ends]:
+        if not _compat.is_literal(v):
+            users.setdefault(v, []).append(k)
+    return users
+
+
+def _where_added(node: Node, k: int) -> int:
     """The last of the additions that are all that becomes of equation k's output.
 
     The gradient with respect to a sum is that with respect to each of its terms.
     """
     while True:
-        out = jaxpr.eqns[k].outvars[0]
-        users = [j for j, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if v is out]
-        if len(users) != 1 or any(v is out for v in jaxpr.outvars):
+        out = node.jaxpr.eqns[k].outvars[0]
+        after, *others = node.users.get(out, [None])
+        if after is None or others:
             return k
-        then = jaxpr.eqns[users[0]]
+        then = node.jaxpr.eqns[after]
         same = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)
         if then.primitive.name not in ADD or not same(out.aval, then.outvars[0].aval):
             return k
-        k = users[0]
+        k = after
 
 
 REMAT = {"checkpoint", "remat", "remat2"}
@@ -257,9 +268,7 @@ def make_plan(
         infos[k] = Info(frozenset([number]), False, _views.whole(number, shape))
     walk = _Walk(len(leaves))
     root, outs = walk.walk(closed, infos, ())
-    walk.blame(outs[0], "a term without data")
-    for info in outs[1:]:
-        walk.blame(info, "an output of its own")
+    walk.blame(outs[0], "a term without data")  # others are not differentiated
     shapes = [jaxpr.invars[k].aval.shape for k in leaves]
     dtypes = [jaxpr.invars[k].aval.dtype for k in leaves]
     return _decide(walk, root, shapes, dtypes, norms, ord, force)

@@ -1,5 +1,6 @@
 """Runs a program again: with taps at its sites, or only its views of parameters."""
 
+import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -60,19 +61,18 @@ def run(
     env = dict(zip(jaxpr.constvars, node.consts, strict=True))
     env.update(zip(jaxpr.invars, values, strict=True))
     read = lambda v: _literal(v) if _compat.is_literal(v) else env[v]
-    used = _used(jaxpr)
     records = {}
     for k, eqn in enumerate(jaxpr.eqns):
         inputs = [read(v) for v in eqn.invars]
-        keep = [i for i, v in enumerate(eqn.outvars) if v in used]
+        keep = [i for i, v in enumerate(eqn.outvars) if v in node.users]
         inner, site = node.inner.get(k), node.sites.get(k)
         if inner is not None and inner.numbers() & sites.keys():
-            again = lambda *xs: run(inner, xs[0], sites, xs[1], visit, xs[2])  # noqa: B023
+            again = functools.partial(_again, inner, sites, visit)
             outs, found = _inside(inner, eqn, inputs, taps, given, again)
             records.update(found)
             outs = [outs[i] for i in keep]
         elif site is not None and site.number in sites and visit is not None:
-            apply = lambda *inputs: _compat.evaluate(jaxpr, eqn, inputs, [0])[0]  # noqa: B023
+            apply = functools.partial(_apply, jaxpr, eqn)
             outs = [visit(site, inputs, apply, given.get(site.number))][: len(keep)]
         else:
             outs = _compat.evaluate(jaxpr, eqn, inputs, keep)
@@ -84,9 +84,14 @@ def run(
     return [read(v) for v in jaxpr.outvars], records
 
 
-def _used(jaxpr: Any) -> set:
-    read = [v for eqn in jaxpr.eqns for v in eqn.invars] + list(jaxpr.outvars)
-    return {v for v in read if not _compat.is_literal(v)}
+def _again(
+    inner: Node, sites: Any, visit: Any, values: Any, taps: Any, given: Any
+) -> tuple[list, dict]:
+    return run(inner, values, sites, taps, visit, given)
+
+
+def _apply(jaxpr: Any, eqn: Any, *inputs: Any) -> Any:
+    return _compat.evaluate(jaxpr, eqn, inputs, [0])[0]
 
 
 def _inside(

@@ -23,7 +23,6 @@ class Site(NamedTuple):
 
     Attributes:
       number: Of the site in the program.
-      jaxpr: That the equation is from.
       eqn: The equation.
       weight: Which input is the weight.
       view: What the weight consists of.
@@ -35,7 +34,6 @@ class Site(NamedTuple):
     """
 
     number: int
-    jaxpr: Any
     eqn: Any
     weight: int
     view: View

@@ -125,19 +125,22 @@ def _gram(
     """The sum over pairs of positions, in tiles below the diagonal and on it."""
     length = left.shape[1]
     if length <= TILE:
-        both = _matmul(left, left, precision) * _matmul(right, right, precision)
-        return both.sum()
+        return _inner((left, right), (left, right), precision)
     count = -(-length // TILE)
     edges = [length * k // count for k in range(count + 1)]
     total = jnp.zeros((), left.dtype)
     for low, high in itertools.pairwise(edges):
-        some = lambda x: x[:, low:high]  # noqa: B023
-        pair = lambda x, y: _matmul(some(x), y, precision)  # noqa: B023
-        total += (pair(left, some(left)) * pair(right, some(right))).sum()
+        some = left[:, low:high], right[:, low:high]
+        total += _inner(some, some, precision)
         if low:
-            below = pair(left, left[:, :low]) * pair(right, right[:, :low])
-            total += 2 * below.sum()
+            total += 2 * _inner(some, (left[:, :low], right[:, :low]), precision)
     return total
+
+
+def _inner(a: tuple, b: tuple, precision: jax.lax.PrecisionLike) -> jax.Array:
+    """The sum over pairs of positions of products of inner products."""
+    (u, v), (x, y) = a, b
+    return (_matmul(u, x, precision) * _matmul(v, y, precision)).sum()
 
 
 def _sum_rows(ids: jax.Array, rows: jax.Array) -> jax.Array:
