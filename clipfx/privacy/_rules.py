@@ -147,7 +147,8 @@ def dpsgd_f(
     Args:
       max_norm: :math:`C_0 > 0`.
       num_groups: K >= 1. Static.
-      count_stddev: :math:`\sigma_b > 0`; 8 to 10 is usual.
+      count_stddev: :math:`\sigma_b > 0`; 8 to 10 is usual. A population with fewer
+        examples in a batch has a count that says nothing.
 
     Returns:
       A rule for `dp_grad(max_norm=...)`, which then needs `population=` at each call.
