@@ -47,8 +47,7 @@ def run_main(tmp_path, **given):
     return [json.loads(line, parse_constant=pytest.fail) for line in lines]
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def run_small(tmp_path_factory):
     """A folder, what was printed, and the rows of the file."""
     folder, printed = tmp_path_factory.mktemp("small"), io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -61,7 +60,7 @@ def split():
     return fair_loans.split_data(fair_loans.load_data(), 0)
 
 
-def test_end_to_end(small):
+def assert_complete(small):
     folder, printed, rows = small
     variants = ["none", "at most 1"]
     assert [(row["variant"], row["seed"], row["step"]) for row in rows] == [
@@ -78,7 +77,7 @@ def test_end_to_end(small):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_numbers_are_in_their_ranges(small):
+def assert_numbers_are_in_their_ranges(small):
     _, _, rows = small
     for row in rows:
         assert set(row) == KEYS
@@ -89,7 +88,7 @@ def test_numbers_are_in_their_ranges(small):
         assert row["clipped"] > 0.9 or row["variant"] != "at most 1"
 
 
-def test_table_is_of_the_file(small):
+def assert_table_is_of_the_file(small):
     _, printed, rows = small
     ends = [x for x in rows if (x["variant"], x["step"]) == ("at most 1", 30)]
     gaps = np.array([row["gap"] for row in ends])
@@ -97,6 +96,14 @@ def test_table_is_of_the_file(small):
     assert f"  {gaps.mean():.3f} ({gaps.std():.3f})  " in line
     line = next(x for x in printed.splitlines() if x.startswith("data "))
     assert line.split() == ["data", "0.9077", "0.703"]
+
+
+def test_end_to_end(tmp_path_factory):
+    """One run, of which several workers would each make their own."""
+    small = run_small(tmp_path_factory)
+    assert_complete(small)
+    assert_numbers_are_in_their_ranges(small)
+    assert_table_is_of_the_file(small)
 
 
 def test_same_seed_same_run():

@@ -197,6 +197,23 @@ def test_no_noise_is_no_noise():
     assert np.isfinite(flat(found)).all()
 
 
+@pytest.mark.parametrize("rule", ["fixed", "quantile"])
+def test_noise_multiplier_may_be_traced(rule):
+    params, batch = params_of(), batch_of()
+
+    @jax.jit
+    def step(z):
+        grad = dp(z, RULES[rule]())
+        return grad(grad.init(params), params, batch)[:2]
+
+    for z in (0.5, 1.1):
+        found, state = step(z)
+        right, after, _ = once(dp(z, RULES[rule]()))
+        chex.assert_trees_all_close(found, right, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(state, after, rtol=1e-5)
+    assert step._cache_size() == 1
+
+
 @pytest.mark.parametrize("ord", [1, 2])
 def test_allocations_cost_the_same(ord):
     """Blocks of noise b_k with thresholds C_k release sum (C_k / b_k)^p = z^-p."""

@@ -41,8 +41,7 @@ def run_main(tmp_path, **given):
     return [json.loads(line, parse_constant=pytest.fail) for line in lines]
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def run_small(tmp_path_factory):
     """A folder, what was printed, and the rows of the file."""
     folder, printed = tmp_path_factory.mktemp("small"), io.StringIO()
     few = {name: VARIANTS[name] for name in FEW}
@@ -52,7 +51,7 @@ def small(tmp_path_factory):
     return folder, printed.getvalue(), rows
 
 
-def test_end_to_end(small):
+def assert_complete(small):
     folder, printed, rows = small
     assert [(row["variant"], row["rate"], row["seed"]) for row in rows] == [
         (variant, rate, seed)
@@ -68,7 +67,7 @@ def test_end_to_end(small):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_numbers_are_in_their_ranges(small):
+def assert_numbers_are_in_their_ranges(small):
     _, _, rows = small
     for row in rows:
         assert set(row) == KEYS
@@ -79,19 +78,28 @@ def test_numbers_are_in_their_ranges(small):
             assert row["threshold"] > 0
 
 
-def test_all_cost_the_same(small):
+def assert_all_cost_the_same(small):
     _, _, rows = small
     run = privacy.event(1.0, SMALL.steps, sampling_probability=64 / 822)
     expected = privacy.epsilon(run, rare_digit.DELTA)
     assert {x["epsilon"] for x in rows if x["variant"] != "none"} == {expected}
 
 
-def test_table_is_of_the_file(small):
+def assert_table_is_of_the_file(small):
     _, printed, rows = small
     chosen = [x for x in rows if (x["variant"], x["rate"]) == ("fixed", 0.3)]
     values = np.array([row["overall"] for row in chosen])
     line = next(x for x in printed.splitlines() if x.startswith("0.3 "))
     assert f"  {values.mean():.3f} ({values.std():.3f})  " in line
+
+
+def test_end_to_end(tmp_path_factory):
+    """One run, of which several workers would each make their own."""
+    small = run_small(tmp_path_factory)
+    assert_complete(small)
+    assert_numbers_are_in_their_ranges(small)
+    assert_all_cost_the_same(small)
+    assert_table_is_of_the_file(small)
 
 
 def assert_close(one, other, **tolerances):

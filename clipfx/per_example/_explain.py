@@ -12,7 +12,8 @@ from clipfx._tree import leaves_with_path
 from clipfx.per_example import _batch
 from clipfx.per_example._batch import Signature
 from clipfx.per_example._factors import sizes
-from clipfx.per_example._plan import Plan, factored_cost
+from clipfx.per_example._plan import Plan
+from clipfx.per_example._roads import factored_cost
 from clipfx.per_example._sites import ADD
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from clipfx import _compat
 from clipfx._tree import widen
 from clipfx.per_example import _factors, _run, _sites, _squares
-from clipfx.per_example._plan import Plan, by_region
+from clipfx.per_example._plan import Plan
+from clipfx.per_example._roads import by_region
 from clipfx.per_example._sites import Site
 from clipfx.per_example._views import Part
 

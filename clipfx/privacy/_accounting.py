@@ -144,7 +144,7 @@ def noise_multiplier_for(
       relation: See `clipfx.privacy.epsilon`.
 
     Returns:
-      The noise multiplier, to four digits, rounded up.
+      The noise multiplier, enough, and within a ten-thousandth of the least.
 
     Raises:
       ImportError: If dp-accounting is not installed.
@@ -155,7 +155,7 @@ def noise_multiplier_for(
     Example:
       >>> z = noise_multiplier_for(8.0, 1e-5, 2250, sampling_probability=0.04)
       >>> f"{z:.4f}"
-      '1.3460'
+      '1.3459'
 
     Reference: see `clipfx.privacy.epsilon`.
     """
@@ -172,27 +172,40 @@ def noise_multiplier_for(
             "released."
         )
     # Coarse where epsilon is large, still an upper bound: fine grids take minutes.
-    make = _accountant(accountant, relation, 1e-4 * max(1.0, epsilon / 10))
-    enough = lambda z: make().compose(some(z)).get_epsilon(delta) <= epsilon
+    interval = 1e-4 * max(1.0, epsilon / 10)
+    make, coarse = (_accountant(accountant, relation, k * interval) for k in (1, 10))
+    enough = lambda z, make: make().compose(some(z)).get_epsilon(delta) <= epsilon
     high = 2 * _surely(epsilon, delta, steps, sampling_probability, mechanism)
     try:
-        if high > 1e6 or not enough(high):
+        if high > 1e6 or not enough(high, make):
             raise ValueError(
                 f"epsilon must be within reach, got {epsilon!r} with delta={delta!r}, "
                 f"which a noise multiplier of {min(high, 1e6):.3g} does not meet; take "
                 "fewer steps, a smaller sampling_probability or a larger epsilon."
             )
-        while enough(high / 2):
+        while enough(high / 2, coarse):
             high /= 2
+        if enough(high, coarse):  # an upper bound, too
+            high = _least(coarse, some, epsilon, delta, high / 2, high)
+        low = 0.99 * high
+        while enough(low, make):
+            low, high = 0.9 * low, low
     except dp.UnsupportedEventError as error:
         raise ValueError(
             f"mechanism={mechanism!r} must be known to accountant={accountant!r} under "
             f"relation={relation!r}, got one that is not; pass another of these."
         ) from error
-    bracket = dp.ExplicitBracketInterval(high / 2, high)
-    return float(
-        dp.calibrate_dp_mechanism(make, some, epsilon, delta, bracket, tol=5e-5 * high)
-    )
+    return _least(make, some, epsilon, delta, low, high)
+
+
+def _least(
+    make: Any, some: Any, epsilon: float, delta: float, low: float, high: float
+) -> float:
+    """The least multiplier that is enough, between one that is not and one that is."""
+    dp = _library()
+    bracket, tol = dp.ExplicitBracketInterval(low, high), 1e-4 * low
+    found = dp.calibrate_dp_mechanism(make, some, epsilon, delta, bracket, tol=tol)
+    return float(found)
 
 
 def _surely(

@@ -95,20 +95,26 @@ class DPGrad:
         """`max_norm` as `[G]`."""
         return limits(self.rule.max_norm, members, -1)[0].astype(jnp.float32)
 
-    def gradient_noise_multiplier(self, groups: int = 1) -> float:
+    @property
+    def noisy(self) -> bool:
+        """Whether there may be noise."""
+        return not is_known(self.noise_multiplier) or self.noise_multiplier > 0
+
+    def gradient_noise_multiplier(self, groups: int = 1) -> Any:
         """The multiplier of the gradient's own noise, larger than the joint one.
 
         Args:
           groups: G, how many groups of leaves there are.
 
         Raises:
-          ValueError: If counts alone release more than the joint multiplier allows.
+          ValueError: If counts alone release more than the joint multiplier allows;
+            NaN, if that is traced.
         """
         z, reach = self.noise_multiplier, self.rule.reach(groups)
-        if not z or not reach:
+        if not self.noisy or not reach:
             return z
         rest = z**-2 - (reach / self.rule.count_stddev) ** 2
-        if rest <= 0:
+        if is_known(rest) and rest <= 0:
             raise ValueError(
                 f"count_stddev must be above {z * reach:.6g} for "
                 f"noise_multiplier={z!r} and {groups} group(s), got "
@@ -200,7 +206,7 @@ class DPGrad:
         total = jax.lax.psum(total, tuple(sorted(axes))) if axes else total
         if self.clipped.axis_name is not None:
             total = jax.lax.psum(total, self.clipped.axis_name)
-        if not self.noise_multiplier:
+        if not self.noisy:
             return total
         key = jax.random.fold_in(key, COUNTS)
         noise = _noise.gaussian(key, total.shape, total.dtype)
@@ -209,9 +215,9 @@ class DPGrad:
     def _stddev(self, bound: jax.Array) -> jax.Array:
         """Of the noise on the sum, or its scale, by group `[G]`."""
         p, groups = self.clipped.ord, bound.shape[0]
-        z = self.gradient_noise_multiplier(groups)
-        if not z:  # no noise, also for infinite bounds
+        if not self.noisy:  # also for infinite bounds
             return jnp.zeros_like(bound)
+        z = self.gradient_noise_multiplier(groups)
         if self.allocation == "equal_budget":
             return z * groups ** (1 / p) * bound
         return jnp.broadcast_to(z * jnp.linalg.norm(bound, p), bound.shape)
@@ -221,7 +227,7 @@ class DPGrad:
     ) -> Any:
         draw = _noise.laplace if self.clipped.ord == 1 else _noise.gaussian
         leaves, treedef = jax.tree.flatten(sums)
-        if self.noise_multiplier:
+        if self.noisy:
             sizes = [stddev[i] for i in members.index if i is not None]
             leaves = _noise.add(draw, leaves, sizes, key, None)
         mean = [x / self.expected_batch_size for x in leaves]
@@ -270,7 +276,8 @@ def dp_grad(
       max_norm: C: a number >= 0, `[G]`, a dict by group name, or a rule that adapts it:
         `quantile`, `dpsgd_f`, `dpsgd_global`, `dpsgd_global_adapt`.
       noise_multiplier: z >= 0 of the whole step; with a rule, counts and gradient share
-        it. 0 adds no noise, to see what clipping alone does.
+        it. 0 adds no noise, to see what clipping alone does. May be traced, to compile
+        once for several.
       expected_batch_size: m > 0: the sampling probability times the number of examples.
       key: See `add_gaussian_noise`.
       ord: p, 2 with Gaussian or 1 with Laplace noise. Static.
@@ -318,7 +325,7 @@ def dp_grad(
     """
     check_number(
         "noise_multiplier", noise_multiplier, "[0, inf)",
-        "clipfx.privacy.noise_multiplier_for finds it", static=True,
+        "clipfx.privacy.noise_multiplier_for finds it",
     )  # fmt: skip
     check_number(
         "expected_batch_size", expected_batch_size, "(0, inf)",
@@ -326,11 +333,15 @@ def dp_grad(
     )  # fmt: skip
     check_choice("allocation", allocation, ("global", "equal_budget"))
     rule = max_norm if isinstance(max_norm, PrivateThreshold) else fixed(max_norm)
-    _check_fixed(rule.max_norm, finite=noise_multiplier > 0)
     if ord == 1 and rule.count_stddev:
         raise ValueError(
             "max_norm must be fixed with ord=1, got a rule that counts with Gaussian "
             "noise; that and Laplace noise have no joint multiplier."
+        )
+    if callable(rule.max_norm):
+        raise TypeError(
+            "max_norm must be a number, an array, a dict by group name or a rule of "
+            f"clipfx.privacy, got {max_norm!r}; a function of norms is not private."
         )
     clipped = clipped_grad(
         fun,
@@ -354,21 +365,18 @@ def dp_grad(
         clipped, rule, noise_multiplier, expected_batch_size, _noise.as_key(key),
         allocation,
     )  # fmt: skip
+    if grad.noisy:
+        _check_finite(rule.max_norm)
     if groups == "global":
         grad.gradient_noise_multiplier()
     return grad
 
 
-def _check_fixed(max_norm: Any, *, finite: bool) -> None:
-    """Checks that a threshold is one for all examples, and finite where noise is."""
-    if callable(max_norm):
-        raise TypeError(
-            "max_norm must be a number, an array, a dict by group name or a rule of "
-            f"clipfx.privacy, got {max_norm!r}; a function of norms is not private."
-        )
+def _check_finite(max_norm: Any) -> None:
+    """Checks that a threshold is finite where noise is."""
     values = max_norm.values() if isinstance(max_norm, Mapping) else [max_norm]
     known = [np.asarray(x, np.float64) for x in values if is_known(x)]
-    if finite and not all(np.isfinite(x).all() for x in known):
+    if not all(np.isfinite(x).all() for x in known):
         raise ValueError(
             f"max_norm must be finite, got {max_norm!r}; noise is as large as what one "
             "example may contribute."

@@ -90,7 +90,8 @@ def quantile(
 
     Args:
       max_norm: :math:`C_0`: a number > 0, `[G]`, or a dict by group name.
-      count_stddev: :math:`\sigma_b > 0`; a twentieth of the batch size is usual.
+      count_stddev: :math:`\sigma_b > 0`; a twentieth of the batch size is usual, and
+        with one group the noise multiplier is always enough.
       target: :math:`\gamma` in [0, 1], the share of examples below the threshold.
       step_size: :math:`\eta > 0`.
       min_norm: :math:`C_{\min} \ge 0`. Without a bound a majority that fits can draw
