@@ -23,8 +23,8 @@ LAYERS = ["_compat", "_checks", "_tree", "_norms", "_statistics", "_weights",
           "_averages", "_power", "_spikes", "_relative", "_steps", "_wrappers",
           "_fair", "metrics", *(f"per_example._{name}" for name in (
               "views", "sites", "factors", "squares", "roads", "plan", "run", "tape",
-              "sums", "batch", "bounded", "limits", "parts", "grad", "groups", "measures",
-              "between", "fair", "stacked", "explain")),
+              "sums", "batch", "bounded", "limits", "parts", "grad", "groups",
+              "measures", "between", "fair", "stacked", "explain")),
           *(f"privacy._{name}" for name in (
               "noise", "rules", "dp_grad", "accounting"))]  # fmt: skip
 FOLDERS = {"clipfx", "clipfx.per_example", "clipfx.privacy"}
