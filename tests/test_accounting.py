@@ -1,5 +1,6 @@
 """The hand-off to dp-accounting, by published numbers, and audits of what it claims."""
 
+import dataclasses
 import math
 
 import jax
@@ -94,6 +95,17 @@ def test_counts_and_gradient_cost_what_is_said():
     joint = privacy.event(1.2, 100, sampling_probability=0.1)
     two = privacy.epsilon(run, DELTA, accountant="rdp")
     assert two == pytest.approx(privacy.epsilon(joint, DELTA, accountant="rdp"))
+
+
+def test_a_gradient_knows_its_event():
+    make = lambda **settings: privacy.dp_grad(
+        lambda w, x: w * x, max_norm=1.0, noise_multiplier=1.2,
+        expected_batch_size=1, key=jax.random.key(0), **settings,
+    )  # fmt: skip
+    run = {"steps": 7, "sampling_probability": 0.1}
+    assert make().event(**run) == privacy.event(1.2, **run)
+    laplace = privacy.event(1.2, **run, mechanism="laplace")
+    assert make(ord=1).event(**run) == laplace
 
 
 def test_without_noise_there_is_no_epsilon():
@@ -208,9 +220,8 @@ def audited(noise, *, response=responses.hard, claimed=1.0, ord=2, longer=1.0):
     scores = np.float64(found)
     auditor = auditing.CanaryScoreAuditor(scores[among], scores[~among])
     lower = auditor.epsilon_one_run(significance=0.05, delta=DELTA)
-    mechanism = "laplace" if ord == 1 else "gaussian"
-    run = privacy.event(claimed, 1, mechanism=mechanism)
-    return lower, privacy.epsilon(run, DELTA)
+    claims = dataclasses.replace(grad, noise_multiplier=claimed)
+    return lower, privacy.epsilon(claims.event(1), DELTA)
 
 
 @pytest.mark.parametrize("ord", [1, 2])

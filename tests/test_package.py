@@ -26,7 +26,7 @@ LAYERS = ["_compat", "_checks", "_tree", "_norms", "_statistics", "_weights",
               "sums", "batch", "bounded", "limits", "parts", "grad", "groups",
               "measures", "between", "fair", "stacked", "explain")),
           *(f"privacy._{name}" for name in (
-              "noise", "rules", "dp_grad", "accounting"))]  # fmt: skip
+              "noise", "rules", "accounting", "dp_grad"))]  # fmt: skip
 FOLDERS = {"clipfx", "clipfx.per_example", "clipfx.privacy"}
 NAMESPACES = [clipfx.metrics, clipfx.per_example, clipfx.privacy, clipfx.responses,
               clipfx.snr, clipfx.thresholds]  # fmt: skip

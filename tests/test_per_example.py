@@ -217,6 +217,42 @@ def test_norms_alone():
     )
 
 
+@pytest.mark.parametrize("size", [None, 2])
+def test_threshold_as_a_function_of_norms(size):
+    """The median of a batch, padding left out; microbatches see the whole batch."""
+    where = np.arange(B) != 1
+
+    def median(norm, where):
+        return jnp.nanmedian(jnp.where(where[:, None], norm, jnp.nan))
+
+    grad = per_example.clipped_grad(loss, median, microbatch_size=size)
+    _, info = jax.jit(grad)(PARAMS, BATCH, where=jnp.asarray(where))
+    _, norm, _ = oracle(loss, PARAMS, BATCH)
+    limit = np.median(norm[where])
+    right = np.where(where[:, None], np.minimum(1, limit / norm), 0)
+    np.testing.assert_allclose(info.factor, right, rtol=1e-5)
+    with pytest.raises(ValueError, match="the function"):
+        grad.sensitivity()
+    assert grad.sensitivity(max_norm=2.0) == 2.0
+
+
+@pytest.mark.parametrize("ord", [1, 2])
+def test_norms_in_microbatches_and_of_either_kind(ord):
+    grads, _, _ = oracle(loss, PARAMS, BATCH)
+    rows = np.concatenate([x.reshape(B, -1) for x in grads], axis=1)
+    right = np.linalg.norm(rows, ord, axis=1)[:, None]
+    for size in (None, 2):
+        measure = per_example.norms(loss, ord=ord, microbatch_size=size)
+        np.testing.assert_allclose(measure(PARAMS, BATCH).norm, right, rtol=1e-5)
+
+
+def test_sensitivity_in_the_1_norm_adds_up():
+    limit = np.array([1.0, 0.5, 0.25])
+    grad = per_example.clipped_grad(loss, limit, groups="layer", ord=1)
+    assert grad.sensitivity() == 1.75
+    assert grad.sensitivity("replace_one") == 3.5
+
+
 def test_norms_never_vanish_by_cancellation():
     """Gradients over time that cancel: rounding must not make a bound of nothing."""
     fun = lambda w, x: (x @ w * jnp.array([1.0, -1.0, 1.0, -1.0])[:, None]).sum() * 1e3
@@ -344,6 +380,7 @@ ERRORS = [
     (lambda: clipped(SIMPLE, 1.0, argnums="0"), TypeError, "argnums must be"),
     (lambda: clipped(SIMPLE, 1.0, batch_argnums=()), TypeError, "batch_argnums must"),
     (lambda: clipped(SIMPLE, 1.0, microbatch_size=0), ValueError, "microbatch_size"),
+    (lambda: clipped(SIMPLE, 1.0, ord=3), ValueError, "ord must be"),
     (lambda: clipped(SIMPLE, 1.0, response=1), TypeError, "response must be"),
     (lambda: clipped(SIMPLE, 1.0, groups="row")(W, X), ValueError, "groups must be"),
     (lambda: clipped(SIMPLE, 1.0, argnums=5)(W, X), ValueError, "argnums must be"),

@@ -1,12 +1,11 @@
 """Bounded, summed, noised, divided: one step of differentially private training."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from clipfx import _compat, responses
@@ -17,8 +16,8 @@ from clipfx.per_example._bounded import PerExample
 from clipfx.per_example._grad import ClippedGrad, check_bounded, clipped_grad
 from clipfx.per_example._groups import membership
 from clipfx.per_example._limits import limits
-from clipfx.privacy import _noise
-from clipfx.privacy._rules import PrivateThreshold, fixed
+from clipfx.privacy import _accounting, _noise
+from clipfx.privacy._rules import PrivateThreshold, check_finite, fixed
 
 COUNTS = 2**32 - 1  # of the keys of a step, which leaves number from 0, that of counts
 
@@ -122,6 +121,29 @@ class DPGrad:
                 "that allows."
             )
         return rest**-0.5
+
+    def sensitivity(self, state: DPState, relation: str = "add_or_remove_one") -> float:
+        """How far the sum of the last step could move between neighbouring batches.
+
+        Args:
+          state: That the step returned.
+          relation: See `clipfx.per_example.ClippedGrad.sensitivity`.
+        """
+        return self.clipped.sensitivity(relation, max_norm=state.threshold)
+
+    def event(self, steps: int, *, sampling_probability: float = 1.0) -> Any:
+        """What a run of steps releases, as `clipfx.privacy.event` says it.
+
+        Args:
+          steps: How many.
+          sampling_probability: Of each example, in each batch.
+        """
+        return _accounting.event(
+            self.noise_multiplier,
+            steps,
+            sampling_probability=sampling_probability,
+            mechanism="laplace" if self.clipped.ord == 1 else "gaussian",
+        )
 
     def __call__(
         self,
@@ -267,8 +289,8 @@ def dp_grad(
     equal for one device and many. The sum is divided by the *expected* batch size, a
     public number, whatever came; a batch without examples is a step of noise alone.
 
-    `clipfx.privacy.event(noise_multiplier, steps, sampling_probability=...)` says what
-    a run of it costs, if batches are drawn by Poisson sampling and padded with
+    `grad.event(steps, sampling_probability=q)` is what a run releases, for
+    `clipfx.privacy.epsilon`, if batches are drawn by Poisson sampling and padded with
     `where=`. Read "What is promised and what is not" first.
 
     Args:
@@ -366,18 +388,7 @@ def dp_grad(
         allocation,
     )  # fmt: skip
     if grad.noisy:
-        _check_finite(rule.max_norm)
+        check_finite(rule.max_norm)
     if groups == "global":
         grad.gradient_noise_multiplier()
     return grad
-
-
-def _check_finite(max_norm: Any) -> None:
-    """Checks that a threshold is finite where noise is."""
-    values = max_norm.values() if isinstance(max_norm, Mapping) else [max_norm]
-    known = [np.asarray(x, np.float64) for x in values if is_known(x)]
-    if not all(np.isfinite(x).all() for x in known):
-        raise ValueError(
-            f"max_norm must be finite, got {max_norm!r}; noise is as large as what one "
-            "example may contribute."
-        )

@@ -10,13 +10,14 @@ multiplier z if the gradient gets
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from clipfx._checks import check_number
+from clipfx._checks import check_number, is_known
 from clipfx._fair import check_populations
 from clipfx.per_example._limits import check_limit
 from clipfx.responses import Response
@@ -314,3 +315,14 @@ def _check_stddev(count_stddev: Any) -> None:
 def _check_upper(max_norm: Any, upper: Any) -> None:
     check_number("max_norm", max_norm, "(0, inf)", "1 is usual")
     check_number("upper", upper, "(0, inf)", "50 to 100 times max_norm is usual")
+
+
+def check_finite(max_norm: Any) -> None:
+    """Checks that a threshold is finite where noise is."""
+    values = max_norm.values() if isinstance(max_norm, Mapping) else [max_norm]
+    known = [np.asarray(x, np.float64) for x in values if is_known(x)]
+    if not all(np.isfinite(x).all() for x in known):
+        raise ValueError(
+            f"max_norm must be finite, got {max_norm!r}; noise is as large as what one "
+            "example may contribute."
+        )
