@@ -193,6 +193,7 @@ METHODS: dict[str, Method] = {
 
 # Public functions that are no transforms to be clipped with, and where they are tested.
 ELSEWHERE = {
+    "clip_fair_groups",  # of stacked contributions, see test_fair.py
     "clip_by_norm",
     "global_norm",
     "per_stacked_layer",
