@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sentences import raises_one_sentence
 
 from clipfx import privacy, responses
 
@@ -154,13 +155,7 @@ def spend(mechanism="gaussian", **settings):
 
 @pytest.mark.parametrize("case", ERRORS, ids=range(len(ERRORS)))
 def test_bad_input_gets_one_sentence(case):
-    call, kind, text = case
-    with pytest.raises(kind, match=text) as caught:
-        call()
-    sentence = str(caught.value)
-    assert sentence.endswith(".")
-    assert "; " in sentence
-    assert "\n" not in sentence
+    raises_one_sentence(case)
 
 
 def test_missing_library_is_named(monkeypatch):

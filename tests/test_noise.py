@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from sentences import raises_one_sentence
 from trees import enable_x64
 
 from clipfx import privacy
@@ -199,10 +200,4 @@ ERRORS = [
 
 @pytest.mark.parametrize("case", ERRORS, ids=range(len(ERRORS)))
 def test_bad_input_gets_one_sentence(case):
-    call, kind, text = case
-    with pytest.raises(kind, match=text) as caught:
-        call()
-    sentence = str(caught.value)
-    assert sentence.endswith(".")
-    assert "; " in sentence
-    assert "\n" not in sentence
+    raises_one_sentence(case)

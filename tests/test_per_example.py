@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sentences import raises_one_sentence
 
 import clipfx
 from clipfx import per_example, responses
@@ -447,11 +448,4 @@ ERRORS = [
 
 @pytest.mark.parametrize("case", ERRORS, ids=[case[2] for case in ERRORS])
 def test_bad_input_gets_one_sentence(case):
-    call, kind, text = case
-    with pytest.raises(kind, match=text) as caught:
-        call()
-    message = str(caught.value)
-    assert message[0].islower()
-    assert message.endswith(".")
-    assert "; " in message
-    assert "\n" not in message
+    raises_one_sentence(case)

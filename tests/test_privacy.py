@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from sentences import raises_one_sentence
 from trees import enable_x64
 
 from clipfx import per_example, privacy, responses
@@ -496,10 +497,4 @@ def ask(population, rule="dpsgd_f"):
 
 @pytest.mark.parametrize("case", ERRORS, ids=range(len(ERRORS)))
 def test_bad_input_gets_one_sentence(case):
-    call, kind, text = case
-    with pytest.raises(kind, match=text) as caught:
-        call()
-    sentence = str(caught.value)
-    assert sentence.endswith(".")
-    assert "; " in sentence
-    assert "\n" not in sentence
+    raises_one_sentence(case)
