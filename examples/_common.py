@@ -39,6 +39,20 @@ def load_text(path: str | None = None) -> str:
         ) from None
 
 
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Scikit-learn's digits `[1797, 64]` in [-1, 1], and their labels.
+
+    Raises:
+      ValueError: If scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ValueError("the digits are missing: pip install scikit-learn.") from None
+    images, labels = load_digits(return_X_y=True)
+    return np.asarray(images, np.float32) / 8 - 1, np.asarray(labels, np.int32)
+
+
 def encode(text: str) -> tuple[str, np.ndarray]:
     """The alphabet of a text, and the text as places in that alphabet."""
     codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)

@@ -173,12 +173,7 @@ class History:
 
 def load_data() -> tuple[np.ndarray, np.ndarray]:
     """Digits `[count, 64]` in [-1, 1], four fifths to train on and one to test."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ValueError("the digits are missing: pip install scikit-learn.") from None
-    digits = np.asarray(load_digits(return_X_y=True)[0], np.float32) / 8 - 1
-    digits = np.random.default_rng(0).permutation(digits)
+    digits = np.random.default_rng(0).permutation(_common.load_digits()[0])
     return digits[len(digits) // 5 :], digits[: len(digits) // 5]
 
 

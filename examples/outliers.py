@@ -156,14 +156,9 @@ class Run:
 
 def load_data(share: float, seed: int) -> Data:
     """Digits in [-1, 1], half of them held out; some labels of the rest made wrong."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ValueError("the digits are missing: pip install scikit-learn.") from None
-    images, labels = load_digits(return_X_y=True)
+    images, labels = _common.load_digits()
     order = np.random.default_rng(0).permutation(len(labels))
-    images = np.asarray(images, np.float32)[order] / 8 - 1
-    labels = np.asarray(labels, np.int32)[order]
+    images, labels = images[order], labels[order]
     test = len(labels) // 2
     noisy, wrong = spoil(labels[test:], share, np.random.default_rng((seed, 0)))
     return Data(images[test:], noisy, wrong, images[:test], labels[:test])

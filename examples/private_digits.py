@@ -127,14 +127,9 @@ class Data(NamedTuple):
 
 def load_data() -> Data:
     """Scikit-learn's digits in [-1, 1], a fifth of them to test on."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ValueError("the digits are missing: pip install scikit-learn.") from None
-    images, labels = load_digits(return_X_y=True)
+    images, labels = _common.load_digits()
     order = np.random.default_rng(0).permutation(len(labels))
-    images = np.asarray(images, np.float32)[order] / 8 - 1
-    labels = np.asarray(labels, np.int32)[order]
+    images, labels = images[order], labels[order]
     test = len(labels) // 5
     return Data(images[test:], labels[test:], images[:test], labels[:test])
 

@@ -129,19 +129,9 @@ class Data(NamedTuple):
     test_labels: Any
 
 
-def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """All 1,797 digits in [-1, 1]."""
-    try:
-        from sklearn import datasets
-    except ImportError:
-        raise ValueError("the digits are missing: pip install scikit-learn.") from None
-    images, labels = datasets.load_digits(return_X_y=True)
-    return np.asarray(images, np.float32) / 8 - 1, np.asarray(labels, np.int32)
-
-
 def split_digits(kept: float, seed: int) -> Data:
     """Half of each digit held out, and of the rare one a share of the other half."""
-    images, labels = load_digits()
+    images, labels = _common.load_digits()
     rng, train, test = np.random.default_rng((seed, 0)), [], []
     for digit in range(CLASSES):
         places = rng.permutation(np.flatnonzero(labels == digit))

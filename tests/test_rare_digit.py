@@ -16,7 +16,7 @@ pytest.importorskip("jax_privacy")
 
 import clipfx
 from clipfx import privacy
-from examples import rare_digit
+from examples import _common, rare_digit
 from examples.rare_digit import FLAGS, VARIANTS, Result, Settings
 
 SMALL = Settings(rates=(0.3, 1.0), steps=3, batch=64, runs=2)
@@ -121,7 +121,7 @@ def test_same_seed_same_run():
 @pytest.mark.parametrize("kept, count", [(0.09, 8), (0.5, 44), (1.0, 87), (0.0, 1)])
 def test_rare_digit_is_rare_in_training_only(kept, count):
     data = rare_digit.split_digits(kept, 0)
-    whole = np.bincount(rare_digit.load_digits()[1])
+    whole = np.bincount(_common.load_digits()[1])
     held = np.bincount(data.test_labels)
     np.testing.assert_array_equal(held, whole // 2)
     trained = np.bincount(data.labels)
@@ -269,7 +269,7 @@ def test_diverged_run():
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("sklearn", r"the digits are missing: pip install scikit-learn\."),
+        ("sklearn.datasets", r"the digits are missing: pip install scikit-learn\."),
         ("jax_privacy", r"batches need jax_privacy: pip install jax-privacy\."),
     ],
 )
