@@ -81,8 +81,8 @@ def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
         return x
     if hasattr(jax.lax, "pcast"):  # newer JAX
         return jax.lax.pcast(x, tuple(sorted(axes)), to="varying")
-    pvary: Any = getattr(jax.lax, "pvary")  # noqa: B009, gone from newer JAX
-    return pvary(x, tuple(sorted(axes)))
+    older: Any = jax.lax
+    return older.pvary(x, tuple(sorted(axes)))
 
 
 def explicit_spec(x: jax.Array) -> tuple | None:

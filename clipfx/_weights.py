@@ -89,7 +89,7 @@ def psac(stability: float = 0.1) -> Response:
 
 
 def _share(norm: jax.Array, rest: Any, far: float) -> jax.Array:
-    """N / (n + rest), also for norms beyond `far` whose sum would leave the range."""
+    """The share n / (n + rest), for norms beyond `far` without their sum."""
     large = 1 / (1 + divide(rest, jnp.where(norm > 0, norm, 1)))
     return jnp.where(norm > far, large, norm / (norm + rest))
 

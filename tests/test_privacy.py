@@ -483,6 +483,7 @@ ERRORS = [
         ValueError,
         "tolerance",
     ),
+    (lambda: dp()(params_of(), batch_of()), TypeError, "state must be a DPState"),
     (lambda: ask(None), TypeError, "population must be passed"),
     (lambda: ask(np.array([0, 1, 2, 0, 0, 0])), ValueError, "population must be in"),
     (lambda: ask(np.zeros(5, np.int32)), ValueError, "population must have shape"),

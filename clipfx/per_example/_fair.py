@@ -16,8 +16,7 @@ from clipfx._fair import (
     measure,
 )
 from clipfx._norms import Norms
-from clipfx.per_example import _batch
-from clipfx.per_example import _between as between
+from clipfx.per_example import _batch, _between
 from clipfx.per_example._batch import Signature
 from clipfx.per_example._groups import by_group, contributions, one_pass, weighted
 from clipfx.per_example._tape import over
@@ -117,7 +116,7 @@ def fair_grad(
                 "absent; skip the step."
             )
         run = one_pass(call, member)
-        light = {} if axis_name is not None else between.choose(run)
+        light = {} if axis_name is not None else _between.choose(run)
         heavy = [k for k in range(len(call.program.params)) if k not in light]
         parts = contributions(run, heavy)
         count = run.member.sum(0)
@@ -126,7 +125,7 @@ def fair_grad(
             parts, count = jax.lax.psum((parts, count), axis_name)
         norms = measure(parts)
         if light:
-            more = between.norms(run, light)
+            more = _between.norms(run, light)
             value = jnp.hypot(norms.value / norms.scale, more)
             norms = Norms(value, jnp.ones_like(value))
         scales, norm, _, _ = bound(norms, bounds)

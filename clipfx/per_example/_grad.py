@@ -66,10 +66,7 @@ class ClippedGrad:
         fit = lambda given: limits(given, members, size)
         parted = self.microbatch_size is not None and size > self.microbatch_size
 
-        def some(args: Any, rows: Any, inside: Any) -> tuple[Any, PerExample]:
-            keep, limit = rows
-            if inside is not None:
-                keep = inside if keep is None else keep & inside
+        def some(args: Any, keep: Any, limit: Any) -> tuple[Any, PerExample]:
             call = _batch.prepare(self.signature, args, kwargs, ord=self.ord)
             if not call.size:
                 zeros = [jnp.zeros_like(widen(call.inputs[k]))
@@ -85,21 +82,23 @@ class ClippedGrad:
         limit = None
         if parted and callable(given):  # of the whole batch: one more pass
             measure = measuring(self.signature, members, self.ord, kwargs)
-            _, info = self._parts(measure, args, keep, size)
+            _, info = self._parts(measure, args, keep, None, size)
             every = jnp.ones(size, bool) if keep is None else keep
             limit = of_norms(info.norm, every)
         elif parted:
             limit = fit(given)
         if limit is not None:
             limit = jnp.broadcast_to(limit, (size, limit.shape[1]))
-        sums, info = self._parts(some, args, (keep, limit), size)
+        sums, info = self._parts(some, args, keep, limit, size)
         if self.axis_name is not None:
             sums = [jax.lax.psum(x, self.axis_name) for x in sums]
         return jax.tree.structure(params).unflatten(sums), info
 
-    def _parts(self, some: Callable, args: Any, rows: Any, size: int) -> Any:
+    def _parts(
+        self, some: Callable, args: Any, keep: Any, limit: Any, size: int
+    ) -> Any:
         step = self.microbatch_size
-        return in_parts(some, self.signature, step, args, rows, size)
+        return in_parts(some, self.signature, step, args, keep, limit, size)
 
     def sensitivity(
         self,

@@ -61,11 +61,10 @@ def group_grad(
     Returns:
       A function of the same arguments, batches in place of examples, followed by the
       groups, integers `[B]` in [0, K), and `where=` (bool `[B]`, False for padding). It
-      returns the contributions, like the
-      parameters with an axis K in front, float32 or wider, and `PerExample` with
-      `norm` None and `factor` `[B, K]`, 1 where an example is counted. An example
-      whose gradient is not finite is counted nowhere, nor is one whose traced group is
-      out of range.
+      returns the contributions, like the parameters with an axis K in front, float32 or
+      wider, and `PerExample` with `norm` None and `factor` `[B, K]`, 1 where an example
+      is counted. An example whose gradient is not finite is counted nowhere, nor is one
+      whose traced group is out of range.
 
     Raises:
       TypeError: See `clipped_grad`, and if groups are not integers.
@@ -90,9 +89,9 @@ def group_grad(
         args, params, member = by_group(signature, args, where, num_groups)
         call = _batch.prepare(signature, args, kwargs, norms=False)
         if call.size:
-            pass_ = one_pass(call, member)
-            parts = contributions(pass_, range(len(call.program.params)))
-            sums, info = [jnp.stack(x) for x in zip(*parts, strict=True)], pass_.info
+            run = one_pass(call, member)
+            parts = contributions(run, range(len(call.program.params)))
+            sums, info = [jnp.stack(x) for x in zip(*parts, strict=True)], run.info
         else:
             like = [widen(call.inputs[k]) for k in call.program.params]
             sums = [jnp.zeros((num_groups, *x.shape), x.dtype) for x in like]
@@ -160,7 +159,9 @@ def weighted(run: Pass, factor: jax.Array, leaves: Sequence[int]) -> list[jax.Ar
     return [sums[k] for k in leaves]
 
 
-def membership(group: Any, num_groups: int, size: int, name: str = "group") -> Any:
+def membership(
+    group: Any, num_groups: int, size: int, name: str = "group"
+) -> jax.Array:
     """float32 `[B, K]`, 1 where an example belongs."""
     known = np.asarray(group) if is_known(group) else None
     group = jnp.asarray(group)

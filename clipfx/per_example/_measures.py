@@ -63,6 +63,6 @@ def norms(
         size = _batch.size_of(signature, args)
         keep = _batch.mask_of(where, size)
         some = measuring(signature, members, ord, kwargs)
-        return in_parts(some, signature, microbatch_size, args, keep, size)[1]
+        return in_parts(some, signature, microbatch_size, args, keep, None, size)[1]
 
     return measure

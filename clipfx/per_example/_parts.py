@@ -17,22 +17,24 @@ def in_parts(
     signature: Signature,
     step: int | None,
     args: Any,
+    keep: Any,
     by_example: Any,
     size: int,
 ) -> tuple[Any, Any]:
     """All at once, or `step` examples at a time, added up in the order of a scan.
 
     Args:
-      some: `some(args, by_example, inside) -> (sums, rows)` of a part: sums are added
-        up over parts, rows `[B, ...]` put together. `inside` is a mask, None for all.
+      some: `some(args, keep, by_example) -> (sums, rows)` of a part: sums are added up
+        over parts, rows `[B, ...]` put together.
       signature: Which arguments are batches.
       step: How many examples at a time, None for all.
       args: Of the loss.
+      keep: bool `[B]`, or None for all.
       by_example: A tree of further arrays `[B, ...]`.
       size: B.
     """
     if step is None or size <= step:
-        return some(args, by_example, None)
+        return some(args, keep, by_example)
     count = -(-size // step)
     numbers = _batch.numbers(signature, "batch_argnums", len(args))
     batches = [args[k] for k in numbers]
@@ -45,14 +47,15 @@ def in_parts(
         return x.reshape(step, count, *x.shape[1:]).swapaxes(0, 1)
 
     inside = (jnp.arange(count * step) < size).reshape(step, count).T
+    inside = inside if keep is None else inside & cut(keep)
     parts = (*jax.tree.map(cut, (batches, by_example)), inside)
 
     def of_part(part):
-        batches, by_example, inside = part
+        batches, by_example, keep = part
         filled = list(args)
         for k, batch in zip(numbers, batches, strict=True):
             filled[k] = batch
-        return some(tuple(filled), by_example, inside)
+        return some(tuple(filled), keep, by_example)
 
     def body(sums, part):
         more, rows = of_part(part)
@@ -68,11 +71,9 @@ def in_parts(
 def measuring(
     signature: Signature, members: Groups, ord: int, kwargs: dict[str, Any]
 ) -> Callable:
-    """What `in_parts` needs to measure norms; its `by_example` is the mask."""
+    """What `in_parts` needs to measure norms, without `by_example`."""
 
-    def some(args: Any, keep: Any, inside: Any) -> tuple[list, PerExample]:
-        if inside is not None:
-            keep = inside if keep is None else keep & inside
+    def some(args: Any, keep: Any, _: None) -> tuple[list, PerExample]:
         call = _batch.prepare(signature, args, kwargs, ord=ord)
         if call.size:
             return [], _bounded.measure(call, members, keep)

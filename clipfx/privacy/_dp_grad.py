@@ -16,6 +16,7 @@ from clipfx.per_example._bounded import PerExample
 from clipfx.per_example._grad import ClippedGrad, check_bounded, clipped_grad
 from clipfx.per_example._groups import membership
 from clipfx.per_example._limits import limits
+from clipfx.per_example._tape import over
 from clipfx.privacy import _accounting, _noise
 from clipfx.privacy._rules import PrivateThreshold, check_finite, fixed
 
@@ -162,6 +163,11 @@ class DPGrad:
           population: Integers `[B]`, for a rule that distinguishes populations.
           **kwargs: Of the loss, the same for every example.
         """
+        if not isinstance(state, DPState):
+            raise TypeError(
+                f"state must be a DPState, got {type(state).__name__}; it comes first, "
+                "from grad.init(params) or the last call."
+            )
         rule, signature = self.rule, self.clipped.signature
         params = params_of(signature, args)
         members = group_leaves(self.clipped.groups, params)
@@ -224,8 +230,7 @@ class DPGrad:
         good = good if keep is None else good & keep
         answers = self.rule.ask(state, norm, member)
         total = jnp.where(good[:, None], answers, 0).sum(0)
-        axes = _compat.varying_axes(total)
-        total = jax.lax.psum(total, tuple(sorted(axes))) if axes else total
+        total = over(total, _compat.varying_axes(total))
         if self.clipped.axis_name is not None:
             total = jax.lax.psum(total, self.clipped.axis_name)
         if not self.noisy:
