@@ -3,7 +3,7 @@
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -83,9 +83,13 @@ def plain_ticks(axes: Axes) -> None:
 def write_jsonl(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
     """One JSON object a line; null for what is not finite, which JSON cannot say."""
     with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            plain = {k: None if _beyond_json(v) else v for k, v in row.items()}
-            file.write(json.dumps(plain, allow_nan=False) + "\n")
+        file.writelines(map(json_line, rows))
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """A row as one line of JSON."""
+    plain = {k: None if _beyond_json(v) else v for k, v in row.items()}
+    return json.dumps(plain, allow_nan=False) + "\n"
 
 
 def _show(value: Any) -> str:

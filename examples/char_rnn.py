@@ -15,7 +15,7 @@ import functools
 import math
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import IO, Any
 
 import jax
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import clipfx
 from examples import _common
+from examples._clippers import CLIPPERS, check_clippers
 from examples._common import encode, load_text
 
 
@@ -46,49 +47,6 @@ class Settings:
     seed: int = 0
 
 
-# A clipper puts a method in front of an optimizer, or where else it belongs.
-Clipper = Callable[
-    [Settings, optax.GradientTransformation], optax.GradientTransformation
-]
-
-
-def before(clip: Callable[[float], optax.GradientTransformation]) -> Clipper:
-    """The clip that a threshold makes, in front of the optimizer."""
-    return lambda settings, tx: optax.chain(clip(settings.max_norm), tx)
-
-
-# `none` has an infinite threshold: it changes nothing, and counts all the same. Those
-# that ignore the threshold find their own.
-CLIPPERS: dict[str, Clipper] = {
-    "none": before(lambda max_norm: clipfx.clip_by_global_norm(math.inf)),
-    "global": before(clipfx.clip_by_global_norm),
-    "layer": before(clipfx.clip_per_layer),
-    "value": before(clipfx.clip_by_value),
-    "rms": before(clipfx.clip_by_block_rms),
-    "normalize": before(clipfx.normalize_by_norm),
-    "smooth_norm": before(lambda max_norm: clipfx.smooth_norm(1.0, 1 / max_norm)),
-    "error_feedback": before(
-        lambda max_norm: clipfx.error_feedback(clipfx.clip_by_global_norm(max_norm))
-    ),
-    "autoclip": before(lambda _: clipfx.autoclip()),
-    "quantile": before(lambda _: clipfx.quantile_clip()),
-    "zclip": before(lambda _: clipfx.zclip()),
-    "adagc": before(lambda max_norm: clipfx.adagc(max_norm=max_norm)),
-    "band": before(lambda _: clipfx.band_by_history()),
-    "group_ratio": before(lambda _: clipfx.clip_group_ratio(2.0, groups="layer")),
-    "spamp": before(lambda _: clipfx.spamp()),
-    "grad_power": before(lambda _: clipfx.grad_power()),
-    "stabilizer": before(lambda _: clipfx.norm_stabilizer()),
-    "spikes": before(lambda _: clipfx.clip_spikes()),
-    "spam": before(lambda _: clipfx.spam_clip()),
-    # A unit of the embedding is a row, that of the linear layers a column.
-    "agc": before(lambda _: clipfx.agc(axis={"embed": {"embedding": 1}})),
-    "curvature": lambda settings, tx: optax.chain(
-        clipfx.clip_by_curvature(settings.learning_rate), tx
-    ),
-    "params": lambda _, tx: optax.chain(tx, clipfx.clip_by_params()),
-    "skip_spikes": lambda _, tx: optax.chain(clipfx.skip_spikes(tx)),
-}
 DEFAULT = ("none", "global", "layer")
 
 
@@ -165,14 +123,6 @@ class History:
         return {key.removeprefix(prefix): self.column(key) for key in names}
 
 
-def check_clippers(names: Sequence[str]) -> None:
-    """A `ValueError` for a clipper that is not in the table, and for none at all."""
-    unknown = [name for name in names if name not in CLIPPERS]
-    if unknown or not names:
-        got = f"unknown clipper {unknown[0]!r}" if unknown else "no clipper given"
-        raise ValueError(f"{got}: known are {', '.join(CLIPPERS)}.")
-
-
 def check_text(text: str, length: int) -> None:
     """A `ValueError` for a text without a passage to train on and one to test on."""
     if len(text) < 2 * (length + 1):
@@ -217,7 +167,7 @@ def train(text: str, clip: str, settings: Settings = Settings()) -> History:
     rngs = nnx.Rngs(settings.seed)
     model = CharRNN(len(characters), settings.hidden, settings.init_scale, rngs)
     sgd = optax.sgd(settings.learning_rate, momentum=0.9)
-    tx = CLIPPERS[clip](settings, sgd)
+    tx = CLIPPERS[clip](settings.max_norm, settings.learning_rate, sgd)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     order = np.random.default_rng(settings.seed)

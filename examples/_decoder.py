@@ -1,0 +1,91 @@
+"""A decoder of bytes in Flax NNX, and how its parameters lie on a mesh."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+BYTES = 256
+
+
+class Attention(nnx.Module):
+    """Causal attention over heads."""
+
+    def __init__(self, width: int, heads: int, dtype: Any, rngs: nnx.Rngs):
+        linear = lambda: nnx.Linear(
+            width, width, use_bias=False, dtype=dtype, rngs=rngs
+        )
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (linear() for _ in range(4))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        cut = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
+        parts = (cut(layer(x)) for layer in (self.query, self.key, self.value))
+        mixed = jax.nn.dot_product_attention(*parts, is_causal=True)
+        return self.out(mixed.reshape(x.shape))
+
+
+class Block(nnx.Module):
+    """Attention, then two dense layers, each beside the stream."""
+
+    def __init__(
+        self, width: int, heads: int, dropout: float, dtype: Any, rngs: nnx.Rngs
+    ):
+        self.before_attention = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
+        self.attention = Attention(width, heads, dtype, rngs)
+        self.before_dense = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
+        self.up = nnx.Linear(width, 4 * width, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(4 * width, width, dtype=dtype, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout)
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
+        drop = lambda y: self.dropout(y, deterministic=rngs is None, rngs=rngs)
+        x += drop(self.attention(self.before_attention(x)))
+        return x + drop(self.down(nnx.gelu(self.up(self.before_dense(x)))))
+
+
+class Decoder(nnx.Module):
+    """Logits of the next byte, computed in `dtype` from parameters in float32."""
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        length: int,
+        dropout: float,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        embed = lambda number: nnx.Embed(number, width, dtype=dtype, rngs=rngs)
+        self.embed, self.position = embed(BYTES), embed(length)
+        self.blocks = nnx.List(
+            Block(width, heads, dropout, dtype, rngs) for _ in range(layers)
+        )
+        self.after = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
+        self.readout = nnx.Linear(width, BYTES, dtype=dtype, rngs=rngs)
+
+    def __call__(self, ids: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Float32 logits `[B, T, 256]` for ids `[B, T]`; no dropout without `rngs`."""
+        x = self.embed(ids) + self.position(jnp.arange(ids.shape[1]))[None]
+        for block in self.blocks:
+            x = block(x, rngs)
+        return self.readout(self.after(x)).astype(jnp.float32)
+
+
+# Layers that are split by what comes out of them over "model", and by what goes in;
+# the other axis is that of FSDP. So a block needs one sum over "model" for each half.
+BY_COLUMN = {"query", "key", "value", "up", "readout"}
+BY_ROW = {"out", "down", "embed"}
+
+
+def spec_of(path: tuple) -> P:
+    """Where the leaf at a path of parameters lies; vectors are on every device."""
+    *_, layer, leaf = (str(key.key) for key in path)
+    if leaf in ("bias", "scale"):
+        return P()
+    if layer in BY_COLUMN:
+        return P("data", "model")
+    return P("model", "data") if layer in BY_ROW else P(None, "data")

@@ -1,0 +1,69 @@
+"""The metrics of a run that may be killed: JSON lines, TensorBoard, a progress bar."""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from examples import _common
+
+
+class Log:
+    """One row for each step, in order, whatever happened in between.
+
+    A row is in the file before its step can be part of a checkpoint; rows of steps
+    that no checkpoint holds are taken out when the run goes on, and written again.
+    """
+
+    def __init__(self, directory: pathlib.Path, first: int, steps: int):
+        """Goes on at step `first` of `steps`."""
+        path = directory / "metrics.jsonl"
+        kept = [row for row in _rows(path) if row.get("step", first) < first]
+        if [row["step"] for row in kept] != list(range(first)):
+            tqdm.write(f"{path} does not hold all of the first {first} steps.")
+        whole = path.with_suffix(".part")
+        _common.write_jsonl(whole, kept)
+        whole.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(
+            str(directory / "tensorboard"), purge_step=first, write_to_disk=True
+        )
+        self._bar = tqdm(total=steps, initial=first, desc="train")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Adds the row of a step; `step` and floats by name."""
+        self._file.write(_common.json_line(row))
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step" and math.isfinite(value):
+                self._board.add_scalar(name, value, row["step"])
+        note = f"loss {row['loss']:.3f}, norm {row['norm']:.3g}"
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update()
+
+    def sync(self) -> None:
+        """Returns when all rows are on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._bar.close()
+        self._board.close()
+        self._file.close()
+
+
+def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a file up to the first that is torn."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows

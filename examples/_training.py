@@ -1,0 +1,233 @@
+"""Training of the decoder on a mesh: the state, where it lies, and a step."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import clipfx
+from examples._clippers import CLIPPERS
+from examples._decoder import Decoder, spec_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run is, each a flag of the same name; a resumed run must have the same."""
+
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    length: int = 128
+    batch: int = 32
+    accumulate: int = 1
+    dropout: float = 0.1
+    dtype: str = "bfloat16"
+    learning_rate: float = 2e-3
+    warmup: int = 20
+    seed: int = 0
+
+
+class TrainState(NamedTuple):
+    """All that the next step needs, or as many shapes or shardings.
+
+    Attributes:
+      step: int32, steps done.
+      key: uint32 `[2]`, of all dropout from here on.
+      params: Float32, nested dicts.
+      opt_state: Of clipper and optimizer.
+    """
+
+    step: Any
+    key: Any
+    params: Any
+    opt_state: Any
+
+
+class Optimizer(NamedTuple):
+    """Marks what of the state is not the clipper's."""
+
+    adamw: Any
+
+
+def make_transform(
+    settings: Settings, clip: str, max_norm: float
+) -> optax.GradientTransformationExtraArgs:
+    """The clipper, of gradients as they come; then AdamW in float32."""
+    rate = optax.warmup_constant_schedule(0.0, settings.learning_rate, settings.warmup)
+    adamw = optax.adamw(rate, b2=0.95)
+
+    def update(updates, state, params=None):
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), updates)
+        updates, after = adamw.update(wide, state.adamw, params)
+        return updates, Optimizer(after)
+
+    marked = optax.GradientTransformation(
+        lambda params: Optimizer(adamw.init(params)), update
+    )
+    clipped = CLIPPERS[clip](max_norm, settings.learning_rate, marked)
+    return optax.with_extra_args_support(clipped)
+
+
+def make_init(
+    settings: Settings, tx: optax.GradientTransformation
+) -> tuple[nnx.GraphDef, Callable[[], TrainState]]:
+    """The model without its parameters, and a function that makes the first state."""
+    model = functools.partial(
+        Decoder,
+        settings.width,
+        settings.layers,
+        settings.heads,
+        settings.length,
+        settings.dropout,
+        jnp.dtype(settings.dtype),
+    )
+
+    def init() -> TrainState:
+        weights, dropout = jax.random.split(jax.random.key(settings.seed))
+        params = nnx.to_pure_dict(nnx.state(model(nnx.Rngs(weights)), nnx.Param))
+        key = jax.random.key_data(dropout)
+        return TrainState(jnp.zeros([], jnp.int32), key, params, tx.init(params))
+
+    graph = nnx.graphdef(nnx.eval_shape(lambda: model(nnx.Rngs(0))))
+    return graph, init
+
+
+def shardings_of(
+    state: TrainState, tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Parameters by their layer, what belongs to one like it, all else everywhere."""
+    place = functools.partial(NamedSharding, mesh)
+    specs = jax.tree_util.tree_map_with_path(
+        lambda path, _: place(spec_of(path)), state.params
+    )
+    around = optax.tree_map_params(
+        tx.init,
+        lambda _, spec: spec,
+        state.opt_state,
+        specs,
+        transform_non_params=lambda _: place(P()),
+    )
+    return TrainState(place(P()), place(P()), specs, around)
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes that know where they lie; of shardings a tree prefix is enough."""
+
+    def place(sharding, tree):
+        put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.tree.map(put, tree)
+
+    return jax.tree.map(place, shardings, shapes)
+
+
+def _named(state: TrainState) -> list[tuple[str, str, Any]]:
+    """Every leaf, whether it is the model's or the clipper's, and its name."""
+    found = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        words = [jax.tree_util.keystr((key,), simple=True) for key in path]
+        clip = words[0] == "opt_state" and "adamw" not in words
+        found.append(("clip" if clip else "model", ".".join(words), leaf))
+    return found
+
+
+def items_of(state: TrainState) -> dict[str, dict[str, Any]]:
+    """What to save: the leaves of a state by name, those of the clipper apart."""
+    items: dict[str, dict[str, Any]] = {"model": {}, "clip": {"step": state.step}}
+    for kind, name, leaf in _named(state):
+        items[kind][name] = leaf
+    return items
+
+
+def from_items(like: TrainState, items: dict[str, dict[str, Any]]) -> TrainState:
+    """The other way round; an item that is missing is taken from `like`."""
+    leaves = [items.get(kind, {}).get(name, x) for kind, name, x in _named(like)]
+    return jax.tree.structure(like).unflatten(leaves)
+
+
+def make_step(
+    settings: Settings, graph: nnx.GraphDef, tx: optax.GradientTransformationExtraArgs
+) -> tuple[Callable, Callable]:
+    """The loss of parameters on passages `[batch, length + 1]`, and a step on them.
+
+    The step goes from a `TrainState` to the next and a dict of scalars to log.
+    """
+    narrow = lambda params: jax.tree.map(lambda x: x.astype(settings.dtype), params)
+
+    def loss_of(params, passages, key=None):
+        model = nnx.merge(graph, nnx.State(narrow(params)))
+        rngs = None if key is None else nnx.Rngs(dropout=key)
+        logits = model(passages[:, :-1], rngs)
+        ids = passages[:, 1:]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, ids).mean()
+
+    def part(params, passages, rows, key):
+        # Rows tell the parts of a batch apart, for dropout.
+        key = jax.random.fold_in(key, rows[0])
+        loss, grads = jax.value_and_grad(loss_of)(params, passages, key)
+        if settings.accumulate > 1:
+            grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
+        return loss, grads
+
+    def step(state, passages):
+        key, dropout = jax.random.split(jax.random.wrap_key_data(state.key))
+        whole = optax.microbatch(
+            part,
+            argnums=(1, 2),
+            microbatch_size=settings.batch // settings.accumulate,
+            accumulator=optax.microbatching.AccumulationType.MEAN,
+        )
+        loss, grads = whole(
+            narrow(state.params),
+            passages,
+            jnp.arange(settings.batch),
+            dropout,
+        )
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
+        params = optax.apply_updates(state.params, updates)
+        seen = {"loss": loss, "norm": clipfx.global_norm(grads)}
+        seen |= clipfx.metrics.read(opt_state)
+        key = jax.random.key_data(key)
+        return TrainState(state.step + 1, key, params, opt_state), seen
+
+    return loss_of, step
+
+
+class Programs(NamedTuple):
+    """What a run on a mesh calls, compiled once for each clipper.
+
+    Attributes:
+      start: Makes the first state.
+      step: From state (donated) and passages `[batch, length + 1]` to the next state
+        and a dict of scalars.
+      loss: Of parameters on passages.
+      shapes: Of the state, each leaf knowing where it lies.
+    """
+
+    start: Callable[[], TrainState]
+    step: Callable[[TrainState, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+    loss: Callable[[Any, jax.Array], jax.Array]
+    shapes: TrainState
+
+
+@functools.cache
+def programs(settings: Settings, clip: str, max_norm: float, mesh: Mesh) -> Programs:
+    """Puts the pieces on a mesh."""
+    tx = make_transform(settings, clip, max_norm)
+    graph, init = make_init(settings, tx)
+    loss, step = make_step(settings, graph, tx)
+    shapes = jax.eval_shape(init)
+    places = shardings_of(shapes, tx, mesh)
+    everywhere = NamedSharding(mesh, P())
+    return Programs(
+        start=jax.jit(init, out_shardings=places),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere)),
+        loss=jax.jit(loss, out_shardings=everywhere),
+        shapes=placed(shapes, places),
+    )
