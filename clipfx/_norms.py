@@ -5,9 +5,11 @@ that overflowed or vanished is taken a second time with the elements multiplied 
 power of two, by the same code in a loop: the usual case pays for one reduction.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -72,7 +74,8 @@ def group_norms(
         return Norms(jnp.zeros(0, jnp.float32), jnp.ones(0, jnp.float32))
     wide = {jnp.finfo(leaf.dtype).dtype for leaf in leaves}
     dtype = jnp.float64 if jnp.dtype(jnp.float64) in wide else jnp.float32
-    layout = _Layout(index, len(groups.names), dtype, _as_tuple(axis_name))
+    names = _as_tuple(axis_name)
+    layout = _Layout(index, len(groups.names), dtype, names, _APART.get())
     return _jitted(leaves, layout, ord)
 
 
@@ -83,10 +86,56 @@ class _Layout(NamedTuple):
     number: int
     dtype: Any
     axis_names: tuple
+    apart: frozenset[str]
+
+
+_APART = contextvars.ContextVar[frozenset[str]]("apart", default=frozenset())
+
+
+@contextlib.contextmanager
+def apart(axes: frozenset[str]) -> Iterator[None]:
+    """While tracing, these mesh axes of `shard_map` have trees of their own each."""
+    token = _APART.set(axes)
+    try:
+        yield
+    finally:
+        _APART.reset(token)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _measure(leaves: list[jax.Array], layout: _Layout, ord: float) -> Norms:
+    return _per_shard(lambda leaves: _norms_of(leaves, layout, ord), leaves)
+
+
+def _per_shard(fun: Callable, leaves: list[jax.Array]) -> Any:
+    """Calls `fun`; where types say how leaves are split, on the shards.
+
+    On a mesh with Explicit axes `_combine` then needs one collective. Left to XLA it is
+    one for every set of axes that leaves are split over, and for every 256 leaves.
+    """
+    specs = [_compat.explicit_spec(x) for x in leaves]
+    if not any(spec and any(spec) for spec in specs):
+        return fun(leaves)
+    mesh = next(jax.typeof(x).sharding.mesh for x in leaves)
+    split = jax.shard_map(
+        fun,
+        mesh=mesh,
+        in_specs=([jax.sharding.PartitionSpec(*spec or ()) for spec in specs],),
+        out_specs=jax.sharding.PartitionSpec(),
+    )
+    whole = jax.custom_batching.custom_vmap(split)
+
+    @whole.def_vmap
+    def mapped(axis_size, in_batched, leaves):
+        # Under vmap a shard_map would gather what is split along the mapped axis.
+        axes = [0 if batched else None for batched in in_batched[0]]
+        out = jax.vmap(fun, in_axes=(axes,), axis_size=axis_size)(leaves)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return whole(leaves)
+
+
+def _norms_of(leaves: list[jax.Array], layout: _Layout, ord: float) -> Norms:
     def part(x, scale):
         # A barrier for each leaf: else XLA takes widened leaves out of the loop, and
         # scales of full size, shared by leaves of one shape.
@@ -144,7 +193,8 @@ def cosines(
     ]
     index = tuple(i for i in groups.index if i is not None)
     dtype = norms[0].value.dtype
-    layout = _Layout(index, len(groups.names), dtype, _as_tuple(axis_name))
+    names = _as_tuple(axis_name)
+    layout = _Layout(index, len(groups.names), dtype, names, _APART.get())
     return _combine(jnp.add, dots, layout)
 
 
@@ -152,7 +202,7 @@ def group_sizes(tree: Any, groups: Groups, axis_name: Any = None) -> jax.Array:
     """Counts the elements of each group, float32 `[G]`, over all shards."""
     sizes = [0] * len(groups.names)
     for x, i in counted_leaves(tree, groups):
-        axes = _compat.varying_axes(x) | {*_as_tuple(axis_name)}
+        axes = (_compat.varying_axes(x) | {*_as_tuple(axis_name)}) - _APART.get()
         shards = (jax.lax.psum(1, axis) for axis in axes)
         sizes[i] += x.size * math.prod(shards)
     return jnp.array(sizes, jnp.float32)
@@ -170,7 +220,9 @@ def _combine(op: Callable, scalars: Sequence[jax.Array], layout: _Layout) -> jax
     `op` is `jnp.add`, or `jnp.maximum` of scalars that are not negative. One
     collective, whatever the number of groups and however leaves are split.
     """
-    split = [_compat.varying_axes(x) | {*layout.axis_names} for x in scalars]
+    split = [
+        (_compat.varying_axes(x) | {*layout.axis_names}) - layout.apart for x in scalars
+    ]
     every = frozenset[Any]().union(*split)
     rows: list[list[jax.Array]] = [[] for _ in range(layout.number)]
     for x, i, axes in zip(scalars, layout.index, split, strict=True):
@@ -225,6 +277,7 @@ def _rescaled(sums: Callable, layout: _Layout) -> tuple[jax.Array, jax.Array]:
 
     zeros = jnp.zeros(layout.number, dtype)
     start = (jnp.ones([], dtype), zeros, zeros + 1)
+    start = tuple(_compat.vary(x, layout.apart) for x in start)
     return jax.lax.while_loop(lambda carry: carry[0] > 0, body, start)[1:]
 
 

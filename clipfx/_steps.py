@@ -89,9 +89,10 @@ def clip_by_curvature(
         def zeros(x):
             if not is_counted(x):
                 return jnp.zeros(0, jnp.float32)
+            dtype = jnp.result_type(x)
             if isinstance(x, jax.Array):  # knows its sharding
-                return jnp.zeros_like(x)
-            return jnp.zeros(jnp.shape(x), jnp.result_type(x))
+                return jnp.zeros_like(x, dtype)
+            return jnp.zeros(jnp.shape(x), dtype)
 
         number = len(groups.names)
         return _Secant(

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipfx import responses
+from clipfx import _compat, responses
 from clipfx._checks import check_number
 from clipfx._clip import ClipState, factors, fresh_metrics, global_norm, next_state
-from clipfx._norms import Norms, group_norms
+from clipfx._norms import Norms, apart, group_norms
 from clipfx._statistics import Window, check_window, empty_window, multiple, push
 from clipfx._tree import (
     Groups,
@@ -128,6 +128,9 @@ def skip_spikes(
         def step():
             stepped, after = wrapped.update(updates, state.inner, params, **extra_args)
             stepped = jax.tree.leaves(stepped)
+            # What is constant there varies over the mesh axes that the state does.
+            like = lambda new, old: _compat.vary(new, _compat.varying_axes(old))
+            after = jax.tree.map(like, after, state.inner)
             return [stepped[at] for at in counted], after
 
         def skip():
@@ -272,7 +275,7 @@ def check_transform(name: str, tx: Any) -> None:
 
 
 def per_stacked_layer(
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation, *, axis_name: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     """Applies a transform to each slice of layers that are stacked for `scan`.
 
@@ -284,13 +287,18 @@ def per_stacked_layer(
     Args:
       tx: Any transform; its updates, params and state are mapped, extra arguments are
         given to every slice whole.
+      axis_name: In `shard_map` the mesh axes that the layers are split over, a name or
+        a tuple of names; `()` if every device holds all of them. Needed there for
+        leaves that are split: whether within a layer or across layers their type does
+        not tell. Static. Where layers are split, split the state as they are.
 
     Returns:
       A transform whose state is that of `tx` with a leading axis, `[L, ...]`.
 
     Raises:
       TypeError: If `tx` is not a gradient transformation.
-      ValueError: If the leaves do not share the size of their leading axis.
+      ValueError: If the leaves do not share the size of their leading axis, or are
+        split in `shard_map` and `axis_name` says nothing of it.
 
     Example:
       >>> import clipfx
@@ -318,10 +326,28 @@ def per_stacked_layer(
 
     def update(updates, state, params=None, **extra_args):
         _stack_size(updates)
+        axes = _layer_axes(updates, axis_name)
+        state = jax.tree.map(lambda x: _compat.vary(x, axes), state)
         each = lambda u, s, p: inner.update(u, s, p, **extra_args)
-        return jax.vmap(each)(updates, state, params)
+        with apart(axes):
+            return jax.vmap(each)(updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _layer_axes(updates: Any, axis_name: Any) -> frozenset[str]:
+    """The mesh axes of `shard_map` that tell layers apart."""
+    if axis_name is not None:
+        return frozenset((axis_name,) if isinstance(axis_name, str) else axis_name)
+    leaves = jax.tree.leaves(updates)
+    split = frozenset[str]().union(*map(_compat.varying_axes, leaves))
+    if split:
+        raise ValueError(
+            "axis_name must say whether the layers of per_stacked_layer are split over "
+            f"the mesh axes {sorted(split)}, got nothing; name those that they are "
+            "split over, () for none."
+        )
+    return split
 
 
 def _stack_size(tree: Any) -> int:
