@@ -26,7 +26,8 @@ class Method(NamedTuple):
       by_norm: Each group is scaled as a whole; the norm in the metrics is its norm.
       adaptive: The threshold is computed from norms, in float32.
       extra: What `update` needs besides params.
-      shard: Arguments that `shard_map` needs.
+      unit_axis: Of every leaf, that units run along: which mesh axes that is split over
+        has to be said in `shard_map`.
       elements: The state has numbers for every element.
     """
 
@@ -40,7 +41,7 @@ class Method(NamedTuple):
     by_norm: bool = True
     adaptive: bool = False
     extra: dict[str, Any] = {}  # noqa: RUF012
-    shard: dict[str, Any] = {}  # noqa: RUF012
+    unit_axis: int | None = None
     elements: bool = False
 
 
@@ -49,7 +50,9 @@ LABELS = {"decoder": "second", "encoder": {"bias": "second", "kernel": "first"}}
 
 def by_norm(**kwargs: Any) -> Callable:
     """`clip_by_norm` with everything but the threshold settled."""
-    return lambda threshold: clipfx.clip_by_norm(threshold, **kwargs)
+    return lambda threshold, axis_name=None: clipfx.clip_by_norm(
+        threshold, axis_name=axis_name, **kwargs
+    )
 
 
 def by_value(response: Callable) -> Callable:
@@ -62,27 +65,40 @@ def rule(make: Callable, args: dict[str, float], **fields: Any) -> Method:
 
 
 def spamp_of(power_of: str) -> Callable:
-    return lambda decay: clipfx.spamp(decay, power_of=power_of)
+    return lambda decay, axis_name=None: clipfx.spamp(
+        decay, power_of=power_of, axis_name=axis_name
+    )
 
 
-def skip_spikes(num_std: float) -> optax.GradientTransformationExtraArgs:
-    clip = clipfx.clip_by_global_norm(0.5)
-    return clipfx.skip_spikes(clip, num_std=num_std, window=8, min_steps=2)
+def skip_spikes(
+    num_std: float, axis_name: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    clip = clipfx.clip_by_global_norm(0.5, axis_name=axis_name)
+    return clipfx.skip_spikes(
+        clip, num_std=num_std, window=8, min_steps=2, axis_name=axis_name
+    )
 
 
-def error_feedback(max_ratio: float) -> optax.GradientTransformationExtraArgs:
-    return clipfx.error_feedback(clipfx.clip_by_global_norm(0.5), max_ratio=max_ratio)
+def error_feedback(
+    max_ratio: float, axis_name: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    clip = clipfx.clip_by_global_norm(0.5, axis_name=axis_name)
+    return clipfx.error_feedback(clip, max_ratio=max_ratio, axis_name=axis_name)
 
 
-def clip_group_ratio(max_ratio: float) -> optax.GradientTransformationExtraArgs:
-    return clipfx.clip_group_ratio(max_ratio, groups="layer")
+def clip_group_ratio(
+    max_ratio: float, axis_name: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    return clipfx.clip_group_ratio(max_ratio, groups="layer", axis_name=axis_name)
 
 
 METHODS: dict[str, Method] = {
     "clip_by_global_norm": Method(clipfx.clip_by_global_norm, {"max_norm": 0.5}),
     "clip_per_layer": Method(clipfx.clip_per_layer, {"max_norm": 0.5}, groups="layer"),
     "clip_per_leaf": Method(
-        lambda max_norm: clipfx.clip_per_layer(max_norm, groups="leaf"),
+        lambda max_norm, axis_name=None: clipfx.clip_per_layer(
+            max_norm, groups="leaf", axis_name=axis_name
+        ),
         {"max_norm": 0.5},
         groups="leaf",
     ),
@@ -175,7 +191,7 @@ METHODS: dict[str, Method] = {
         {"max_ratio": 0.1, "eps": 1e-3},
         groups=None,
         hard=False,
-        shard={"axis_name": {"decoder": "x", "encoder": ()}, "axis": 0},
+        unit_axis=0,
     ),
     "grad_power": rule(clipfx.grad_power, {"power": 1.2}, groups=None, hard=False),
     "spam_clip": rule(

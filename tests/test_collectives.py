@@ -1,4 +1,4 @@
-"""What is compiled for a mesh: few reductions, no gathering, one program for all steps."""
+"""What is compiled for a mesh: few reductions, no gathering, one program."""
 
 import functools
 import re

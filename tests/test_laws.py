@@ -1,4 +1,4 @@
-"""Every law on every row of the table, in every dtype and every way to run it."""
+"""Every law on every row of the table, in every dtype, on one device."""
 
 import inspect
 
@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from methods import ELSEWHERE, METHODS, Method
 from trees import DTYPES, assert_close, assert_same, enable_x64, mixed, norm, sample
 
@@ -78,10 +76,6 @@ def members(row: Method, tree):
 # ------------------------------------------------------------- ways to run a method
 
 
-def _mesh(axis_type):
-    return jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
-
-
 def eagerly(tx, tree, state):
     return tx.update(tree, state, tree)
 
@@ -106,53 +100,7 @@ def vmapped(tx, tree, state):
     return jax.tree.map(lambda x: x[1], out)
 
 
-def _placed(mesh, tree):
-    """The first axis of 8 over the mesh; the leaf without one on every device."""
-
-    def place(x):
-        spec = P(*("x" if size == 8 else None for size in x.shape))
-        return jax.device_put(x, NamedSharding(mesh, spec))
-
-    return jax.tree.map(place, tree)
-
-
-def on_auto_mesh(tx, tree, state):
-    tree = _placed(_mesh(AxisType.Auto), tree)
-    return jax.jit(tx.update)(tree, state, tree)
-
-
-def on_explicit_mesh(tx, tree, state):
-    mesh = _mesh(AxisType.Explicit)
-    with jax.set_mesh(mesh):
-        by_shape = {x.shape: x.sharding for x in jax.tree.leaves(_placed(mesh, tree))}
-        state = jax.tree.map(
-            lambda x: jax.device_put(
-                x, by_shape.get(x.shape, NamedSharding(mesh, P()))
-            ),
-            state,
-        )
-        tree = _placed(mesh, tree)
-        return jax.jit(tx.update)(tree, state, tree)
-
-
-def in_shard_map(tx, tree, state):
-    mesh = _mesh(AxisType.Auto)
-    specs = jax.tree.map(lambda x: x.sharding.spec, _placed(mesh, tree))
-    by_shape = {x.shape: x.sharding.spec for x in jax.tree.leaves(_placed(mesh, tree))}
-    state_specs = jax.tree.map(lambda x: by_shape.get(x.shape, P()), state)
-    step = jax.shard_map(
-        lambda tree, state: tx.update(tree, state, tree),
-        mesh=mesh,
-        in_specs=(specs, state_specs),
-        out_specs=(specs, state_specs),
-    )
-    return jax.jit(step)(tree, state)
-
-
-WAYS = {
-    way.__name__: way
-    for way in (jitted, scanned, vmapped, on_auto_mesh, on_explicit_mesh, in_shard_map)
-}
+WAYS = {way.__name__: way for way in (jitted, scanned, vmapped)}
 
 
 # ----------------------------------------------------------------------------- laws
@@ -173,8 +121,6 @@ def test_every_way_to_run_gives_the_same(row, draw, way):
     tx = make(row)
     _, state = tx.update(tree, tx.init(tree), tree)
     expected, expected_state = eagerly(tx, tree, state)
-    if way is in_shard_map:
-        tx = make(row, **row.shard)
     out, new_state = way(tx, tree, state)
     for x, y in zip(jax.tree.leaves(out), jax.tree.leaves(expected), strict=True):
         # One rounding of the dtype: sums in another order may cross it.
