@@ -5,11 +5,14 @@ import re
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from methods import METHODS
 from test_meshes import NUMBER, QUICK
+
+import clipfx
 
 SPECS = {"bias": P("x"), "kernel": P("x", "y"), "gain": P(), "head": P(None, "y")}
 SHAPES = {"bias": (8,), "kernel": (8, 4), "gain": (4,), "head": (3, 4)}
@@ -73,3 +76,14 @@ def test_reductions_do_not_grow_with_leaves(name):
     with jax.set_mesh(mesh):
         text = update.lower(grads, state, grads).as_text()
     assert text.count("stablehlo.all_reduce") == NUMBER.get(name, 1)
+
+
+def test_leaves_split_in_several_ways_take_one_reduction_and_more_with_optax():
+    mesh = mesh_of()
+    grads = tree_of(48, mesh)
+    numbers = []
+    for tx in (clipfx.clip_by_global_norm(1.0), optax.clip_by_global_norm(1.0)):
+        update = jax.jit(lambda g, tx=tx: tx.update(g, tx.init(g))[0])
+        text = update.lower(grads).compile(QUICK).as_text()
+        numbers.append(number_of("all-reduce", text))
+    assert numbers[0] == 1 < numbers[1]
