@@ -172,9 +172,9 @@ print(_common.format_table([describe(way) for way in WAYS]))
 
 # %% [markdown]
 # The difference is that of the element furthest from one device: rounding, or nothing.
-# Under `jit` the compiler places the all-reduces: one if leaves are split over one
-# axis, more if some are split over two. In `shard_map` and `pmap` it is always one,
-# with a number for each layer. This is it, in the compiled program:
+# With Auto axes the compiler places the all-reduces: one if leaves are split over one
+# axis, more if some are split over two. Elsewhere it is always one, with a number for
+# each layer. This is it, in the compiled program:
 
 # %%
 for line in programs["shard_map"]:
