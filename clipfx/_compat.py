@@ -95,6 +95,23 @@ def explicit_spec(x: jax.Array) -> tuple | None:
     return spec + (None,) * (x.ndim - len(spec))
 
 
+def mesh_of(x: jax.Array) -> Any:
+    """The mesh in the type of `x`."""
+    sharding: Any = jax.typeof(x).sharding
+    return sharding.mesh
+
+
+def explicit_axes(mesh: Any) -> set[str]:
+    """Those of its axes that types tell of."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in kinds if kind == jax.sharding.AxisType.Explicit}
+
+
+def is_manual(mesh: Any) -> bool:
+    """Whether some of its axes belong to a `shard_map` that is being traced."""
+    return jax.sharding.AxisType.Manual in mesh.axis_types
+
+
 def reshard(x: jax.Array, spec: tuple | None) -> jax.Array:
     """`x` with these mesh axes, on a mesh with Explicit axes."""
     if spec is None or explicit_spec(x) == spec:

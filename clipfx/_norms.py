@@ -113,15 +113,18 @@ def _per_shard(fun: Callable, leaves: list[jax.Array]) -> Any:
     On a mesh with Explicit axes `_combine` then needs one collective. Left to XLA it is
     one for every set of axes that leaves are split over, and for every 256 leaves.
     """
-    specs = [_compat.explicit_spec(x) for x in leaves]
-    if not any(spec and any(spec) for spec in specs):
+    specs = [_compat.explicit_spec(x) or () for x in leaves]
+    mesh = next(
+        (_compat.mesh_of(x) for x, s in zip(leaves, specs, strict=True) if any(s)), None
+    )
+    if mesh is None or _compat.is_manual(mesh):  # no shard_map within another
         return fun(leaves)
-    mesh = next(jax.typeof(x).sharding.mesh for x in leaves)
     split = jax.shard_map(
         fun,
         mesh=mesh,
-        in_specs=([jax.sharding.PartitionSpec(*spec or ()) for spec in specs],),
+        in_specs=([jax.sharding.PartitionSpec(*spec) for spec in specs],),
         out_specs=jax.sharding.PartitionSpec(),
+        axis_names=_compat.explicit_axes(mesh),
     )
     whole = jax.custom_batching.custom_vmap(split)
 

@@ -129,6 +129,28 @@ ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 # ------------------------------------------------------------------ ordinary numbers
 
 
+def test_norms_on_meshes_of_which_types_tell_only_a_part():
+    grads = {"b": jnp.ones(4), "w": jnp.linspace(-1, 2, 48).reshape(8, 6)}
+    want = float(clipfx.global_norm(grads))
+    measure = jax.jit(clipfx.global_norm)
+    kinds = {"axis_types": (AxisType.Explicit, AxisType.Auto)}
+    half = jax.make_mesh((4, 2), ("x", "y"), **kinds)
+    explicit = mesh_of(AxisType.Explicit)
+    split = {"b": P("y"), "w": P("x", "y")}
+    shards = {"in_specs": ({"b": P(), "w": P("x")},), "out_specs": P()}
+    inside = jax.shard_map(
+        clipfx.global_norm, mesh=explicit, axis_names={"x"}, **shards
+    )
+    with jax.set_mesh(explicit):
+        norms = [jax.jit(inside)(place(grads, explicit, split))]
+    one = place({"w": grads["w"]}, explicit, {"w": P("x", "y")})
+    norms += [
+        measure(place(grads, half, split)),
+        measure({**grads, **one}),  # one leaf is on no mesh
+    ]
+    np.testing.assert_allclose(norms, want, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_equals_whole_without_jit(kind):
     grads, tx = tree_of(), METHODS["per_layer"]()
