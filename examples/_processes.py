@@ -45,9 +45,9 @@ def set_up(cpu_devices: int, processes: int, process_id: int, coordinator: str) 
 
 
 def start(command: Sequence[str], processes: int) -> int:
-    """Runs a command in several processes here; the first that fails ends all.
+    """Runs a command in several processes on this machine's CPU.
 
-    Each is given `--coordinator` and `--process_id`, and ends when this process does,
+    The first that fails ends all. Each is given `--coordinator` and `--process_id`, and ends when this process does,
     however that ended. Returns the exit status.
     """
     with socket.socket() as listener:
@@ -57,7 +57,7 @@ def start(command: Sequence[str], processes: int) -> int:
         subprocess.Popen(
             [*command, f"--coordinator={coordinator}", f"--process_id={number}"],
             stdin=subprocess.PIPE,
-            env={**os.environ, WITH_PARENT: "1"},
+            env={**os.environ, WITH_PARENT: "1", "JAX_PLATFORMS": "cpu"},
         )
         for number in range(processes)
     ]
@@ -68,10 +68,9 @@ def start(command: Sequence[str], processes: int) -> int:
             if failed or None not in ended:
                 break
             time.sleep(0.05)
+        # What is wrong with one may be wrong with all: let them say so.
         with contextlib.suppress(subprocess.TimeoutExpired):
-            for (
-                worker
-            ) in workers:  # what is wrong with one may be with all: let them say
+            for worker in workers:
                 worker.wait(timeout=3)
         return failed[0] if failed else 0
     finally:

@@ -139,7 +139,7 @@ def alone(name):
 
 
 def specs_of(params):
-    """Of parameters and batch; stacked gradients are split in both ways, if they can."""
+    """Of parameters and batch; stacked gradients are split like both, if possible."""
     free = lambda spec: () if "data" in spec else spec
     stacked = {k: P("data", *free(spec)) for k, spec in params.items()}
     return params, {"examples": P("data"), "group": P("data"), "stacked": stacked}

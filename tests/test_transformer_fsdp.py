@@ -150,6 +150,7 @@ def out(whole, tmp_path):
 
 def test_nothing_is_left_to_do(out, capsys):
     before = rows_of(out)
+    assert list((out / "tensorboard").glob("events.*"))
     assert train(SMALL, TEXT, out, **HOW) is None
     assert "has done 4 of --steps=4 already" in capsys.readouterr().out
     assert rows_of(out) == before
