@@ -47,8 +47,8 @@ def set_up(cpu_devices: int, processes: int, process_id: int, coordinator: str) 
 def start(command: Sequence[str], processes: int) -> int:
     """Runs a command in several processes on this machine's CPU.
 
-    The first that fails ends all. Each is given `--coordinator` and `--process_id`, and ends when this process does,
-    however that ended. Returns the exit status.
+    The first that fails ends all. Each is given `--coordinator` and `--process_id`, and
+    ends when this process does, however that ended. Returns the exit status.
     """
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
