@@ -167,28 +167,28 @@ def make_step(
         ids = passages[:, 1:]
         return optax.softmax_cross_entropy_with_integer_labels(logits, ids).mean()
 
-    def part(params, passages, rows, key):
-        # Rows tell the parts of a batch apart, for dropout.
-        key = jax.random.fold_in(key, rows[0])
-        loss, grads = jax.value_and_grad(loss_of)(params, passages, key)
-        if settings.accumulate > 1:
-            grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
-        return loss, grads
+    def part(params, passages, key):
+        return jax.value_and_grad(loss_of)(params, passages, key)
+
+    def accumulated(params, passages, key):
+        # Each part takes from the whole batch, so that it is split as that is; sums are
+        # float32, of zeros that lie where parameters do. Newer versions of Optax than
+        # the oldest that this runs on have `optax.microbatch` for it.
+        parts = settings.accumulate
+        cut = passages.reshape(-1, parts, passages.shape[1]).swapaxes(0, 1)
+        add = lambda x, y: x + y.astype(jnp.float32) / parts
+
+        def step(total, each):
+            return jax.tree.map(add, total, part(params, *each)), None
+
+        nothing = jax.tree.map(lambda x: 0 * x.astype(jnp.float32), params)
+        zeros = jnp.zeros([]), nothing
+        return jax.lax.scan(step, zeros, (cut, jax.random.split(key, parts)))[0]
 
     def step(state, passages):
         key, dropout = jax.random.split(jax.random.wrap_key_data(state.key))
-        whole = optax.microbatch(
-            part,
-            argnums=(1, 2),
-            microbatch_size=settings.batch // settings.accumulate,
-            accumulator=optax.microbatching.AccumulationType.MEAN,
-        )
-        loss, grads = whole(
-            narrow(state.params),
-            passages,
-            jnp.arange(settings.batch),
-            dropout,
-        )
+        gradient = part if settings.accumulate == 1 else accumulated
+        loss, grads = gradient(narrow(state.params), passages, dropout)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
         seen = {"loss": loss, "norm": clipfx.global_norm(grads)}
