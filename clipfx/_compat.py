@@ -131,3 +131,11 @@ def scan_sizes(eqn: Any) -> tuple[int, int]:
     tree = eqn.params["ft_in"].update(list(eqn.invars))  # newer JAX
     consts, carry, _ = (len(list(part)) for part in tree.unpack())
     return consts, carry
+
+
+def other_mesh(aval: Any) -> bool:
+    """Whether a type knows a mesh whose axes are of another kind than those around."""
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    kinds = getattr(mesh, "axis_types", ())
+    around = jax.sharding.get_abstract_mesh().axis_types
+    return bool(kinds and around) and kinds != around

@@ -60,8 +60,12 @@ def balance(weight_decay, learning_rate, axis_name=None):
             **kwargs,
         )
 
+    def init(params):
+        zeros = lambda x: jnp.zeros(x.shape, x.dtype)
+        return jax.tree.map(zeros, jax.eval_shape(ask, params, params))
+
     update = lambda u, state, params: (u, ask(u, params, axis_name=axis_name))
-    return optax.GradientTransformation(lambda params: ask(params, params), update)
+    return optax.GradientTransformation(init, update)
 
 
 DIAGNOSTIC = Method(balance, {"weight_decay": 0.1, "learning_rate": 0.01})

@@ -25,6 +25,7 @@ class Call(NamedTuple):
       axes: Per parameter the mesh axes of `jax.shard_map` that only the batch varies
         over: what sums run over.
       split: Per parameter those that only it varies over: what norms run over.
+      specs: Per parameter how it was split on a mesh with Explicit axes.
     """
 
     inputs: list[Any]
@@ -34,6 +35,7 @@ class Call(NamedTuple):
     aux: Any
     axes: list[frozenset[str]]
     split: list[frozenset[str]]
+    specs: list[tuple | None]
 
 
 class Signature(NamedTuple):
@@ -133,6 +135,16 @@ def prepare(
         *(_compat.varying_axes(x) for x, m in zip(inputs, mapped, strict=True) if m)
     )
     own = [_compat.varying_axes(inputs[k]) for k in here]
+    # On Explicit meshes vmap wants parameters whole along what the batch is split over.
+    specs = [_compat.explicit_spec(inputs[k]) for k in here]
+    over: set[str] = set()
+    for x, m in zip(inputs, mapped, strict=True):
+        spec = _compat.explicit_spec(x) if m else None
+        if spec and spec[0]:
+            over |= {spec[0]} if isinstance(spec[0], str) else set(spec[0])
+    for k, spec in zip(here, specs, strict=True):
+        if spec is not None:
+            inputs[k] = _compat.reshard(inputs[k], tuple(_less(d, over) for d in spec))
     for k in here:  # or shard_map would add up the gradients of different examples
         inputs[k] = _compat.vary(inputs[k], batch)
     program: dict[str, Any] = {}
@@ -159,7 +171,14 @@ def prepare(
     plan = make_plan(program["jaxpr"], here, mapped, norms=norms, ord=ord, force=force)
     built = Program(plan, tuple(here), mapped)
     axes, split = [batch - x for x in own], [x - batch for x in own]
-    return Call(inputs, built, size, params, program["aux"], axes, split)
+    return Call(inputs, built, size, params, program["aux"], axes, split, specs)
+
+
+def _less(names: Any, over: set[str]) -> Any:
+    """Mesh axes of one dimension without some."""
+    names = (names,) if isinstance(names, str) else tuple(names or ())
+    left = tuple(n for n in names if n not in over)
+    return left[0] if len(left) == 1 else left or None
 
 
 def _is_array(x: Any) -> bool:

@@ -97,7 +97,8 @@ def empty(call: Call, groups: int) -> PerExample:
 
 def total(call: Call, sums: Sequence[jax.Array]) -> list[jax.Array]:
     """Adds up over the mesh axes that the batch varies over and parameters do not."""
-    return [_tape.over(x, axes) for x, axes in zip(sums, call.axes, strict=True)]
+    sums = [_tape.over(x, axes) for x, axes in zip(sums, call.axes, strict=True)]
+    return [_compat.reshard(x, spec) for x, spec in zip(sums, call.specs, strict=True)]
 
 
 def lowered(limit: jax.Array) -> jax.Array:

@@ -127,6 +127,9 @@ def one_pass(call: Call, member: jax.Array) -> Pass:
     floats = [x for x in jax.tree.leaves(tape) if jnp.issubdtype(x.dtype, jnp.inexact)]
     rows = [jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in floats]
     good = functools.reduce(jnp.logical_and, rows, jnp.ones(call.size, bool))
+    # What one part of a split parameter has seen all others have to know.
+    apart = frozenset().union(*call.split) & _compat.varying_axes(good)
+    good = _tape.over(jnp.where(good, 0.0, 1.0), apart) == 0
     spec = _compat.explicit_spec(good)
     member = _compat.reshard(member, spec and (*spec, None))
     member = jnp.where(good[:, None], member, 0)

@@ -71,6 +71,8 @@ def why_not(eqn: Any, weight: int, view: View) -> str | None:
     name, params = eqn.primitive.name, eqn.params
     if name not in ("dot_general", "conv_general_dilated", "gather", *ADD):
         return name
+    if _compat.other_mesh(eqn.outvars[0].aval):
+        return f"{name} where axes of the mesh are of another kind"
     dtypes = [eqn.invars[weight].aval.dtype, eqn.outvars[0].aval.dtype]
     if not all(jnp.issubdtype(x, jnp.floating) for x in dtypes):
         return "complex numbers"

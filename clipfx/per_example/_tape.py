@@ -90,6 +90,9 @@ def record(
 
     axes = tuple(0 if mapped else None for mapped in program.mapped)
     outs, data, leaves, deltas = jax.vmap(one, axes)(*inputs)
+    outs, data, leaves, deltas = jax.tree.map(
+        _like_rows(program, inputs), (outs, data, leaves, deltas)
+    )
     data, leaves, deltas = jax.tree.map(_settled, (data, leaves, deltas))
     if ghost:
         return outs, Tape({}, {}, leaves, {}, deltas)
@@ -103,6 +106,19 @@ def record(
     data = {site.data: data[site.data] for site in rest if site.data is not None}
     deltas = {site.tap: deltas[site.tap] for site in rest}
     return outs, Tape(data, deltas, leaves, formed, None)
+
+
+def _like_rows(program: Program, inputs: Sequence[Any]) -> Callable:
+    """Splits by example as the batch is; older JAX forgets it where axes are Auto."""
+    pairs = zip(inputs, program.mapped, strict=True)
+    specs = [_compat.explicit_spec(x) for x, mapped in pairs if mapped]
+    rows = next((spec[0] for spec in specs if spec), None)
+
+    def again(x: jax.Array) -> jax.Array:
+        spec = _compat.explicit_spec(x)
+        return x if rows is None or not spec else _compat.reshard(x, (rows, *spec[1:]))
+
+    return again
 
 
 def _settled(x: jax.Array) -> jax.Array:
