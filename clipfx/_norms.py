@@ -279,8 +279,8 @@ def _rescaled(sums: Callable, layout: _Layout) -> tuple[jax.Array, jax.Array]:
         return after.astype(dtype), total, used
 
     zeros = jnp.zeros(layout.number, dtype)
-    start = (jnp.ones([], dtype), zeros, zeros + 1)
-    start = tuple(_compat.vary(x, layout.apart) for x in start)
+    vary = lambda x: _compat.vary(x, layout.apart)
+    start = (vary(jnp.ones([], dtype)), vary(zeros), vary(zeros + 1))
     return jax.lax.while_loop(lambda carry: carry[0] > 0, body, start)[1:]
 
 
