@@ -5,6 +5,7 @@ columns and rows as in tensor parallelism, over both axes at once, unevenly, and
 all.
 """
 
+import contextlib
 import functools
 import inspect
 import re
@@ -70,12 +71,24 @@ def balance(weight_decay, learning_rate, axis_name=None):
 
 DIAGNOSTIC = Method(balance, {"weight_decay": 0.1, "learning_rate": 0.01})
 ROWS = {**METHODS, "weight_decay_balance": DIAGNOSTIC}
+
+
+def known(**options):
+    """Those that this version of XLA has."""
+    found = {}
+    for name, value in options.items():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.jit(lambda: 0).lower().compile({name: value})
+            found[name] = value
+    return found
+
+
 # How loops become machine code is not a mesh's business, and takes most of the time.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_parallel_codegen_split_count": 1,
-    "xla_cpu_use_fusion_emitters": False,
-}
+QUICK = known(
+    xla_backend_optimization_level=0,
+    xla_cpu_parallel_codegen_split_count=1,
+    xla_cpu_use_fusion_emitters=False,
+)
 
 
 def draw(seed, size=1.0):
