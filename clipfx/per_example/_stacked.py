@@ -43,6 +43,9 @@ def clip_per_example(
     hand `clipfx.per_example.clipped_grad` does the same without the stack. An example
     with a norm that is not finite contributes zero.
 
+    In `jax.shard_map` each device must hold the whole gradients of some examples, and
+    the result is of those alone: add it up over the mesh axes of the examples.
+
     Args:
       max_norm: :math:`c`: a number >= 0, `[G]`, or a dict by group name.
       groups: Which leaves share a norm, see `clipfx.clip_by_norm`. Static.
