@@ -21,10 +21,10 @@ from examples._decoder import Decoder, spec_of
 class Settings:
     """What a run is, each a flag of the same name; a resumed run must have the same."""
 
-    width: int = 128
-    layers: int = 4
+    width: int = 64
+    layers: int = 2
     heads: int = 4
-    length: int = 128
+    length: int = 64
     batch: int = 32
     accumulate: int = 1
     dropout: float = 0.1
