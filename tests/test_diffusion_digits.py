@@ -292,7 +292,8 @@ def test_spikes():
 def test_distance():
     digits, held_out = diffusion_digits.load_data()
     distance = diffusion_digits.sliced_wasserstein
-    assert distance(held_out, held_out[::-1]) == 0
+    # A product may round a row by where it stands: 2e-17 on some processors.
+    assert distance(held_out, held_out[::-1]) < 1e-15
     assert distance(digits[: len(held_out)], held_out) < 0.1
     moved = distance(held_out + 1, held_out)
     assert moved == pytest.approx(1, rel=0.1)  # along a unit direction: N(0, 1) of 64
