@@ -21,6 +21,7 @@ start it once for each host, with `--coordinator=cluster`.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import pathlib
@@ -41,41 +42,48 @@ from examples._clippers import CLIPPERS, check_clippers
 from examples._log import Log
 from examples._training import Settings, from_items, items_of, programs
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("text", None, "A file in UTF-8; by default Python's own manual.")
-flags.DEFINE_string("clip", "global", f"One of {', '.join(CLIPPERS)}.")
-flags.DEFINE_float("max_norm", 1.0, "The threshold of the clipper, if it takes one.")
-flags.DEFINE_integer("steps", 200, "Steps in all, those before a resume included.", 1)
-flags.DEFINE_integer("save_every", 50, "Steps from one checkpoint to the next.", 1)
-flags.DEFINE_integer("width", Settings.width, "Of the stream.", 1)
-flags.DEFINE_integer("layers", Settings.layers, "Blocks of attention and dense.", 1)
-flags.DEFINE_integer("heads", Settings.heads, "Of each attention.", 1)
-flags.DEFINE_integer("length", Settings.length, "Bytes of a passage.", 1)
-flags.DEFINE_integer(
-    "batch", Settings.batch, "Passages in a step, over all devices.", 1
+# See diffusion_digits: imported, an example keeps its flags to itself.
+FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
+_string = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
+_float = functools.partial(flags.DEFINE_float, flag_values=FLAGS)
+_integer = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
+_string("text", None, "A file in UTF-8; by default Python's own manual.")
+_string("clip", "global", f"One of {', '.join(CLIPPERS)}.")
+_float("max_norm", 1.0, "The threshold of the clipper, if it takes one.")
+_integer("steps", 200, "Steps in all, those before a resume included.", 1)
+_integer("save_every", 50, "Steps from one checkpoint to the next.", 1)
+_integer("width", Settings.width, "Of the stream.", 1)
+_integer("layers", Settings.layers, "Blocks of attention and dense.", 1)
+_integer("heads", Settings.heads, "Of each attention.", 1)
+_integer("length", Settings.length, "Bytes of a passage.", 1)
+_integer("batch", Settings.batch, "Passages in a step, over all devices.", 1)
+_integer("accumulate", Settings.accumulate, "Parts that a batch is cut in.", 1)
+_float("dropout", Settings.dropout, "Share of what layers add.", 0.0, 0.9)
+flags.DEFINE_enum(
+    "dtype",
+    Settings.dtype,
+    ["bfloat16", "float32"],
+    "Of computation.",
+    flag_values=FLAGS,
 )
-flags.DEFINE_integer(
-    "accumulate", Settings.accumulate, "Parts that a batch is cut in.", 1
-)
-flags.DEFINE_float("dropout", Settings.dropout, "Share of what layers add.", 0.0, 0.9)
-flags.DEFINE_enum("dtype", Settings.dtype, ["bfloat16", "float32"], "Of computation.")
-flags.DEFINE_float("learning_rate", Settings.learning_rate, "Of AdamW, after warm-up.")
-flags.DEFINE_integer("warmup", Settings.warmup, "Steps of a rising learning rate.", 0)
-flags.DEFINE_integer("seed", Settings.seed, "Of weights, passages and dropout.", 0)
-flags.DEFINE_integer("data", 0, "Devices along the batch; 0 for all there are left.", 0)
-flags.DEFINE_integer("model", 1, "Devices along layers; must divide the heads.", 1)
-flags.DEFINE_integer("cpu_devices", 8, "Devices in all, where there is only a CPU.", 1)
-flags.DEFINE_integer("processes", 1, "Processes to start on this machine's CPU.", 1)
-flags.DEFINE_string(
-    "coordinator", "", "`cluster`, or host:port of the first of --processes."
-)
-flags.DEFINE_integer("process_id", -1, "Which one this is, with --coordinator.")
+_float("learning_rate", Settings.learning_rate, "Of AdamW, after warm-up.")
+_integer("warmup", Settings.warmup, "Steps of a rising learning rate.", 0)
+_integer("seed", Settings.seed, "Of weights, passages and dropout.", 0)
+_integer("data", 0, "Devices along the batch; 0 for all there are left.", 0)
+_integer("model", 1, "Devices along layers; must divide the heads.", 1)
+_integer("cpu_devices", 8, "Devices in all, where there is only a CPU.", 1)
+_integer("processes", 1, "Processes to start on this machine's CPU.", 1)
+_string("coordinator", "", "`cluster`, or host:port of the first of --processes.")
+_integer("process_id", -1, "Which one this is, with --coordinator.")
 flags.DEFINE_bool(
-    "reset_clip_state", False, "Goes on with another clipper than the checkpoint has."
+    "reset_clip_state",
+    False,
+    "Goes on with another clipper than the checkpoint has.",
+    flag_values=FLAGS,
 )
-flags.DEFINE_string("out", "out/transformer_fsdp", "The directory to write to.")
+_string("out", "out/transformer_fsdp", "The directory to write to.")
 for name in ("learning_rate", "max_norm"):
-    flags.register_validator(name, lambda x: x > 0, "must be greater than 0")
+    flags.register_validator(name, lambda x: x > 0, "must be greater than 0", FLAGS)
 
 
 # ------------------------------------------------------------------------------ data
