@@ -75,11 +75,11 @@ def group_norms(
     wide = {jnp.finfo(leaf.dtype).dtype for leaf in leaves}
     dtype = jnp.float64 if jnp.dtype(jnp.float64) in wide else jnp.float32
     names = _as_tuple(axis_name)
-    layout = _Layout(index, len(groups.names), dtype, names, _APART.get())
+    layout = Layout(index, len(groups.names), dtype, names, _APART.get())
     return _jitted(leaves, layout, ord)
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """What of a tree is known while tracing; hashable."""
 
     index: tuple[int, ...]
@@ -102,15 +102,32 @@ def apart(axes: frozenset[str]) -> Iterator[None]:
         _APART.reset(token)
 
 
+def axes_apart(tree: Any, axis_name: Any, what: str) -> frozenset[str]:
+    """The mesh axes that `what` is split over, which the type of a leaf does not tell.
+
+    Raises:
+      ValueError: If leaves are split in `shard_map` and `axis_name` is None.
+    """
+    if axis_name is not None:
+        return frozenset(_as_tuple(axis_name))
+    split = frozenset[str]().union(*map(_compat.varying_axes, jax.tree.leaves(tree)))
+    if split:
+        raise ValueError(
+            f"axis_name must say over which mesh axes {what} are split, got nothing, "
+            f"and updates are split over {sorted(split)}; name those, () for none."
+        )
+    return split
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _measure(leaves: list[jax.Array], layout: _Layout, ord: float) -> Norms:
+def _measure(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
     return _per_shard(lambda leaves: _norms_of(leaves, layout, ord), leaves)
 
 
 def _per_shard(fun: Callable, leaves: list[jax.Array]) -> Any:
     """Calls `fun`; where types say how leaves are split, on the shards.
 
-    On a mesh with Explicit axes `_combine` then needs one collective. Left to XLA it is
+    On a mesh with Explicit axes `combine` then needs one collective. Left to XLA it is
     one for every set of axes that leaves are split over, and for every 256 leaves.
     """
     specs = [_compat.explicit_spec(x) or () for x in leaves]
@@ -138,7 +155,7 @@ def _per_shard(fun: Callable, leaves: list[jax.Array]) -> Any:
     return whole(leaves)
 
 
-def _norms_of(leaves: list[jax.Array], layout: _Layout, ord: float) -> Norms:
+def _norms_of(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
     def part(x, scale):
         # A barrier for each leaf: else XLA takes widened leaves out of the loop, and
         # scales of full size, shared by leaves of one shape.
@@ -146,17 +163,17 @@ def _norms_of(leaves: list[jax.Array], layout: _Layout, ord: float) -> Norms:
         return jnp.sum(_power(times(widen(x), scale), ord))
 
     if ord in (1, 2):
-        sums = lambda scale: _combine(jnp.add, [part(x, scale) for x in leaves], layout)
+        sums = lambda scale: combine(jnp.add, [part(x, scale) for x in leaves], layout)
         total, scale = _rescaled(sums, layout)
         return Norms(jnp.sqrt(total) if ord == 2 else total, scale)
-    peak = _combine(jnp.maximum, [_peak(widen(x)) for x in leaves], layout)
+    peak = combine(jnp.maximum, [_peak(widen(x)) for x in leaves], layout)
     # Other powers leave the range even sooner: divide by the largest first.
     scale = _reciprocal_power_of_two(peak)
     if ord == math.inf:
         return Norms(peak * scale, scale)
     scales = jnp.unstack(scale)
     parts = [part(x, scales[i]) for x, i in zip(leaves, layout.index, strict=True)]
-    return Norms(_combine(jnp.add, parts, layout) ** (1 / ord), scale)
+    return Norms(combine(jnp.add, parts, layout) ** (1 / ord), scale)
 
 
 @_measure.defjvp
@@ -170,9 +187,9 @@ def _measure_jvp(layout, ord, primals, tangents):
         for x, i in zip(primals[0], layout.index, strict=True)
     ]
     dots = [_inner(u, widen(dx)) for u, dx in zip(duals, tangents[0], strict=True)]
-    slope = _combine(jnp.add, dots, layout) * norms.scale
+    slope = combine(jnp.add, dots, layout) * norms.scale
     if ord == math.inf:  # ties share the derivative
-        ties = _combine(jnp.add, [jnp.sum(jnp.abs(u)) for u in duals], layout)
+        ties = combine(jnp.add, [jnp.sum(jnp.abs(u)) for u in duals], layout)
         slope = slope / jnp.maximum(ties, 1)
     return norms, Norms(slope, jnp.zeros_like(norms.scale))
 
@@ -197,8 +214,8 @@ def cosines(
     index = tuple(i for i in groups.index if i is not None)
     dtype = norms[0].value.dtype
     names = _as_tuple(axis_name)
-    layout = _Layout(index, len(groups.names), dtype, names, _APART.get())
-    return _combine(jnp.add, dots, layout)
+    layout = Layout(index, len(groups.names), dtype, names, _APART.get())
+    return combine(jnp.add, dots, layout)
 
 
 def group_sizes(tree: Any, groups: Groups, axis_name: Any = None) -> jax.Array:
@@ -217,11 +234,12 @@ def _as_tuple(axis_name: Any) -> tuple:
     return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
 
 
-def _combine(op: Callable, scalars: Sequence[jax.Array], layout: _Layout) -> jax.Array:
+def combine(op: Callable, scalars: Sequence[jax.Array], layout: Layout) -> jax.Array:
     """Combines one scalar per leaf into `[G]`, over leaves and mesh axes.
 
-    `op` is `jnp.add`, or `jnp.maximum` of scalars that are not negative. One
-    collective, whatever the number of groups and however leaves are split.
+    Or one array per leaf, all `[B]`, into `[G, B]`. `op` is `jnp.add`, or `jnp.maximum`
+    of what is not negative. One collective, whatever the number of groups and however
+    leaves are split.
     """
     split = [
         (_compat.varying_axes(x) | {*layout.axis_names}) - layout.apart for x in scalars
@@ -256,7 +274,7 @@ def far(dtype: Any) -> float:
     return 2.0 ** (jnp.finfo(dtype).maxexp * 3 // 4)
 
 
-def _rescaled(sums: Callable, layout: _Layout) -> tuple[jax.Array, jax.Array]:
+def _rescaled(sums: Callable, layout: Layout) -> tuple[jax.Array, jax.Array]:
     """Runs `sums(scale)`, again at another scale for groups that left the range.
 
     One scale for all groups, so that nothing in the loop depends on their number.

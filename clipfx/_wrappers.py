@@ -9,7 +9,7 @@ import optax
 from clipfx import _compat, responses
 from clipfx._checks import check_number
 from clipfx._clip import ClipState, factors, fresh_metrics, global_norm, next_state
-from clipfx._norms import Norms, apart, group_norms
+from clipfx._norms import Norms, apart, axes_apart, group_norms
 from clipfx._statistics import Window, check_window, empty_window, multiple, push
 from clipfx._tree import (
     Groups,
@@ -326,28 +326,13 @@ def per_stacked_layer(
 
     def update(updates, state, params=None, **extra_args):
         _stack_size(updates)
-        axes = _layer_axes(updates, axis_name)
+        axes = axes_apart(updates, axis_name, "the layers of per_stacked_layer")
         state = jax.tree.map(lambda x: _compat.vary(x, axes), state)
         each = lambda u, s, p: inner.update(u, s, p, **extra_args)
         with apart(axes):
             return jax.vmap(each)(updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _layer_axes(updates: Any, axis_name: Any) -> frozenset[str]:
-    """The mesh axes of `shard_map` that tell layers apart."""
-    if axis_name is not None:
-        return frozenset((axis_name,) if isinstance(axis_name, str) else axis_name)
-    leaves = jax.tree.leaves(updates)
-    split = frozenset[str]().union(*map(_compat.varying_axes, leaves))
-    if split:
-        raise ValueError(
-            "axis_name must say whether the layers of per_stacked_layer are split over "
-            f"the mesh axes {sorted(split)}, got nothing; name those that they are "
-            "split over, () for none."
-        )
-    return split
 
 
 def _stack_size(tree: Any) -> int:

@@ -342,6 +342,13 @@ def test_stacked_gradients(reduce, groups):
     assert "clip0/clip_rate/" + next(iter(metrics.groups)) in clipfx.metrics.read(state)
 
 
+def test_stacked_updates_without_a_gradient():
+    tx = per_example.clip_per_example(1.0)
+    updates, state = tx.update({"n": jnp.ones((3, 2), int)}, tx.init({"n": 0}))
+    np.testing.assert_array_equal(updates["n"], [0, 0])
+    assert state.metrics.norm.shape == (0,)
+
+
 def test_stacked_gradients_in_a_chain_keep_dtypes():
     params, batch = draw(jnp.bfloat16)
     tx = optax.chain(per_example.clip_per_example(1.0), optax.sgd(0.1, momentum=0.9))

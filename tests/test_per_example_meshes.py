@@ -89,14 +89,10 @@ def clip_fair_groups(loss, axis_name=None):
 
 
 def clip_per_example(loss, axis_name=None):
-    tx = per_example.clip_per_example(2.0, groups="leaf", reduce="sum")
-
-    def run(params, batch):
-        sums, state = tx.update(batch["stacked"], tx.init(params))
-        # In `shard_map` both are of the examples of one device.
-        return (jax.lax.psum(sums, axis_name), None) if axis_name else (sums, state)
-
-    return run
+    tx = per_example.clip_per_example(
+        2.0, groups="leaf", reduce="sum", axis_name=axis_name
+    )
+    return lambda params, batch: tx.update(batch["stacked"], tx.init(params))
 
 
 def dp_grad(loss, axis_name=None):
@@ -162,6 +158,7 @@ def on_mesh(kind, place, name):
 
 def in_shard_map(place, name, **options):
     one = functools.partial(loss, over="model") if place == "tensor" else loss
+    # Of gradients no type tells which axes are those of examples.
     names = named(name, "data") if options or name == "clip_per_example" else {}
     specs, batch = specs_of(BY_HAND[place])
     split = {PARAMS[k].shape: spec for k, spec in specs.items()}
@@ -174,7 +171,7 @@ def in_shard_map(place, name, **options):
         FUNCTIONS[name](one, **names),
         mesh=mesh_of(AxisType.Auto),
         in_specs=(specs, batch),
-        out_specs=jax.tree.map(spec_of, shown(name)),
+        out_specs=jax.tree.map(spec_of, alone(name)),
         **options,
     )
     return compiled(jax.jit(mapped), PARAMS, BATCH)
@@ -191,17 +188,12 @@ def in_pmap(name):
         assert_all_alike(x)
         return x[0]
 
-    return jax.tree.map(joined, jax.device_get(out), shown(name))
+    return jax.tree.map(joined, jax.device_get(out), alone(name))
 
 
 def named(name, axis):
     takes = "axis_name" in inspect.signature(FUNCTIONS[name]).parameters
     return {"axis_name": axis} if takes else {}
-
-
-def shown(name):
-    """Without what differs between devices."""
-    return (alone(name)[0], None) if name == "clip_per_example" else alone(name)
 
 
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
@@ -223,9 +215,8 @@ CASES = [
     (name, way)
     for name in FUNCTIONS
     for way in WAYS
-    # Noise of what is split by hand depends on the mesh; and nobody could tell which
-    # axes of stacked gradients are those of examples.
-    if way != "shard_map-tensor" or name not in ("dp_grad", "clip_per_example")
+    # Noise of what is split by hand depends on the mesh.
+    if (name, way) != ("dp_grad", "shard_map-tensor")
 ]
 
 
@@ -233,7 +224,7 @@ CASES = [
 @pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
 def test_sharded_equals_whole(name, way):
     got = WAYS[way](name)
-    want = alone(name) if "shard_map" not in way and way != "pmap" else shown(name)
+    want = alone(name)
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
@@ -242,3 +233,35 @@ def test_sharded_equals_whole(name, way):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         # Of the largest, because sums over examples may cancel.
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * np.abs(y).max(initial=0))
+
+
+# ------------------------------------------------- gradients that are stacked already
+
+
+def stacked_in_shard_map(axis_name, stacked):
+    """The mean, and the state, of gradients that "model" splits too."""
+    tx = per_example.clip_per_example(2.0, axis_name=axis_name)
+    specs, batch = specs_of(PLACES["tensor"])
+    update = jax.shard_map(
+        tx.update,
+        mesh=mesh_of(AxisType.Auto),
+        in_specs=(batch["stacked"], P()),
+        out_specs=(specs, P()),
+    )
+    return compiled(jax.jit(update), stacked, tx.init(PARAMS))
+
+
+def test_one_bad_part_drops_the_whole_example():
+    stacked = BATCH["stacked"]
+    bad = stacked | {"up": stacked["up"].at[5, 0, 7].set(jnp.inf)}  # on one device
+    tx = per_example.clip_per_example(2.0)
+    want = jax.jit(tx.update)(bad, tx.init(PARAMS))
+    got = stacked_in_shard_map("data", bad)
+    assert got[1].metrics.nonfinite == 1 and got[1].metrics.steps == B
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
+
+
+def test_axes_of_examples_are_asked_for():
+    with pytest.raises(ValueError, match=r"axis_name must say .*'data', 'model'"):
+        stacked_in_shard_map(None, BATCH["stacked"])

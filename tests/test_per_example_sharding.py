@@ -163,42 +163,6 @@ def test_shard_map_with_parameters_split_too(alone):
     assert_same(jax.jit(run)(PARAMS, BATCH), alone)
 
 
-def test_pmap(alone):
-    cut = jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[1:]), BATCH)
-    grad = per_example.clipped_grad(loss, 0.5, groups="leaf", axis_name="data")
-    run = jax.pmap(grad, "data", in_axes=(None, 0), devices=jax.devices()[:4])
-    sums, info = run(PARAMS, cut)
-    assert_same(jax.tree.map(lambda x: x[0], sums), alone[0])
-    np.testing.assert_allclose(info.norm.reshape(B, -1), alone[1].norm, rtol=1e-5)
-
-
-def test_groups_of_examples_spread_unevenly():
-    group = jnp.array([0, 0, 1, 0, 1, 1, 1, 1])
-    grad = per_example.group_grad(loss, 2)
-    want = jax.jit(grad)(PARAMS, BATCH, group)
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-    run = jax.shard_map(
-        grad,
-        mesh=mesh,
-        in_specs=(P(), P("data"), P("data")),
-        out_specs=(P(), P("data")),
-    )
-    assert_same(jax.jit(run)(PARAMS, BATCH, group), want)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_stacked_gradients_on_a_mesh(kind):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(KINDS[kind],))
-    stacked = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(PARAMS, BATCH)
-    tx = per_example.clip_per_example(0.5)
-    want, _ = jax.jit(tx.update)(stacked, tx.init(PARAMS))
-    with jax.set_mesh(mesh):
-        place = lambda x: jax.device_put(x, NamedSharding(mesh, P("data")))
-        got, state = jax.jit(tx.update)(jax.tree.map(place, stacked), tx.init(PARAMS))
-    assert_same(jax.device_get(got), want)
-    assert (state.metrics.steps == B).all()
-
-
 def test_no_array_of_all_gradients():
     """Nothing as large as examples times a weight, in the compiled program."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

@@ -1,5 +1,8 @@
 """A transform for those who have every example's gradient already."""
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,10 +20,10 @@ from clipfx._clip import (
     fresh_metrics,
     reported,
 )
-from clipfx._norms import Norms
+from clipfx._norms import Layout, Norms, axes_apart, combine
 from clipfx._tree import Groups, counted_leaves, group_leaves, narrow, times, widen
 from clipfx.per_example._batch import batch_size
-from clipfx.per_example._bounded import by_group, lowered
+from clipfx.per_example._bounded import lowered
 from clipfx.per_example._limits import check_limit, limits
 from clipfx.per_example._squares import power
 
@@ -31,6 +34,7 @@ def clip_per_example(
     groups: Any = "global",
     response: responses.Response = responses.hard,
     reduce: str = "mean",
+    axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Bounds each example's gradient in stacked updates, and reduces them to one.
 
@@ -43,14 +47,19 @@ def clip_per_example(
     hand `clipfx.per_example.clipped_grad` does the same without the stack. An example
     with a norm that is not finite contributes zero.
 
-    In `jax.shard_map` each device must hold the whole gradients of some examples, and
-    the result is of those alone: add it up over the mesh axes of the examples.
+    In `jax.shard_map` sums, means and counts are of all examples on the mesh, and norms
+    those of whole gradients, where these are split too.
 
     Args:
       max_norm: :math:`c`: a number >= 0, `[G]`, or a dict by group name.
       groups: Which leaves share a norm, see `clipfx.clip_by_norm`. Static.
       response: From norms and thresholds to new norms. Static.
       reduce: `"mean"` over the B examples, dropped ones included, or `"sum"`. Static.
+      axis_name: The mesh axes that examples are split over, a name or a tuple of names,
+        `()` for none. Needed in `shard_map`, whose types do not tell these axes from
+        those that parameters are split over; and in `pmap` and under
+        `check_vma=False`, where nothing tells, and all but these are taken to hold the
+        same. Static.
 
     Returns:
       A transform from updates `[B, ...]` to updates like the parameters, of the same
@@ -60,7 +69,8 @@ def clip_per_example(
     Raises:
       TypeError: If an argument is of the wrong kind.
       ValueError: If a threshold is negative or does not fit the groups, `reduce` is
-        unknown, or updates have no common axis of examples.
+        unknown, updates have no common axis of examples, or they are split in
+        `shard_map` and `axis_name` says nothing of it.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -88,13 +98,14 @@ def clip_per_example(
         members = group_leaves(groups, updates)
         check_same_groups(state, members)
         size = batch_size((updates,), (0,))
-        norms = _norms(updates, members)
+        axes = axes_apart(updates, axis_name, "the examples of clip_per_example")
+        over = functools.partial(_add_up, axes=axes)
+        norms = _norms(updates, members, axes)
         limit = limits(max_norm, members, size).astype(norms.value.dtype)
         limit = jnp.broadcast_to(limit, norms.value.shape)
         limit = _compat.reshard(limit, _compat.explicit_spec(norms.value))
         before, factor = factors(norms, lowered(limit), response, "zero")
         good = jnp.isfinite(norms.value).all(1)
-        count = size if reduce == "mean" else 1
 
         def bound(x: Any, i: int | None) -> Any:
             if i is None:  # no gradient
@@ -102,46 +113,58 @@ def clip_per_example(
             row = lambda f: f[:, i].reshape((-1,) + (1,) * (x.ndim - 1))
             wide = times(times(widen(x), row(before)), row(factor))
             wide = jnp.where(good.reshape((-1,) + (1,) * (x.ndim - 1)), wide, 0)
-            return narrow(wide.sum(0) / max(count, 1), x.dtype)
+            return narrow(over(wide.sum(0)) / max(count, 1), x.dtype)
 
+        count = size * math.prod(jax.lax.psum(1, axis) for axis in axes)
+        count = count if reduce == "mean" else 1
         leaves, treedef = jax.tree.flatten(updates)
         pairs = zip(leaves, members.index, strict=True)
         clipped = treedef.unflatten([bound(x, i) for x, i in pairs])
-        return clipped, _next(state, norms, limit, before * factor, good)
+        return clipped, _next(state, norms, limit, before * factor, good, over)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _norms(updates: Any, members: Groups) -> Norms:
+def _add_up(x: jax.Array, axes: frozenset) -> jax.Array:
+    return jax.lax.psum(x, tuple(sorted(axes, key=str))) if axes else x
+
+
+def _norms(updates: Any, members: Groups, axes: frozenset) -> Norms:
+    """Norms `[B, G]` of the examples here, the mesh axes of which are given."""
     pairs = counted_leaves(updates, members)
     kinds = {jnp.finfo(widen(x).dtype).dtype for x, _ in pairs}
     dtype = jnp.float64 if jnp.dtype(jnp.float64) in kinds else jnp.float32
-    found = [jax.vmap(power)(x).astype(dtype) for x, _ in pairs]
-    found = found or [jnp.zeros(batch_size((updates,), (0,)), dtype)]
-    rows = jnp.stack(found, 1)
-    squares = by_group(rows, [i for _, i in pairs], len(members.names))
+    if not pairs:
+        nothing = jnp.zeros((batch_size((updates,), (0,)), 0), dtype)
+        return Norms(nothing, nothing)
+    rows = [jax.vmap(power)(x).astype(dtype) for x, _ in pairs]
+    index = tuple(i for _, i in pairs)
+    layout = Layout(index, len(members.names), dtype, (), axes)
+    squares = combine(jnp.add, rows, layout).T
     return Norms(jnp.sqrt(squares), jnp.ones_like(squares))
 
 
 def _next(
-    state: ClipState, norms: Norms, limit: jax.Array, factor: jax.Array, good: jax.Array
+    state: ClipState,
+    norms: Norms,
+    limit: jax.Array,
+    factor: jax.Array,
+    good: jax.Array,
+    over: Callable,
 ) -> ClipState:
     seen, norm = state.metrics, reported(norms)
-    weight = jnp.where(good, 1.0, 0.0)[:, None]
-    mean = lambda x: (
-        (jnp.where(good[:, None], x, 0) * weight).sum(0).astype(jnp.float32)
-        / jnp.maximum(weight.sum(), 1)
-    )
-    number = lambda x: x.astype(jnp.int32).sum(0)
-    every = jnp.ones_like(norm, bool)
+    finite, every = good[:, None], jnp.ones_like(norm, bool)
+    total = lambda x: over(jnp.where(finite, x.astype(jnp.float32), 0).sum(0))
+    count = lambda x: over(x.astype(jnp.int32).sum(0))
+    number = jnp.maximum(total(every), 1)
     return state._replace(
         metrics=ClipMetrics(
-            norm=mean(norm),
+            norm=total(norm) / number,
             threshold=limit.max(0, initial=0).astype(jnp.float32),
-            factor=mean(factor),
-            steps=seen.steps + number(every),
-            clipped=seen.clipped + number(good[:, None] & exceeds(norm, limit)),
-            nonfinite=seen.nonfinite + number(~good[:, None] & every),
+            factor=total(factor) / number,
+            steps=seen.steps + count(every),
+            clipped=seen.clipped + count(finite & exceeds(norm, limit)),
+            nonfinite=seen.nonfinite + count(~finite & every),
             groups=seen.groups,
         )
     )
