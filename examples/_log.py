@@ -48,6 +48,7 @@ class Log:
 
     def sync(self) -> None:
         """Returns when all rows are on the disk."""
+        self._board.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import psutil
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from examples import _checkpoints, _training, transformer_fsdp
 from examples._clippers import CLIPPERS
@@ -60,6 +61,24 @@ def rows_of(out):
     return (out / "metrics.jsonl").read_text().splitlines()
 
 
+def shown(out):
+    """What TensorBoard shows, by name and step: a run replaces what it does again."""
+    found = {}
+    files = (out / "tensorboard").glob("events.*")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns):
+        data = file.read_bytes()
+        while len(data) > 8:  # length, its checksum, an event, its checksum
+            end = 12 + int.from_bytes(data[:8], "little")
+            if len(data) < end:
+                break  # torn by a kill
+            event, data = Event.FromString(data[12:end]), data[end + 4 :]
+            if event.session_log.status == SessionLog.START:
+                found = {key: x for key, x in found.items() if key[1] < event.step}
+            for value in event.summary.value:
+                found[value.tag, event.step] = value.simple_value
+    return found
+
+
 def numbers_of(out, step):
     """All arrays of a checkpoint by name, as they lie on disk."""
     found = {}
@@ -77,6 +96,7 @@ def assert_same_run(out, other, step):
     """The same metrics, byte for byte, and the same numbers, bit for bit."""
     assert rows_of(out) == rows_of(other)
     assert [json.loads(row)["step"] for row in rows_of(out)] == list(range(step))
+    assert shown(out) == shown(other)
     got, want = numbers_of(out, step), numbers_of(other, step)
     assert got.keys() == want.keys()
     for name, x in want.items():
@@ -150,7 +170,13 @@ def out(whole, tmp_path):
 
 def test_nothing_is_left_to_do(out, capsys):
     before = rows_of(out)
-    assert list((out / "tensorboard").glob("events.*"))
+    want = {
+        (name, row["step"]): x
+        for row in map(json.loads, before)
+        for name, x in row.items()
+        if name != "step" and x is not None
+    }
+    assert shown(out) == pytest.approx(want, rel=1e-6)
     assert train(SMALL, TEXT, out, **HOW) is None
     assert "has done 4 of --steps=4 already" in capsys.readouterr().out
     assert rows_of(out) == before
