@@ -21,8 +21,6 @@ RESPONSES = {
     "auto_s": (responses.auto_s(0.01), lambda n, c: c * n / (n + 0.01)),
 }
 LIMIT = 0.7
-# Tests are small and many: compiling is what takes their time.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def cast(tree, dtype):
@@ -40,7 +38,7 @@ def each_gradient(loss, params, batch, dtype="float64"):
     """`[B, ...]` for every leaf, by a loop over examples."""
     with enable_x64(dtype == "float64"):
         params, batch = cast(params, dtype), cast(batch, dtype)
-        one = jax.jit(jax.grad(loss), compiler_options=QUICK)
+        one = jax.jit(jax.grad(loss))
         count = len(jax.tree.leaves(batch)[0])
         rows = [one(params, jax.tree.map(lambda x: x[b], batch)) for b in range(count)]  # noqa: B023
         return jax.tree.map(lambda *xs: np.stack([np.asarray(x) for x in xs]), *rows)
@@ -120,7 +118,7 @@ def check(run, loss, params, batch, dtype, *, where=None, grads=None, **kwargs):
     if where is not None:
         norm, factor = (np.where(where[:, None], x, 0) for x in (norm, factor))
     with enable_x64(dtype == "float64"):
-        sums, info = jax.jit(run, compiler_options=QUICK)(*rounded)
+        sums, info = jax.jit(run)(*rounded)
         assert {str(x.dtype) for x in jax.tree.leaves(sums)} <= {dtype}
     tolerance = TOLERANCE[dtype]
     if dtype == "float32":  # and what rounding does to the gradients themselves

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from methods import METHODS
-from test_meshes import NUMBER, QUICK
+from test_meshes import NUMBER
 
 import clipfx
 
@@ -56,7 +56,7 @@ def pieces(name, leaves):
 def test_one_program_with_few_reductions_serves_all_steps(name):
     update, grads, state, mesh = pieces(name, 48)
     with jax.set_mesh(mesh):
-        compiled = update.lower(grads, state, grads).compile(QUICK)
+        compiled = update.lower(grads, state, grads).compile()
         for _ in range(20):  # it refuses what is split another way
             updates, state = compiled(grads, state, grads)
     same = lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim)
@@ -84,6 +84,6 @@ def test_leaves_split_in_several_ways_take_one_reduction_and_more_with_optax():
     numbers = []
     for tx in (clipfx.clip_by_global_norm(1.0), optax.clip_by_global_norm(1.0)):
         update = jax.jit(lambda g, tx=tx: tx.update(g, tx.init(g))[0])
-        text = update.lower(grads).compile(QUICK).as_text()
+        text = update.lower(grads).compile().as_text()
         numbers.append(number_of("all-reduce", text))
     assert numbers[0] == 1 < numbers[1]

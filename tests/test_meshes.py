@@ -5,7 +5,6 @@ columns and rows as in tensor parallelism, over both axes at once, unevenly, and
 all.
 """
 
-import contextlib
 import functools
 import inspect
 import re
@@ -73,24 +72,6 @@ DIAGNOSTIC = Method(balance, {"weight_decay": 0.1, "learning_rate": 0.01})
 ROWS = {**METHODS, "weight_decay_balance": DIAGNOSTIC}
 
 
-def known(**options):
-    """Those that this version of XLA has."""
-    found = {}
-    for name, value in options.items():
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            jax.jit(lambda: 0).lower().compile({name: value})
-            found[name] = value
-    return found
-
-
-# How loops become machine code is not a mesh's business, and takes most of the time.
-QUICK = known(
-    xla_backend_optimization_level=0,
-    xla_cpu_parallel_codegen_split_count=1,
-    xla_cpu_use_fusion_emitters=False,
-)
-
-
 def draw(seed, size=1.0):
     rng = np.random.default_rng(seed)
     one = lambda kind: jnp.asarray(size * rng.normal(size=kind[:-1]), kind[-1])
@@ -149,7 +130,7 @@ def before_adam(name):
 
 def take_steps(step, state, batches, check=lambda *_: None):
     """Compiles once and takes all steps, each from the state that the last one gave."""
-    compiled = step.lower(batches[0][0], state, batches[0][1]).compile(QUICK)
+    compiled = step.lower(batches[0][0], state, batches[0][1]).compile()
     outs = []
     for grads, params in batches:
         out, after = compiled(grads, state, params)

@@ -1,6 +1,5 @@
 """Two processes of four devices give what one process gives on eight."""
 
-import os
 import pathlib
 import socket
 import subprocess
@@ -9,6 +8,7 @@ import sys
 import numpy as np
 import processes
 import pytest
+import xla
 
 NAMES = [f"{clip}/{way}" for clip in processes.CLIPS for way in ("jit", "shard_map")]
 NAMES += ["clip_fair_groups", "clipped_grad"]
@@ -24,11 +24,10 @@ def free_port():
 def two(tmp_path_factory):
     """What the two processes hold, each under a name of its own."""
     out, port = tmp_path_factory.mktemp("processes"), str(free_port())
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     workers = [
         subprocess.Popen(
             [sys.executable, processes.__file__, port, str(number), str(out)],
-            env=env,
+            env=xla.own_devices(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_meshes import QUICK, assert_all_alike, mesh_of
+from test_meshes import assert_all_alike, mesh_of
 
 import clipfx
 from clipfx import per_example, privacy
@@ -125,13 +125,9 @@ LIKE_PARAMETERS = ("clipped_grad", "fair_grad", "clip_fair_groups", "dp_grad")
 # -------------------------------------------------------------------------- the ways
 
 
-def compiled(run, *args):
-    return run.lower(*args).compile(QUICK)(*args)
-
-
 @functools.cache
 def alone(name):
-    return compiled(jax.jit(FUNCTIONS[name](loss)), PARAMS, BATCH)
+    return jax.jit(FUNCTIONS[name](loss))(PARAMS, BATCH)
 
 
 def specs_of(params):
@@ -149,7 +145,7 @@ def on_mesh(kind, place, name):
         one = functools.partial(loss, out_sharding=P())
     with jax.set_mesh(mesh):
         params, batch = jax.device_put((PARAMS, BATCH), shardings)
-        out = compiled(jax.jit(FUNCTIONS[name](one)), params, batch)
+        out = jax.jit(FUNCTIONS[name](one))(params, batch)
     if kind == AxisType.Explicit and name in LIKE_PARAMETERS:
         for k, x in out[0].items():
             assert x.sharding.is_equivalent_to(params[k].sharding, x.ndim)
@@ -174,13 +170,13 @@ def in_shard_map(place, name, **options):
         out_specs=jax.tree.map(spec_of, alone(name)),
         **options,
     )
-    return compiled(jax.jit(mapped), PARAMS, BATCH)
+    return jax.jit(mapped)(PARAMS, BATCH)
 
 
 def in_pmap(name):
     run = jax.pmap(FUNCTIONS[name](loss, **named(name, "i")), "i", in_axes=(None, 0))
     cut = lambda x: x.reshape(8, B // 8, *x.shape[1:])
-    out = compiled(run, PARAMS, jax.tree.map(cut, BATCH))
+    out = run(PARAMS, jax.tree.map(cut, BATCH))
 
     def joined(x, y):
         if x.size == y.size:
@@ -248,7 +244,7 @@ def stacked_in_shard_map(axis_name, stacked):
         in_specs=(batch["stacked"], P()),
         out_specs=(specs, P()),
     )
-    return compiled(jax.jit(update), stacked, tx.init(PARAMS))
+    return jax.jit(update)(stacked, tx.init(PARAMS))
 
 
 def test_one_bad_part_drops_the_whole_example():

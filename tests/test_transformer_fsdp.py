@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import random
 import shutil
@@ -16,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import psutil
 import pytest
+import xla
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from examples import _checkpoints, _training, transformer_fsdp
@@ -36,9 +36,8 @@ def command(out, **given):
 
 def environment(cache):
     """Own devices; what one run compiled the next one finds."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return {
-        **env,
+        **xla.own_devices(),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -1,0 +1,36 @@
+"""How XLA compiles the tests: for eight devices of the CPU, and quickly.
+
+Most of the time goes into making loops fast that run once. What a program consists of
+does not depend on it, and numbers only in their last bits; `.ci/run` tests these again
+as users compile them, with `XLA_FLAGS=--xla_backend_optimization_level=3`.
+"""
+
+import os
+import subprocess
+import sys
+
+DEVICES = "--xla_force_host_platform_device_count=8"
+_LEVEL = "--xla_backend_optimization_level"
+_QUICK = (f"{_LEVEL}=0", "--xla_cpu_use_fusion_emitters=false")
+
+
+def _is_known(flag: str) -> bool:
+    """XLA ends a process that has a flag of another version."""
+    env = {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    return not subprocess.run(command, env=env, capture_output=True).returncode
+
+
+def configure() -> None:
+    """Sets `XLA_FLAGS`, for this process and those that it starts."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if not any(flag.startswith(_LEVEL) for flag in flags):
+        flags += filter(_is_known, _QUICK)
+    if DEVICES not in flags:
+        flags.append(DEVICES)
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+
+
+def own_devices() -> dict[str, str]:
+    """The environment of a process that asks for devices itself."""
+    return {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(DEVICES, "")}
