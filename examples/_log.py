@@ -4,10 +4,13 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from examples import _common
@@ -30,21 +33,29 @@ class Log:
         _common.write_jsonl(whole, kept)
         whole.replace(path)
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(
-            str(directory / "tensorboard"), purge_step=first, write_to_disk=True
-        )
+        # Not `SummaryWriter`: what its thread has yet to write, its `flush` leaves out.
+        board = directory / "tensorboard" / "events"
+        board.parent.mkdir(exist_ok=True)
+        self._board = EventsWriter(str(board), f".{os.getpid()}")
+        self._show(first, session_log=SessionLog(status=SessionLog.START))
         self._bar = tqdm(total=steps, initial=first, desc="train")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Adds the row of a step; `step` and floats by name."""
         self._file.write(_common.json_line(row))
         self._file.flush()
-        for name, value in row.items():
-            if name != "step" and math.isfinite(value):
-                self._board.add_scalar(name, value, row["step"])
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in row.items()
+            if name != "step" and math.isfinite(value)
+        ]
+        self._show(row["step"], summary=Summary(value=values))
         note = f"loss {row['loss']:.3f}, norm {row['norm']:.3g}"
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update()
+
+    def _show(self, step: int, **what: Any) -> None:
+        self._board.write_event(Event(wall_time=time.time(), step=step, **what))
 
     def sync(self) -> None:
         """Returns when all rows are on the disk."""
