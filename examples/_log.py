@@ -9,11 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto import event_pb2, summary_pb2
 from tqdm import tqdm
 
 from examples import _common
+
+# Classes of protocol buffers are made when they are imported.
+_events: Any = event_pb2
+_summaries: Any = summary_pb2
 
 
 class Log:
@@ -37,7 +40,9 @@ class Log:
         board = directory / "tensorboard" / "events"
         board.parent.mkdir(exist_ok=True)
         self._board = EventsWriter(str(board), f".{os.getpid()}")
-        self._show(first, session_log=SessionLog(status=SessionLog.START))
+        self._show(
+            first, session_log=_events.SessionLog(status=_events.SessionLog.START)
+        )
         self._bar = tqdm(total=steps, initial=first, desc="train")
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -45,17 +50,18 @@ class Log:
         self._file.write(_common.json_line(row))
         self._file.flush()
         values = [
-            Summary.Value(tag=name, simple_value=value)
+            _summaries.Summary.Value(tag=name, simple_value=value)
             for name, value in row.items()
             if name != "step" and math.isfinite(value)
         ]
-        self._show(row["step"], summary=Summary(value=values))
+        self._show(row["step"], summary=_summaries.Summary(value=values))
         note = f"loss {row['loss']:.3f}, norm {row['norm']:.3g}"
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update()
 
     def _show(self, step: int, **what: Any) -> None:
-        self._board.write_event(Event(wall_time=time.time(), step=step, **what))
+        event = _events.Event(wall_time=time.time(), step=step, **what)
+        self._board.write_event(event)
 
     def sync(self) -> None:
         """Returns when all rows are on the disk."""
