@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from sentences import raises_one_sentence
 from trees import enable_x64
 
@@ -212,11 +210,7 @@ def model(seed=0):
 
 def loss(params, example):
     ids, label = example
-    return dense_loss(params, (params["table"][ids].sum(0), label))
-
-
-def dense_loss(params, example):
-    x, label = example
+    x = params["table"][ids].sum(0)
     for layer in params["layers"][:-1]:
         x = jnp.tanh(x @ layer["w"] + layer["b"])
     last = params["layers"][-1]
@@ -329,60 +323,6 @@ def test_padding_and_bad_examples_are_counted_nowhere():
     )
     near(info.norm, norm, 1e-5)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(sums))
-
-
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_populations_spread_unevenly_over_devices(kind):
-    """One population lives on two of eight devices; norms are of all it contributes."""
-    params, (ids, labels) = model(), batch_of(16)
-    # JAX wants to be told how to look up by indices that are split on Explicit meshes.
-    batch = (params["table"][ids].sum(1), labels)
-    params = {"layers": params["layers"]}
-    loss = dense_loss
-    group = jnp.asarray(np.where(np.arange(16) < 3, 1, 0))
-    grad = per_example.fair_grad(loss, 2, 1.3, floor=0.0)
-    right, info = jax.jit(grad)(params, batch, group)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
-    place = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
-    with jax.set_mesh(mesh):
-        split = place((batch, group), P("data"))
-        sums, other = jax.jit(grad)(place(params, P()), *split)
-    near(sums, jax.tree.map(np.float64, right), 1e-5)
-    near(other.norm, np.float64(info.norm), 1e-5)
-
-    def local(params, batch, group):
-        return grad(params, batch, group)
-
-    auto = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    mapped = jax.shard_map(
-        local, mesh=auto, in_specs=(P(), P("data"), P("data")),
-        out_specs=(P(), per_example.PerPopulation(P("data"), P(), P(), P(), ())),
-    )  # fmt: skip
-    if kind == AxisType.Auto:
-        sums, other = jax.jit(mapped)(params, batch, group)
-        near(sums, jax.tree.map(np.float64, right), 1e-5)
-        near(other.norm, np.float64(info.norm), 1e-5)
-        assert other.count.tolist() == [13, 3]
-
-
-def test_pmap_adds_up_before_norms_are_taken():
-    params, batch = model(), batch_of(16)
-    group = jnp.asarray(np.where(np.arange(16) < 3, 1, 0))
-    right, info = jax.jit(per_example.fair_grad(loss, 2, 1.3))(params, batch, group)
-    cut = lambda x: x.reshape(8, 2, *x.shape[1:])
-    named = per_example.fair_grad(loss, 2, 1.3, axis_name="i")
-    spread = jax.pmap(named, axis_name="i", in_axes=(None, 0, 0))
-    sums, other = spread(params, jax.tree.map(cut, batch), cut(group))
-    near(jax.tree.map(lambda x: x[5], sums), jax.tree.map(np.float64, right), 1e-5)
-    near(other.norm[5], np.float64(info.norm), 1e-5)
-    tx = clipfx.clip_fair_groups(1.3, axis_name="i")
-
-    def local(batch, group):
-        parts, _ = per_example.group_grad(loss, 2)(params, batch, group)
-        return tx.update(parts, tx.init(params))[0]
-
-    sums = jax.pmap(local, axis_name="i")(jax.tree.map(cut, batch), cut(group))
-    near(jax.tree.map(lambda x: x[5], sums), jax.tree.map(np.float64, right), 1e-5)
 
 
 ONE = jnp.ones((2, 3))
