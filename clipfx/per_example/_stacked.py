@@ -106,6 +106,9 @@ def clip_per_example(
         limit = _compat.reshard(limit, _compat.explicit_spec(norms.value))
         before, factor = factors(norms, lowered(limit), response, "zero")
         good = jnp.isfinite(norms.value).all(1)
+        count = 1
+        if reduce == "mean":
+            count = size * math.prod(jax.lax.psum(1, axis) for axis in axes)
 
         def bound(x: Any, i: int | None) -> Any:
             if i is None:  # no gradient
@@ -115,8 +118,6 @@ def clip_per_example(
             wide = jnp.where(good.reshape((-1,) + (1,) * (x.ndim - 1)), wide, 0)
             return narrow(over(wide.sum(0)) / max(count, 1), x.dtype)
 
-        count = size * math.prod(jax.lax.psum(1, axis) for axis in axes)
-        count = count if reduce == "mean" else 1
         leaves, treedef = jax.tree.flatten(updates)
         pairs = zip(leaves, members.index, strict=True)
         clipped = treedef.unflatten([bound(x, i) for x, i in pairs])
