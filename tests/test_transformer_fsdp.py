@@ -200,11 +200,6 @@ def assert_close_rows(got, want):
         assert finite(a) == pytest.approx(finite(b), rel=1e-4)
 
 
-def largest_files(path):
-    files = [file for file in path.rglob("*") if file.is_file()]
-    return sorted(files, key=lambda file: file.stat().st_size)[-3:]
-
-
 def truncate(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
@@ -223,7 +218,10 @@ def empty(file):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [truncate, flip, empty])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, out, capsys, damage):
-    for file in largest_files(out / "checkpoints" / "4" / "model"):
+    # All of them: which ones the merged tree still refers to is a matter of timing.
+    files = list((out / "checkpoints" / "4" / "model").rglob("d/*"))
+    assert files
+    for file in files:
         damage(file)
     train(SMALL, TEXT, out, **HOW)
     said = capsys.readouterr().out
