@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from clipfx import responses
-from clipfx._norms import Norms, check_ord, far, group_norms
+from clipfx._norms import Norms, check_ord, group_norms
+from clipfx._range import far
 from clipfx._tree import Groups, divide, group_leaves, scale_groups
 from clipfx.thresholds import Threshold, as_threshold
 
@@ -99,7 +100,7 @@ def clip_by_norm(
     nonfinite_norm            the whole group becomes NaN, or zero, by `nonfinite`
     nothing_is_learned        from a step with a norm that is not finite
     fixed_state               structure, shapes, dtypes from `init` on; scans
-    one_all_reduce            per step, however many groups (general p: two; under jit
+    one_all_reduce            per step, however many groups (under jit with Auto axes
                               one more for each further way that leaves are split)
     sharded_equals_whole      to 1e-6, under jit and in `shard_map`
     unknown_extra_args        are ignored
@@ -170,13 +171,9 @@ def clip_by_norm(
             params=params,
             **extra_args,
         )
-        limit = jnp.maximum(jnp.asarray(limit).astype(jnp.float32), 0)
-        limit = jnp.broadcast_to(limit, norm.shape)
-        finite = jnp.isfinite(norms.value)
-        before, factor = factors(norms, limit, response, nonfinite)
-        drop = ~finite if nonfinite == "zero" else None
-        clipped = scale_groups(updates, members, before, factor, drop=drop)
-        return clipped, next_state(state, learned, norm, limit, before * factor)
+        return respond(
+            updates, state, members, norms, limit, learned, response, nonfinite
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -270,6 +267,26 @@ def reported(norms: Norms, dtype: Any = jnp.float32) -> jax.Array:
     largest = jnp.asarray(jnp.finfo(dtype).max, norms.value.dtype)
     capped = jnp.minimum(norms.value / norms.scale, largest)
     return jnp.where(jnp.isfinite(norms.value), capped, norms.value).astype(dtype)
+
+
+def respond(
+    updates: Any,
+    state: ClipState,
+    members: Groups,
+    norms: Norms,
+    limit: Any,
+    learned: Any,
+    response: responses.Response,
+    nonfinite: str,
+) -> tuple[Any, ClipState]:
+    """The second half of a step: scales the updates, counts, learns."""
+    norm = reported(norms)
+    limit = jnp.maximum(jnp.asarray(limit).astype(jnp.float32), 0)
+    limit = jnp.broadcast_to(limit, norm.shape)
+    before, factor = factors(norms, limit, response, nonfinite)
+    drop = ~jnp.isfinite(norms.value) if nonfinite == "zero" else None
+    clipped = scale_groups(updates, members, before, factor, drop=drop)
+    return clipped, next_state(state, learned, norm, limit, before * factor)
 
 
 def factors(

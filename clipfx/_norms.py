@@ -1,21 +1,23 @@
-r"""Norms of groups: right in every dtype, at every magnitude, on every mesh.
+"""Norms of groups: right in every dtype, at every magnitude, on every mesh."""
 
-A sum of squares leaves the range of float32 long before its root does. Here a sum
-that overflowed or vanished is taken a second time with the elements multiplied by a
-power of two, by the same code in a loop: the usual case pays for one reduction.
-"""
-
-import contextlib
-import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from clipfx import _compat
+from clipfx._combine import Layout, as_tuple, combine, per_shard, trees_apart
+from clipfx._range import (
+    in_range,
+    largest,
+    raised,
+    reciprocal_power_of_two,
+    rescaled,
+    root,
+)
 from clipfx._tree import Groups, counted_leaves, times, widen
 
 
@@ -74,106 +76,62 @@ def group_norms(
         return Norms(jnp.zeros(0, jnp.float32), jnp.ones(0, jnp.float32))
     wide = {jnp.finfo(leaf.dtype).dtype for leaf in leaves}
     dtype = jnp.float64 if jnp.dtype(jnp.float64) in wide else jnp.float32
-    names = _as_tuple(axis_name)
-    layout = Layout(index, len(groups.names), dtype, names, _APART.get())
+    names = as_tuple(axis_name)
+    layout = Layout(index, len(groups.names), dtype, names, trees_apart())
     return _jitted(leaves, layout, ord)
 
 
-class Layout(NamedTuple):
-    """What of a tree is known while tracing; hashable."""
-
-    index: tuple[int, ...]
-    number: int
-    dtype: Any
-    axis_names: tuple
-    apart: frozenset[str]
-
-
-_APART = contextvars.ContextVar[frozenset[str]]("apart", default=frozenset())
-
-
-@contextlib.contextmanager
-def apart(axes: frozenset[str]) -> Iterator[None]:
-    """While tracing, these mesh axes of `shard_map` have trees of their own each."""
-    token = _APART.set(axes)
-    try:
-        yield
-    finally:
-        _APART.reset(token)
-
-
-def axes_apart(tree: Any, axis_name: Any, what: str) -> frozenset[str]:
-    """The mesh axes that `what` is split over, which the type of a leaf does not tell.
-
-    Raises:
-      ValueError: If leaves are split in `shard_map` and `axis_name` is None.
-    """
-    if axis_name is not None:
-        return frozenset(_as_tuple(axis_name))
-    split = frozenset[str]().union(*map(_compat.varying_axes, jax.tree.leaves(tree)))
-    if split:
-        raise ValueError(
-            f"axis_name must say over which mesh axes {what} are split, got nothing, "
-            f"and updates are split over {sorted(split)}; name those, () for none."
-        )
-    return split
+def measure_together(
+    trees: Sequence[Any], groups: Groups, axis_name: Any = None
+) -> tuple[Norms, ...]:
+    """The norms of several trees of one structure, with one reduction for all."""
+    number, pairs = len(groups.names), [counted_leaves(tree, groups) for tree in trees]
+    index = [k * number + i for k, rows in enumerate(pairs) for _, i in rows]
+    every = Groups(groups.names * len(trees), tuple(index))
+    leaves = [leaf for rows in pairs for leaf, _ in rows]
+    norms = group_norms(leaves, every, axis_name=axis_name)
+    value, scale = (x.reshape(len(trees), number) for x in norms)
+    return tuple(Norms(*row) for row in zip(value, scale, strict=True))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _measure(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
-    return _per_shard(lambda leaves: _norms_of(leaves, layout, ord), leaves)
-
-
-def _per_shard(fun: Callable, leaves: list[jax.Array]) -> Any:
-    """Calls `fun`; where types say how leaves are split, on the shards.
-
-    On a mesh with Explicit axes `combine` then needs one collective. Left to XLA it is
-    one for every set of axes that leaves are split over, and for every 256 leaves.
-    """
-    specs = [_compat.explicit_spec(x) or () for x in leaves]
-    mesh = next(
-        (_compat.mesh_of(x) for x, s in zip(leaves, specs, strict=True) if any(s)), None
-    )
-    if mesh is None or _compat.is_manual(mesh):  # no shard_map within another
-        return fun(leaves)
-    split = jax.shard_map(
-        fun,
-        mesh=mesh,
-        in_specs=([jax.sharding.PartitionSpec(*spec) for spec in specs],),
-        out_specs=jax.sharding.PartitionSpec(),
-        axis_names=_compat.explicit_axes(mesh),
-    )
-    whole = jax.custom_batching.custom_vmap(split)
-
-    @whole.def_vmap
-    def mapped(axis_size, in_batched, leaves):
-        # Under vmap a shard_map would gather what is split along the mapped axis.
-        axes = [0 if batched else None for batched in in_batched[0]]
-        out = jax.vmap(fun, in_axes=(axes,), axis_size=axis_size)(leaves)
-        return out, jax.tree.map(lambda _: True, out)
-
-    return whole(leaves)
+    return per_shard(lambda leaves: _norms_of(leaves, layout, ord), leaves)
 
 
 def _norms_of(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
-    def part(x, scale):
+    def held(x, scale):
         # A barrier for each leaf: else XLA takes widened leaves out of the loop, and
         # scales of full size, shared by leaves of one shape.
         x, scale = jax.lax.optimization_barrier((x, scale))
-        return jnp.sum(_power(times(widen(x), scale), ord))
+        return widen(x, layout.dtype), scale
+
+    part = lambda x, scale: jnp.sum(raised(times(*held(x, scale)), ord))
+    peak_of = lambda xs: combine(jnp.maximum, [largest(x) for x in xs], layout)
 
     if ord in (1, 2):
         sums = lambda scale: combine(jnp.add, [part(x, scale) for x in leaves], layout)
-        total, scale = _rescaled(sums, layout)
+        total, scale = rescaled(sums, layout)
         return Norms(jnp.sqrt(total) if ord == 2 else total, scale)
-    peak = combine(jnp.maximum, [_peak(widen(x)) for x in leaves], layout)
-    # Other powers leave the range even sooner: divide by the largest first.
-    scale = _reciprocal_power_of_two(peak)
+    wide = [widen(x, layout.dtype) for x in leaves]
     if ord == math.inf:
+        peak = peak_of(wide)
+        scale = reciprocal_power_of_two(peak)
         return Norms(peak * scale, scale)
-    scales = jnp.unstack(scale)
-    parts = [part(x, scales[i]) for x, i in zip(leaves, layout.index, strict=True)]
-    return Norms(combine(jnp.add, parts, layout) ** (1 / ord), scale)
+
+    def around_largest(start):
+        peak = peak_of([held(x, start)[0] for x in leaves])
+        scale = reciprocal_power_of_two(peak)
+        near = peak * scale  # 0.6 to the power of 200 is out of range already
+        near = jnp.where(jnp.isfinite(near) & (near > 0), near, 1)
+        rows = jnp.unstack(scale), jnp.unstack(1 / near)
+        size = lambda x, i: times(times(*held(x, rows[0][i])), rows[1][i])
+        pairs = zip(leaves, layout.index, strict=True)
+        parts = [jnp.sum(raised(size(x, i), ord)) for x, i in pairs]
+        return root(combine(jnp.add, parts, layout), ord) * near, scale
+
+    sums = combine(jnp.add, [jnp.sum(raised(x, ord)) for x in wide], layout)
+    return Norms(*in_range(sums, root(sums, ord), around_largest, layout))
 
 
 @_measure.defjvp
@@ -183,10 +141,11 @@ def _measure_jvp(layout, ord, primals, tangents):
     scales = jnp.unstack(norms.scale)
     # The unit vector dual to x, |u| <= 1: the derivative is its inner product.
     duals = [
-        _dual(times(times(widen(x), scales[i]), inverse[i]), ord)
+        _dual(times(times(widen(x, layout.dtype), scales[i]), inverse[i]), ord)
         for x, i in zip(primals[0], layout.index, strict=True)
     ]
-    dots = [_inner(u, widen(dx)) for u, dx in zip(duals, tangents[0], strict=True)]
+    pairs = zip(duals, tangents[0], strict=True)
+    dots = [_inner(u, widen(dx, layout.dtype)) for u, dx in pairs]
     slope = combine(jnp.add, dots, layout) * norms.scale
     if ord == math.inf:  # ties share the derivative
         ties = combine(jnp.add, [jnp.sum(jnp.abs(u)) for u in duals], layout)
@@ -205,7 +164,7 @@ def cosines(
 
     def unit(x, n, i):
         size = jnp.where(n.value[i] > 0, n.value[i], 1)
-        return times(times(widen(x), n.scale[i]), 1 / size)
+        return times(times(widen(x, n.value.dtype), n.scale[i]), 1 / size)
 
     pairs = zip(counted_leaves(a, groups), counted_leaves(b, groups), strict=True)
     dots = [
@@ -213,8 +172,8 @@ def cosines(
     ]
     index = tuple(i for i in groups.index if i is not None)
     dtype = norms[0].value.dtype
-    names = _as_tuple(axis_name)
-    layout = Layout(index, len(groups.names), dtype, names, _APART.get())
+    names = as_tuple(axis_name)
+    layout = Layout(index, len(groups.names), dtype, names, trees_apart())
     return combine(jnp.add, dots, layout)
 
 
@@ -222,104 +181,10 @@ def group_sizes(tree: Any, groups: Groups, axis_name: Any = None) -> jax.Array:
     """Counts the elements of each group, float32 `[G]`, over all shards."""
     sizes = [0] * len(groups.names)
     for x, i in counted_leaves(tree, groups):
-        axes = (_compat.varying_axes(x) | {*_as_tuple(axis_name)}) - _APART.get()
+        axes = (_compat.varying_axes(x) | {*as_tuple(axis_name)}) - trees_apart()
         shards = (jax.lax.psum(1, axis) for axis in axes)
         sizes[i] += x.size * math.prod(shards)
     return jnp.array(sizes, jnp.float32)
-
-
-def _as_tuple(axis_name: Any) -> tuple:
-    if axis_name is None:
-        return ()
-    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
-
-
-def combine(op: Callable, scalars: Sequence[jax.Array], layout: Layout) -> jax.Array:
-    """Combines one scalar per leaf into `[G]`, over leaves and mesh axes.
-
-    Or one array per leaf, all `[B]`, into `[G, B]`. `op` is `jnp.add`, or `jnp.maximum`
-    of what is not negative. One collective, whatever the number of groups and however
-    leaves are split.
-    """
-    split = [
-        (_compat.varying_axes(x) | {*layout.axis_names}) - layout.apart for x in scalars
-    ]
-    every = frozenset[Any]().union(*split)
-    rows: list[list[jax.Array]] = [[] for _ in range(layout.number)]
-    for x, i, axes in zip(scalars, layout.index, split, strict=True):
-        x = x.astype(layout.dtype)
-        # Of equal copies all but one count as zero.
-        for axis in every - axes:
-            x = jnp.where(jax.lax.axis_index(axis) == 0, x, jnp.zeros_like(x))
-        rows[i].append(x)
-    total = jnp.stack([_pairwise(op, row, layout.dtype) for row in rows])
-    across = jax.lax.psum if op is jnp.add else jax.lax.pmax
-    return across(total, tuple(sorted(every, key=str))) if every else total
-
-
-def _pairwise(op: Callable, row: list[jax.Array], dtype: Any) -> jax.Array:
-    """Reduces in a balanced tree: the error grows with the log of the length."""
-    while len(row) > 1:
-        row = [op(*row[i : i + 2]) if row[i + 1 :] else row[i]
-               for i in range(0, len(row), 2)]  # fmt: skip
-    return row[0] if row else jnp.zeros([], dtype)
-
-
-def far(dtype: Any) -> float:
-    """A power of two at three quarters of the exponents, 2^96 for float32.
-
-    Divided by it what overflowed comes down, and multiplied what vanished comes up,
-    with room for 2^60 elements.
-    """
-    return 2.0 ** (jnp.finfo(dtype).maxexp * 3 // 4)
-
-
-def _rescaled(sums: Callable, layout: Layout) -> tuple[jax.Array, jax.Array]:
-    """Runs `sums(scale)`, again at another scale for groups that left the range.
-
-    One scale for all groups, so that nothing in the loop depends on their number.
-    """
-    dtype = layout.dtype
-    info = jnp.finfo(dtype)
-    up = far(dtype)
-    # Below this, squares that were lost could add up to more than a rounding: 2^-72.
-    tiny = float(info.tiny / info.eps) * 2.0**31
-
-    def body(carry):
-        scale, total, used = carry
-        over, under = total == jnp.inf, total < tiny
-        wanted = (scale == 1) | ((scale < 1) & over) | ((scale > 1) & under)
-        total = jnp.where(wanted, sums(scale), total)
-        used = jnp.where(wanted, scale, used)
-        bring_down = (scale == 1) & jnp.any(total == jnp.inf)
-        bring_up = (scale <= 1) & jnp.any(total < tiny)
-        after = jnp.where(bring_down, 1 / up, jnp.where(bring_up, up, 0.0))
-        return after.astype(dtype), total, used
-
-    zeros = jnp.zeros(layout.number, dtype)
-    vary = lambda x: _compat.vary(x, layout.apart)
-    start = (vary(jnp.ones([], dtype)), vary(zeros), vary(zeros + 1))
-    return jax.lax.while_loop(lambda carry: carry[0] > 0, body, start)[1:]
-
-
-def _power(x: jax.Array, power: float) -> jax.Array:
-    """`|x| ** power`, real."""
-    if power == 2:
-        return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else x * x
-    return jnp.abs(x) if power == 1 else jnp.abs(x) ** power
-
-
-def _peak(x: jax.Array) -> jax.Array:
-    """The largest magnitude, infinite where there is a NaN: collectives may lose it."""
-    size = jnp.abs(x)
-    return jnp.max(jnp.where(jnp.isnan(size), jnp.inf, size), initial=0.0)
-
-
-def _reciprocal_power_of_two(x: jax.Array) -> jax.Array:
-    """A power of two within a factor of two of `1 / x`, kept a normal number."""
-    limit = jnp.finfo(x.dtype).maxexp - 2
-    exponent = jnp.frexp(jnp.where(jnp.isfinite(x) & (x > 0), x, 1))[1]
-    return jnp.ldexp(jnp.ones_like(x), jnp.clip(-exponent, -limit, limit))
 
 
 def _inner(u: jax.Array, dx: jax.Array) -> jax.Array:

@@ -20,7 +20,8 @@ from clipfx._clip import (
     next_state,
     reported,
 )
-from clipfx._norms import far, group_norms
+from clipfx._norms import group_norms
+from clipfx._range import far
 from clipfx._statistics import multiple
 from clipfx._tree import (
     divide,

@@ -8,11 +8,17 @@ import optax
 
 from clipfx import responses
 from clipfx._checks import check_number, check_params
-from clipfx._clip import clip_by_norm
-from clipfx._norms import Norms, cosines, group_norms
+from clipfx._clip import (
+    ClipState,
+    check_nonfinite,
+    check_same_groups,
+    fresh_metrics,
+    reported,
+    respond,
+)
+from clipfx._norms import Norms, cosines, measure_together
 from clipfx._statistics import increment, unbiased_weight
-from clipfx._tree import Groups, divide, group_leaves, is_counted, widen
-from clipfx.thresholds import Threshold
+from clipfx._tree import divide, group_leaves, is_counted, widen
 
 
 class _Secant(NamedTuple):
@@ -84,8 +90,10 @@ def clip_by_curvature(
     check_number("max_product", max_product, "(0, inf)", "0.5 is cautious, 2 the edge")
     check_number("max_factor", max_factor, "(0, inf)", "1 never lengthens a step")
     check_number("decay", decay, "[0, 1)", "0.9 remembers about 10 steps")
+    check_nonfinite(nonfinite)
+    response = responses.normalize  # the norm becomes the threshold
 
-    def init(groups, params):
+    def init(params):
         def zeros(x):
             if not is_counted(x):
                 return jnp.zeros(0, jnp.float32)
@@ -94,62 +102,67 @@ def clip_by_curvature(
                 return jnp.zeros_like(x, dtype)
             return jnp.zeros(jnp.shape(x), dtype)
 
-        number = len(groups.names)
-        return _Secant(
+        members = group_leaves(groups, params)
+        number = len(members.names)
+        secant = _Secant(
             params=jax.tree.map(zeros, params),
             updates=jax.tree.map(zeros, params),
             steps=jnp.zeros([], jnp.int32),
             curvature=jnp.zeros(number, jnp.float32),
             secants=jnp.zeros(number, jnp.int32),
         )
+        return ClipState(secant, fresh_metrics(params, members))
 
-    def update(norm, state, *, groups, updates, params, **_):
-        check_params(params, "clip_by_curvature")
-        index = groups.index
-        pairs = [
-            _differences(new, old, index)
-            for new, old in ((params, state.params), (updates, state.updates))
-        ]
-        number = len(groups.names)
-        counted = tuple(i for i in index if i is not None)
-        both = Groups(groups.names * 2, (*counted, *(i + number for i in counted)))
-        norms = group_norms([*pairs[0], *pairs[1]], both, axis_name=axis_name)
-        exact = norms.value.astype(jnp.float32), norms.scale.astype(jnp.float32)
-        (moved, turned), (moved_in, turned_in) = (x.reshape(2, number) for x in exact)
-        known = (state.steps > 0) & (moved > 0)
-        secant = divide(turned, jnp.where(known, moved, 1)) * (moved_in / turned_in)
+    def learn(moved, turned, last):
+        """The factors `[G]`, the new curvature and the number of secants."""
+        moved, turned = (Norms(*(x.astype(jnp.float32) for x in n))
+                         for n in (moved, turned))  # fmt: skip
+        known = (last.steps > 0) & (moved.value > 0)
+        secant = divide(turned.value, jnp.where(known, moved.value, 1))
+        secant *= moved.scale / turned.scale
         known &= jnp.isfinite(secant)
-        secants = state.secants + known.astype(jnp.int32)
+        secants = last.secants + known.astype(jnp.int32)
         weight = unbiased_weight(decay, jnp.maximum(secants, 1))
-        mean = (1 - weight) * state.curvature + weight * jnp.where(known, secant, 0)
-        curvature = jnp.where(known, mean, state.curvature)
+        mean = (1 - weight) * last.curvature + weight * jnp.where(known, secant, 0)
+        curvature = jnp.where(known, mean, last.curvature)
         product = learning_rate * curvature
         factor = max_product / jnp.where(product > 0, product, 1)
         factor = jnp.where(product > 0, jnp.minimum(factor, max_factor), max_factor)
-        factor = jnp.where(secants > 0, factor, 1)
+        return jnp.where(secants > 0, factor, 1), curvature, secants
+
+    def update(updates, state, params=None, **extra_args):
+        check_params(params, "clip_by_curvature")
+        members = group_leaves(groups, updates)
+        check_same_groups(state, members)
+        last, index = state.threshold, members.index
+        trees = (
+            updates,
+            _differences(params, last.params, index),
+            _differences(updates, last.updates, index),
+        )
+        norms, moved, turned = measure_together(trees, members, axis_name)
+        factor, curvature, secants = learn(moved, turned, last)
         learned = _Secant(
-            _replaced(state.params, params, index),
-            _replaced(state.updates, updates, index),
-            increment(state.steps),
+            _replaced(last.params, params, index),
+            _replaced(last.updates, updates, index),
+            increment(last.steps),
             curvature,
             secants,
         )
-        return norm * factor, learned
+        limit = reported(norms) * factor
+        return respond(
+            updates, state, members, norms, limit, learned, response, nonfinite
+        )
 
-    return clip_by_norm(
-        Threshold(init, update),
-        groups=groups,
-        response=responses.normalize,
-        axis_name=axis_name,
-        nonfinite=nonfinite,
-    )
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _differences(new: Any, old: Any, index: tuple) -> list[jax.Array]:
+def _differences(new: Any, old: Any, index: tuple) -> list[Any]:
+    """New minus old, leaf by leaf, in float32 or wider where they are counted."""
     rows = zip(jax.tree.leaves(new), jax.tree.leaves(old), index, strict=True)
     wide = lambda x: widen(jnp.asarray(x))
-    return [wide(x) - wide(y).astype(wide(x).dtype)
-            for x, y, i in rows if i is not None]  # fmt: skip
+    return [x if i is None else wide(x) - wide(y).astype(wide(x).dtype)
+            for x, y, i in rows]  # fmt: skip
 
 
 def _replaced(old: Any, new: Any, index: tuple) -> Any:
@@ -251,12 +264,9 @@ def weight_decay_balance(
     check_number("weight_decay", weight_decay, "[0, inf)", "pass the optimizer's")
     check_number("learning_rate", learning_rate, "(0, inf)", "pass the optimizer's")
     members = group_leaves(groups, updates)
-    measure = lambda tree: group_norms(tree, members, axis_name=axis_name)
-    sizes = measure(updates), measure(params)
-    cosine = -cosines(updates, params, members, sizes, axis_name)
-    plain = lambda norms: norms.value / norms.scale
-    update, weight = (plain(norms) for norms in _same_dtype(sizes))
-    cosine = cosine.astype(weight.dtype)
+    u, w = measure_together((updates, params), members, axis_name)
+    cosine = -cosines(updates, params, members, (u, w), axis_name)
+    update, weight = u.value / u.scale, w.value / w.scale
     rate = jnp.asarray(learning_rate).astype(weight.dtype)
     decay = jnp.asarray(weight_decay).astype(weight.dtype)
     decay = decay if scaled else decay / rate
@@ -277,9 +287,3 @@ def weight_decay_balance(
     return WeightDecayBalance(
         weight, update, cosine, opposed, radial, exact, reached, names
     )
-
-
-def _same_dtype(sizes: tuple[Norms, Norms]) -> tuple[Norms, Norms]:
-    wide = jnp.promote_types(sizes[0].value.dtype, sizes[1].value.dtype)
-    cast = lambda n: Norms(n.value.astype(wide), n.scale.astype(wide))
-    return cast(sizes[0]), cast(sizes[1])

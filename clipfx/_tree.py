@@ -121,9 +121,11 @@ def counted_leaves(tree: Any, groups: Groups) -> list[tuple[jax.Array, int]]:
     return [(jnp.asarray(leaf), i) for leaf, i in pairs if i is not None]
 
 
-def widen(x: jax.Array) -> jax.Array:
-    """Half precision is computed in float32; anything wider is left alone."""
-    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
+def widen(x: jax.Array, least: Any = jnp.float32) -> jax.Array:
+    """What is narrower than `least` is computed in it; anything wider is left alone."""
+    if jnp.finfo(x.dtype).bits >= jnp.finfo(least).bits:
+        return x
+    return x.astype(jnp.complex128 if jnp.iscomplexobj(x) else least)
 
 
 def times(x: jax.Array, factor: jax.Array) -> jax.Array:

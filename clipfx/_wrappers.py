@@ -9,7 +9,8 @@ import optax
 from clipfx import _compat, responses
 from clipfx._checks import check_number
 from clipfx._clip import ClipState, factors, fresh_metrics, global_norm, next_state
-from clipfx._norms import Norms, apart, axes_apart, group_norms
+from clipfx._combine import apart, axes_apart
+from clipfx._norms import measure_together
 from clipfx._statistics import Window, check_window, empty_window, multiple, push
 from clipfx._tree import (
     Groups,
@@ -246,18 +247,11 @@ def error_feedback(
         total = narrow_counted(total, updates, members)
         out, after = inner.update(total, state.inner, params, **extra_args)
         error = combine(out, -1)
-        counted = [i is not None for i in members.index]
-        left = [e for e, is_in in zip(error, counted, strict=True) if is_in]
-        let_through = [x for x, is_in in zip(jax.tree.leaves(out), counted, strict=True)
-                       if is_in]  # fmt: skip
-        both = Groups(("left", "out"), (0,) * len(left) + (1,) * len(left))
-        norms = group_norms([*left, *let_through], both, axis_name=axis_name)
-        plain = norms.value / norms.scale
-        limit = multiple(max_ratio, plain[1])
-        first = Norms(norms.value[:1], norms.scale[:1])
-        scales = factors(first, limit[None], responses.hard, "zero")
+        left, through = measure_together((error, out), members, axis_name)
+        limit = multiple(max_ratio, through.value / through.scale)
+        scales = factors(left, limit, responses.hard, "zero")
         kept = scale_groups(error, members, *scales)
-        finite = jnp.isfinite(norms.value).all()
+        finite = (jnp.isfinite(left.value) & jnp.isfinite(through.value)).all()
         before = jax.tree.leaves(state.error)
         kept = [jnp.where(finite, x, e) for x, e in zip(kept, before, strict=True)]
         return out, ErrorFeedbackState(treedef.unflatten(kept), after)

@@ -1,32 +1,32 @@
 """What is compiled for a mesh: few reductions, no gathering, one program."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from methods import METHODS
-from test_meshes import NUMBER
+from test_meshes import NUMBER, OTHERS
+from xla import number_of
 
 import clipfx
 
 SPECS = {"bias": P("x"), "kernel": P("x", "y"), "gain": P(), "head": P(None, "y")}
 SHAPES = {"bias": (8,), "kernel": (8, 4), "gain": (4,), "head": (3, 4)}
-OTHERS = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter")
-
-NAMES = [k for k, row in METHODS.items() if not isinstance(row.groups, dict)]
-# One of each kind: tracing 400 leaves takes some methods ten seconds.
-KINDS = ["clip_by_global_norm", "clip_per_layer", "clip_by_value", "ord_3_per_layer",
-         "zclip", "skip_spikes"]  # fmt: skip
 
 
-def tree_of(leaves, mesh):
+@functools.cache
+def mesh():
+    return jax.make_mesh((4, 2), ("x", "y"))
+
+
+@functools.cache
+def tree_of(leaves):
     """Layers of four leaves, each split another way."""
-    make = lambda name, x: jax.device_put(x, NamedSharding(mesh, SPECS[name]))
+    make = lambda name, x: jax.device_put(x, NamedSharding(mesh(), SPECS[name]))
     layer = lambda i: {
         name: make(name, jnp.full(shape, 0.1 * (i + 1)))
         for name, shape in SHAPES.items()
@@ -34,29 +34,31 @@ def tree_of(leaves, mesh):
     return {f"layer_{i:03}": layer(i) for i in range(leaves // len(SHAPES))}
 
 
-def mesh_of(kind=AxisType.Explicit):
-    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
+def method_of(name, tree):
+    row = METHODS[name]
+    if isinstance(row.groups, dict):
+        labels = {layer: "odd" if i % 2 else "even" for i, layer in enumerate(tree)}
+        return clipfx.clip_by_norm(row.args["threshold"], groups=labels)
+    return row.make(**row.args)
 
 
-def number_of(collective, text):
-    return len(re.findall(rf" {collective}(?:-start)?\(", text))
+def lowered(name, leaves):
+    tx, extra, grads = (
+        method_of(name, tree_of(leaves)),
+        METHODS[name].extra,
+        tree_of(leaves),
+    )
+    state = tx.init(grads)
+    step = jax.jit(lambda g, s, p: tx.update(g, s, p, **extra))
+    return step.lower(grads, state, grads), state
 
 
-@functools.cache
-def pieces(name, leaves):
-    row, mesh = METHODS[name], mesh_of()
-    tx = row.make(**row.args)
-    update = jax.jit(lambda g, s, p: tx.update(g, s, p, **row.extra))
-    with jax.set_mesh(mesh):
-        grads = tree_of(leaves, mesh)
-        return update, grads, tx.init(grads), mesh
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_one_program_with_few_reductions_serves_all_steps(name):
-    update, grads, state, mesh = pieces(name, 48)
-    with jax.set_mesh(mesh):
-        compiled = update.lower(grads, state, grads).compile()
+    grads = tree_of(48)
+    with jax.set_mesh(mesh()):
+        program, state = lowered(name, 48)
+        compiled = program.compile()
         for _ in range(20):  # it refuses what is split another way
             updates, state = compiled(grads, state, grads)
     same = lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim)
@@ -70,17 +72,18 @@ def test_one_program_with_few_reductions_serves_all_steps(name):
     assert " infeed" not in text and " outfeed" not in text
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", METHODS)
 def test_reductions_do_not_grow_with_leaves(name):
-    update, grads, state, mesh = pieces(name, 400)
-    with jax.set_mesh(mesh):
-        text = update.lower(grads, state, grads).as_text()
-    assert text.count("stablehlo.all_reduce") == NUMBER.get(name, 1)
+    with jax.set_mesh(mesh()):
+        text = lowered(name, 400)[0].as_text()
+    # Third powers that leave the range take two more.
+    most = 3 if name == "ord_3_per_layer" else NUMBER.get(name, 1)
+    # What XLA itself makes of agc's units is not in there yet.
+    assert text.count("stablehlo.all_reduce") == (0 if name == "agc" else most)
 
 
 def test_leaves_split_in_several_ways_take_one_reduction_and_more_with_optax():
-    mesh = mesh_of()
-    grads = tree_of(48, mesh)
+    grads = tree_of(48)
     numbers = []
     for tx in (clipfx.clip_by_global_norm(1.0), optax.clip_by_global_norm(1.0)):
         update = jax.jit(lambda g, tx=tx: tx.update(g, tx.init(g))[0])

@@ -77,6 +77,27 @@ def test_float64_is_measured_in_float64():
         assert float(metrics.norm[0]) == float(np.finfo(np.float32).max)
 
 
+@pytest.mark.parametrize("ord", [1, 2, 3, math.inf])
+@pytest.mark.parametrize("size", [1e30, 1e-30, 2.0**-140])
+def test_float32_beside_float64_is_measured_in_float64(ord, size):
+    with enable_x64(True):
+        tree = {"a": jnp.full(4, size, jnp.float32), "b": jnp.zeros(1, jnp.float64)}
+        exact = norm(tree, ord) if size > 1e-38 else 0.0  # XLA:CPU flushes subnormals
+        assert measured(tree, ord=ord) == pytest.approx(exact, rel=1e-14)
+
+
+@pytest.mark.parametrize("ord", [1.5, 10, 200, 1000])
+@pytest.mark.parametrize("size", [1e38, 1e10, 1.0, 1e-3, 1e-30])
+def test_powers_that_leave_the_range(ord, size):
+    tree = {"a": jnp.full(4, size), "b": jnp.full(9, size / 3)}
+    exact = min(norm(tree, ord), 3.4028235e38)
+    assert measured(tree, ord=ord) == pytest.approx(exact, rel=2e-7)
+    both = jnp.stack([jnp.full(4, size), jnp.ones(4)])
+    each = jax.vmap(lambda x: clipfx.global_norm(x, ord=ord))(both)
+    exact = [min(norm(x, ord), 3.4028235e38) for x in both]
+    np.testing.assert_allclose(each, exact, rtol=2e-7)
+
+
 def test_nonfinite_elements_are_seen():
     for bad in (jnp.nan, jnp.inf, -jnp.inf):
         tree = {"a": jnp.array([1.0, bad]), "b": jnp.ones(2, jnp.bfloat16)}
@@ -145,16 +166,20 @@ def test_the_usual_case_reads_the_updates_once():
 
     from clipfx import _norms
 
-    original = _norms._power
-    _norms._power = lambda x, power: original(counted(x), power)
+    original = _norms.raised
+    _norms.raised = lambda x, power: original(counted(x), power)
     try:
-        for value, expected in ((1.0, 1), (1e-8, 1), (1e18, 1), (1e30, 2), (1e-30, 2)):
+        usual, lost = (1e-8, 1.0, 1e18), (1e-30, 1e30)
+        runs = [(2, x, 1) for x in usual] + [(2, x, 2) for x in lost]
+        usual, lost = (1e-6, 1.0, 1e12), (1e-12, 1e18)
+        runs += [(3, x, 1) for x in usual] + [(3, x, 2) for x in lost]
+        for ord, value, expected in runs:
             passes.clear()  # 37: a shape that nothing else has traced
-            clipfx.global_norm(jnp.full(37, value)).block_until_ready()
+            clipfx.global_norm(jnp.full(37, value), ord=ord).block_until_ready()
             jax.effects_barrier()
-            assert len(passes) == expected, value
+            assert len(passes) == expected, (ord, value)
     finally:
-        _norms._power = original
+        _norms.raised = original
 
 
 def bare_multiply(max_norm):

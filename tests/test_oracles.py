@@ -89,8 +89,8 @@ def test_ten_thousand_leaves():
     tree = list(values)
     groups = clipfx._tree.group_leaves("global", tree)
     scalars = [jnp.asarray(x * x) for x in values]
-    layout = clipfx._norms.Layout(groups.index, 1, jnp.float32, (), frozenset())
-    total = clipfx._norms.combine(jnp.add, scalars, layout)
+    layout = clipfx._combine.Layout(groups.index, 1, jnp.float32, (), frozenset())
+    total = clipfx._combine.combine(jnp.add, scalars, layout)
     exact = np.sum(np.float64(values) ** 2)
     assert float(total[0]) == pytest.approx(exact, rel=3e-7)
 

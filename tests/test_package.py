@@ -17,8 +17,8 @@ import clipfx
 
 PACKAGE = pathlib.Path(clipfx.__file__).parent
 # A module imports only from those before it.
-LAYERS = ["_compat", "_checks", "_tree", "_norms", "_statistics", "_weights",
-          "responses",
+LAYERS = ["_compat", "_checks", "_tree", "_combine", "_range", "_norms", "_statistics",
+          "_weights", "responses",
           "thresholds", "snr", "_clip", "_elementwise", "_methods", "_adaptive",
           "_averages", "_power", "_spikes", "_relative", "_steps", "_wrappers",
           "_fair", "metrics", *(f"per_example._{name}" for name in (

@@ -20,7 +20,8 @@ from clipfx._clip import (
     fresh_metrics,
     reported,
 )
-from clipfx._norms import Layout, Norms, axes_apart, combine
+from clipfx._combine import Layout, axes_apart, combine
+from clipfx._norms import Norms
 from clipfx._tree import Groups, counted_leaves, group_leaves, narrow, times, widen
 from clipfx.per_example._batch import batch_size
 from clipfx.per_example._bounded import lowered
