@@ -100,13 +100,13 @@ def _measure(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
 
 
 def _norms_of(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
-    def held(x, scale):
+    def part(x, *scales):
         # A barrier for each leaf: else XLA takes widened leaves out of the loop, and
         # scales of full size, shared by leaves of one shape.
-        x, scale = jax.lax.optimization_barrier((x, scale))
-        return widen(x, layout.dtype), scale
+        x, *scales = jax.lax.optimization_barrier((x, *scales))
+        x = functools.reduce(times, scales, widen(x, layout.dtype))
+        return jnp.sum(raised(x, ord))
 
-    part = lambda x, scale: jnp.sum(raised(times(*held(x, scale)), ord))
     peak_of = lambda xs: combine(jnp.maximum, [largest(x) for x in xs], layout)
 
     if ord in (1, 2):
@@ -120,14 +120,14 @@ def _norms_of(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
         return Norms(peak * scale, scale)
 
     def around_largest(start):
-        peak = peak_of([held(x, start)[0] for x in leaves])
+        tied = [jax.lax.optimization_barrier((x, start))[0] for x in leaves]
+        peak = peak_of([widen(x, layout.dtype) for x in tied])
         scale = reciprocal_power_of_two(peak)
         near = peak * scale  # 0.6 to the power of 200 is out of range already
         near = jnp.where(jnp.isfinite(near) & (near > 0), near, 1)
         rows = jnp.unstack(scale), jnp.unstack(1 / near)
-        size = lambda x, i: times(times(*held(x, rows[0][i])), rows[1][i])
         pairs = zip(leaves, layout.index, strict=True)
-        parts = [jnp.sum(raised(size(x, i), ord)) for x, i in pairs]
+        parts = [part(x, *(row[i] for row in rows)) for x, i in pairs]
         return root(combine(jnp.add, parts, layout), ord) * near, scale
 
     sums = combine(jnp.add, [jnp.sum(raised(x, ord)) for x in wide], layout)
