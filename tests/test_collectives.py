@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from methods import METHODS
 from test_meshes import NUMBER, OTHERS
@@ -20,7 +20,7 @@ SHAPES = {"bias": (8,), "kernel": (8, 4), "gain": (4,), "head": (3, 4)}
 
 @functools.cache
 def mesh():
-    return jax.make_mesh((4, 2), ("x", "y"))
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
 
 
 @functools.cache
