@@ -18,7 +18,7 @@ from clipfx._range import (
     rescaled,
     root,
 )
-from clipfx._tree import Groups, counted_leaves, times, widen
+from clipfx._tree import Groups, counted_leaves, times, widen, widest
 
 
 class Norms(NamedTuple):
@@ -74,9 +74,8 @@ def group_norms(
     leaves, index = [leaf for leaf, _ in pairs], tuple(i for _, i in pairs)
     if not groups.names:
         return Norms(jnp.zeros(0, jnp.float32), jnp.ones(0, jnp.float32))
-    wide = {jnp.finfo(leaf.dtype).dtype for leaf in leaves}
-    dtype = jnp.float64 if jnp.dtype(jnp.float64) in wide else jnp.float32
     names = as_tuple(axis_name)
+    dtype = widest(x.dtype for x in leaves)
     layout = Layout(index, len(groups.names), dtype, names, trees_apart())
     return _jitted(leaves, layout, ord)
 

@@ -5,7 +5,7 @@ floating dtype; all others (integers, bools, keys, `float0`) pass through unseen
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -126,6 +126,12 @@ def widen(x: jax.Array, least: Any = jnp.float32) -> jax.Array:
     if jnp.finfo(x.dtype).bits >= jnp.finfo(least).bits:
         return x
     return x.astype(jnp.complex128 if jnp.iscomplexobj(x) else least)
+
+
+def widest(dtypes: Iterable[Any]) -> Any:
+    """What norms are taken in: float64 if a dtype has as many bits, else float32."""
+    double = any(jnp.finfo(dtype).bits == 64 for dtype in dtypes)
+    return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
 def times(x: jax.Array, factor: jax.Array) -> jax.Array:

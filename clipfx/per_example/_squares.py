@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from clipfx import _compat
-from clipfx._tree import widen
+from clipfx._tree import widen, widest
 from clipfx.per_example._factors import Factors
 
 # More positions than this are taken in tiles, half of which symmetry saves.
@@ -42,8 +42,7 @@ def power_of_products(
       precision: Of the matrix products.
       ord: p, 2 unless there is one position only.
     """
-    wide = {widen(f.right).dtype for f in factors}
-    dtype = jnp.float64 if jnp.dtype(jnp.float64) in wide else jnp.float32
+    dtype = widest(f.right.dtype for f in factors)
     cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
     factors = [Factors(cast(f.left), cast(f.right), f.key) for f in _align(factors)]
     if any(f.by_index for f in factors):  # look-ups do not know about meshes

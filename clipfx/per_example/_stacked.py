@@ -22,7 +22,15 @@ from clipfx._clip import (
 )
 from clipfx._combine import Layout, axes_apart, combine
 from clipfx._norms import Norms
-from clipfx._tree import Groups, counted_leaves, group_leaves, narrow, times, widen
+from clipfx._tree import (
+    Groups,
+    counted_leaves,
+    group_leaves,
+    narrow,
+    times,
+    widen,
+    widest,
+)
 from clipfx.per_example._batch import batch_size
 from clipfx.per_example._bounded import lowered
 from clipfx.per_example._limits import check_limit, limits
@@ -134,8 +142,7 @@ def _add_up(x: jax.Array, axes: frozenset) -> jax.Array:
 def _norms(updates: Any, members: Groups, axes: frozenset) -> Norms:
     """Norms `[B, G]` of the examples here, the mesh axes of which are given."""
     pairs = counted_leaves(updates, members)
-    kinds = {jnp.finfo(widen(x).dtype).dtype for x, _ in pairs}
-    dtype = jnp.float64 if jnp.dtype(jnp.float64) in kinds else jnp.float32
+    dtype = widest(x.dtype for x, _ in pairs)
     if not pairs:
         nothing = jnp.zeros((batch_size((updates,), (0,)), 0), dtype)
         return Norms(nothing, nothing)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from clipfx import _compat
-from clipfx._tree import widen
+from clipfx._tree import widen, widest
 from clipfx.per_example import _factors, _run, _sites, _squares
 from clipfx.per_example._plan import Plan
 from clipfx.per_example._roads import by_region
@@ -153,8 +153,7 @@ def dtype(plan: Plan) -> Any:
     """Of norms: float32, or wider where gradients are."""
     found = [site.eqn.outvars[0].aval.dtype for site in plan.sites.values()]
     found += [plan.root.jaxpr.outvars[0].aval.dtype, *plan.dtypes]
-    found = [jnp.finfo(x).dtype for x in found]  # real for complex
-    return jnp.dtype(jnp.float64 if jnp.dtype(jnp.float64) in found else jnp.float32)
+    return widest(found)
 
 
 def powers(
