@@ -37,6 +37,7 @@ def before(
 METHODS: dict[str, Make] = {
     # Statistics of norms: a vector [G] of state, one reduction.
     "clip_by_global_norm": before(clipfx.clip_by_global_norm, 1.0),
+    "global_norm_ord_3": before(clipfx.clip_by_global_norm, 1.0, ord=3),
     "clip_by_snr": before(clipfx.clip_by_snr, 1.0),
     "smooth_norm": before(clipfx.smooth_norm, 1.0, 1.0),
     "autoclip": before(clipfx.autoclip),

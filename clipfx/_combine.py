@@ -74,6 +74,8 @@ def combine(op: Callable, scalars: Sequence[jax.Array], layout: Layout) -> jax.A
         for axis in every - axes:
             x = jnp.where(jax.lax.axis_index(axis) == 0, x, jnp.zeros_like(x))
         rows[i].append(x)
+    if not rows:
+        return jnp.zeros(0, layout.dtype)
     total = jnp.stack([_pairwise(op, row, layout.dtype) for row in rows])
     across = jax.lax.psum if op is jnp.add else jax.lax.pmax
     return across(total, tuple(sorted(every, key=str))) if every else total

@@ -21,11 +21,11 @@ from clipfx._clip import (
 from clipfx._norms import group_norms
 from clipfx._statistics import hypot, increment, is_before, unbiased_weight
 from clipfx._tree import (
+    counted_zeros,
     group_leaves,
     map_counted,
     narrow_counted,
     times,
-    wide_zeros,
     widen,
 )
 
@@ -163,7 +163,7 @@ def spam_clip(
     check_number("warmup_steps", warmup_steps, "[1, inf)", "20 is what the paper takes")
 
     def init(params):
-        real = jax.tree.map(jnp.real, wide_zeros(params))
+        real = jax.tree.map(jnp.real, counted_zeros(params, wide=True))
         return _Moment(jnp.zeros([], jnp.int32), real)
 
     def update(updates, state, params=None, **extra_args):

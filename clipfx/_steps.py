@@ -18,7 +18,7 @@ from clipfx._clip import (
 )
 from clipfx._norms import Norms, cosines, measure_together
 from clipfx._statistics import increment, unbiased_weight
-from clipfx._tree import divide, group_leaves, is_counted, widen
+from clipfx._tree import counted_zeros, divide, group_leaves, widen
 
 
 class _Secant(NamedTuple):
@@ -94,19 +94,11 @@ def clip_by_curvature(
     response = responses.normalize  # the norm becomes the threshold
 
     def init(params):
-        def zeros(x):
-            if not is_counted(x):
-                return jnp.zeros(0, jnp.float32)
-            dtype = jnp.result_type(x)
-            if isinstance(x, jax.Array):  # knows its sharding
-                return jnp.zeros_like(x, dtype)
-            return jnp.zeros(jnp.shape(x), dtype)
-
         members = group_leaves(groups, params)
         number = len(members.names)
         secant = _Secant(
-            params=jax.tree.map(zeros, params),
-            updates=jax.tree.map(zeros, params),
+            params=counted_zeros(params, wide=False),
+            updates=counted_zeros(params, wide=False),
             steps=jnp.zeros([], jnp.int32),
             curvature=jnp.zeros(number, jnp.float32),
             secants=jnp.zeros(number, jnp.int32),

@@ -187,14 +187,14 @@ def narrow(wide: jax.Array, dtype: Any) -> jax.Array:
     return _toward_zero(wide, dtype).astype(dtype)
 
 
-def wide_zeros(tree: Any) -> Any:
-    """Zeros like each counted leaf, float32 or wider, and nothing for the others."""
+def counted_zeros(tree: Any, wide: bool) -> Any:
+    """Zeros like each counted leaf, if `wide` float32 or wider; none for the others."""
 
     def zeros(x):
         if not is_counted(x):
             return jnp.zeros(0, jnp.float32)
         dtype = jnp.result_type(x)
-        dtype = jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+        dtype = jnp.float32 if wide and jnp.finfo(dtype).bits < 32 else dtype
         # Of an array, which knows its sharding, or of its shape.
         return (
             jnp.zeros_like(x, dtype)

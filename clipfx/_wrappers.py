@@ -14,11 +14,11 @@ from clipfx._norms import measure_together
 from clipfx._statistics import Window, check_window, empty_window, multiple, push
 from clipfx._tree import (
     Groups,
+    counted_zeros,
     group_leaves,
     is_counted,
     narrow_counted,
     scale_groups,
-    wide_zeros,
     widen,
 )
 
@@ -230,7 +230,7 @@ def error_feedback(
     inner = optax.with_extra_args_support(clip)
 
     def init(params):
-        return ErrorFeedbackState(wide_zeros(params), clip.init(params))
+        return ErrorFeedbackState(counted_zeros(params, wide=True), clip.init(params))
 
     def update(updates, state, params=None, **extra_args):
         members = group_leaves("global", updates)

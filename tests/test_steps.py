@@ -143,6 +143,11 @@ def test_rotational_equilibrium_of_orthogonal_steps():
         assert float(found.exact[0]) == pytest.approx(want, rel=1e-12)
 
 
+def test_balance_of_nothing():
+    found = clipfx.weight_decay_balance({}, {}, weight_decay=0.1, learning_rate=0.1)
+    assert all(x.shape == (0,) for x in jax.tree.leaves(found))
+
+
 def test_balance_per_layer_in_float32_bf16_and_under_jit():
     updates, params = sample(seed=1), sample(seed=2)
     find = lambda u, w: clipfx.weight_decay_balance(
