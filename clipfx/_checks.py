@@ -1,10 +1,44 @@
 """One sentence for every argument that is wrong, while its value is known."""
 
+import difflib
+import functools
+import inspect
 import math
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+# What Optax, PyTorch, jax_privacy, Opacus and others call it, and what it is here.
+_NAMES_ELSEWHERE = {
+    "alpha": ("decay",),
+    "batch_axis_size": ("expected_batch_size",),
+    "batch_size": ("expected_batch_size", "microbatch_size"),
+    "clip_factor": ("max_ratio",),
+    "clip_value": ("max_abs",),
+    "clipping": ("max_ratio", "max_norm"),
+    "clipping_norm": ("max_norm",),
+    "clipping_threshold": ("max_norm", "threshold"),
+    "l2_clip_norm": ("max_norm",),
+    "l2_clipping_norm": ("max_norm",),
+    "l2_norm_clip": ("max_norm",),
+    "mask": ("where",),
+    "max_delta": ("max_abs", "max_norm"),
+    "max_grad_norm": ("max_norm",),
+    "norm": ("max_norm",),
+    "norm_type": ("ord",),
+    "num_microbatches": ("microbatch_size",),
+    "p": ("ord",),
+    "physical_batch_size": ("microbatch_size",),
+    "seed": ("key",),
+    "threshold": ("max_norm", "max_abs", "max_rms"),
+    "warmup": ("warmup_steps",),
+    "z_thresh": ("z_threshold",),
+}
 
 
 def is_known(x: Any) -> bool:
@@ -12,6 +46,43 @@ def is_known(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer) and (
         not isinstance(x, jax.Array) or x.is_fully_addressable
     )
+
+
+def check_keywords(name: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Checks the names of keyword arguments, and says which may have been meant.
+
+    Args:
+      name: Of the function.
+      given: Names that came.
+      known: Names that there are.
+
+    Raises:
+      TypeError: If one is not known.
+    """
+    known = [*known]
+    for word in given:
+        if word in known:
+            continue
+        elsewhere = [x for x in _NAMES_ELSEWHERE.get(word, ()) if x in known]
+        near = elsewhere or difflib.get_close_matches(word, known, 1)
+        advice = f"did you mean {near[0]}" if near else f"it has {', '.join(known)}"
+        raise TypeError(
+            f"{name} must be given arguments that it has, got {word!r}; {advice}"
+            f"{'?' if near else '.'}"
+        )
+
+
+def helpful(fun: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Makes a function name the argument that may have been meant by an unknown one."""
+    parameters = inspect.signature(fun).parameters.values()
+    known = [p.name for p in parameters if p.kind != p.VAR_POSITIONAL]
+
+    @functools.wraps(fun)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        check_keywords(fun.__name__, kwargs, known)
+        return fun(*args, **kwargs)
+
+    return checked
 
 
 def check_number(

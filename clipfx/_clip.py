@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from clipfx import responses
+from clipfx._checks import helpful
+from clipfx._export import exportable
 from clipfx._norms import Norms, check_ord, group_norms
 from clipfx._range import far
 from clipfx._tree import Groups, divide, group_leaves, scale_groups
@@ -17,6 +19,7 @@ from clipfx.thresholds import Threshold, as_threshold
 SLACK = 2.0**-21
 
 
+@exportable("clipfx.ClipMetrics")
 class ClipMetrics(NamedTuple):
     """What a person may want to see; nothing reads it but people.
 
@@ -50,6 +53,7 @@ class ClipMetrics(NamedTuple):
     groups: dict[str, tuple[()]]
 
 
+@exportable("clipfx.ClipState")
 class ClipState(NamedTuple):
     """State of every clip by norm: fixed structure, shapes and dtypes from `init` on.
 
@@ -64,6 +68,7 @@ class ClipState(NamedTuple):
     metrics: ClipMetrics
 
 
+@helpful
 def clip_by_norm(
     threshold: Any,
     *,
@@ -178,6 +183,7 @@ def clip_by_norm(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@helpful
 def tree_clip(
     tree: Any,
     max_norm: Any,
@@ -234,6 +240,7 @@ def tree_clip(
     return clipped, cast(ClipState, state).metrics
 
 
+@helpful
 def global_norm(
     tree: Any, *, ord: float | None = 2, axis_name: Any = None
 ) -> jax.Array:

@@ -17,8 +17,8 @@ import clipfx
 
 PACKAGE = pathlib.Path(clipfx.__file__).parent
 # A module imports only from those before it.
-LAYERS = ["_compat", "_checks", "_tree", "_combine", "_range", "_norms", "_statistics",
-          "_weights", "responses",
+LAYERS = ["_compat", "_export", "_checks", "_tree", "_combine", "_range", "_norms",
+          "_statistics", "_weights", "responses",
           "thresholds", "snr", "_clip", "_elementwise", "_methods", "_adaptive",
           "_averages", "_power", "_spikes", "_relative", "_steps", "_wrappers",
           "_fair", "metrics", *(f"per_example._{name}" for name in (
@@ -140,9 +140,23 @@ def test_every_promise_has_a_test_of_its_name():
     "module", [f"clipfx.{name}".removesuffix(".__init__") for name, _ in modules()]
 )
 def test_doctests(module):
+    runner, found = doctest.DocTestRunner(), importlib.import_module(module)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        result = doctest.testmod(importlib.import_module(module))
-    assert result.failed == 0
+        for test in _Finder().find(found, module):
+            runner.run(test)
+    assert runner.summarize().failed == 0
+
+
+class _Finder(doctest.DocTestFinder):
+    """Finds examples of decorated functions too."""
+
+    def _from_module(self, module, object):
+        return super()._from_module(module, inspect.unwrap(object))
+
+
+def test_doctests_of_decorated_functions_are_found():
+    names = {test.name for test in _Finder().find(clipfx._clip, "clipfx._clip")}
+    assert {"clipfx._clip.clip_by_norm", "clipfx._clip.tree_clip"} <= names
 
 
 def test_import_needs_no_flax():
