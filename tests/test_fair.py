@@ -257,7 +257,7 @@ def test_fair_grad_equals_the_transform_and_the_definition(count):
     near(tx.update(stacked, tx.init(params))[0], right, 2e-5)
 
 
-def roads(params, batch, count):
+def roads(params, batch, count, loss=loss):
     seen = []
 
     def look(params, batch):
@@ -282,6 +282,26 @@ def test_norms_that_are_cheaper_are_not_of_formed_contributions():
     grad = jax.jit(per_example.fair_grad(loss, 2))
     text = grad.lower(params, batch, jnp.asarray(GROUP)).compile().as_text()
     assert "f32[2,300,6]" not in text
+
+
+def test_neighbours_of_a_table_that_look_up_the_same_row():
+    """Sorted by population and row, the last of one may be the first of the next."""
+    ids = np.array([[2, 7], [7, 9], [9, 11], [0, 7], [7, 7], [12, 9]])
+    group = np.array([0, 1, 2, 0, 1, 2])
+    rows = np.random.default_rng(0).normal(size=(6, 2, 4))
+    batch, table = (jnp.asarray(ids), jnp.float32(rows)), jnp.zeros((90, 4))
+    one = lambda table, e: (table[e[0]] * e[1]).sum()
+    assert roads(table, batch, 3, one) == {"": "rows"}
+    sums, info = jax.jit(per_example.fair_grad(one, 3, 1.2, floor=0.0))(
+        table, batch, jnp.asarray(group)
+    )
+    tree = np.zeros((3, 90, 4))
+    np.add.at(tree, (np.repeat(group, 2), ids.ravel()), rows.reshape(-1, 4))
+    norm = np.linalg.norm(tree, axis=(1, 2))
+    right, factor = bounded({"": tree}, norm, 1.2)
+    np.testing.assert_allclose(info.norm, norm, rtol=1e-6)
+    np.testing.assert_allclose(info.factor, factor, rtol=1e-6)
+    near(sums, right)
 
 
 def test_gradients_that_cancel_are_formed_after_all():
