@@ -4,10 +4,12 @@ import difflib
 import functools
 import inspect
 import math
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 _P = ParamSpec("_P")
@@ -46,6 +48,15 @@ def is_known(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer) and (
         not isinstance(x, jax.Array) or x.is_fully_addressable
     )
+
+
+def is_number(x: Any) -> bool:
+    """Whether it is a real number or an array of such, of Python, NumPy or JAX."""
+    if isinstance(x, jax.Array | np.ndarray | np.generic):
+        return any(
+            jnp.issubdtype(x.dtype, kind) for kind in (jnp.integer, jnp.floating)
+        )
+    return isinstance(x, int | float) and not isinstance(x, bool)
 
 
 def check_keywords(name: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -101,10 +112,10 @@ def check_number(
       TypeError: If it is no such number.
       ValueError: If it is known and out of range.
     """
-    array = isinstance(value, jax.Array | np.ndarray | np.generic) and not static
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number and not (array and np.ndim(value) == 0):
-        kind = "a static Python number" if static else "a number"
+    if static:
+        check_static(name, value)
+    if not is_number(value) or np.ndim(value):
+        kind = "a static number" if static else "a number"
         raise TypeError(f"{name} must be {kind} in {range}, got {value!r}; {advice}.")
     if not is_known(value):
         return
@@ -117,6 +128,44 @@ def check_number(
         raise ValueError(
             f"{name} must be a number in {range}, got {value!r}; {advice}."
         )
+
+
+def check_static(name: str, value: Any) -> None:
+    """Checks that an argument is no array, which injection makes of numbers."""
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"{name} must be a static Python number, got an array; under "
+            f'optax.inject_hyperparams pass static_args="{name}".'
+        )
+
+
+def check_count(name: str, value: Any, least: int, advice: str) -> int:
+    """Checks a static whole number of Python or NumPy.
+
+    Args:
+      name: Of the argument.
+      value: What came.
+      least: The smallest that there may be.
+      advice: What to pass, the second half of the sentence.
+
+    Returns:
+      The number as an `int`.
+
+    Raises:
+      TypeError: If it is no whole number, or an array of JAX.
+      ValueError: If it is less than `least`.
+    """
+    check_static(name, value)
+    wrong = f"{name} must be an int >= {least}, got {value!r}; {advice}."
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(wrong)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(wrong) from None
+    if number < least:
+        raise ValueError(wrong)
+    return number
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -44,6 +44,12 @@ def is_boxed(node: Any) -> bool:
     )
 
 
+def is_sparse(node: Any) -> bool:
+    """Whether `node` is a sparse array, the numbers of which are one of its leaves."""
+    sparse = sys.modules.get("jax.experimental.sparse")
+    return sparse is not None and isinstance(node, sparse.JAXSparse)
+
+
 def is_literal(atom: Any) -> bool:
     """Whether an input of an equation is a constant written into the program."""
     return isinstance(atom, jax.extend.core.Literal)

@@ -135,8 +135,8 @@ def _norms_of(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
 
 @_measure.defjvp
 def _measure_jvp(layout, ord, primals, tangents):
-    norms = _measure(*primals, layout, ord)
-    inverse = jnp.unstack(jnp.where(norms.value > 0, 1 / norms.value, 0))
+    norms = _again(*primals, layout, ord)
+    inverse = jnp.unstack(_inverse(norms.value))
     scales = jnp.unstack(norms.scale)
     # The unit vector dual to x, |u| <= 1: the derivative is its inner product.
     duals = [
@@ -150,6 +150,33 @@ def _measure_jvp(layout, ord, primals, tangents):
         ties = combine(jnp.add, [jnp.sum(jnp.abs(u)) for u in duals], layout)
         slope = slope / jnp.maximum(ties, 1)
     return norms, Norms(slope, jnp.zeros_like(norms.scale))
+
+
+def _again(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
+    """The norms once more, as what has derivatives of every order without a rule.
+
+    Hoisting out of a `scan` drops rules of derivatives, and a loop has none in reverse:
+    so it sees constants, and what is 1 has the derivative of the norm beside it.
+    """
+    value, scale = _measure(jax.lax.stop_gradient(leaves), layout, ord)
+    usable = (value > 0) & jnp.isfinite(value)
+    rows = jnp.unstack(scale), jnp.unstack(_inverse(jnp.where(usable, value, 0)))
+
+    def part(x, i):
+        unit = functools.reduce(times, (row[i] for row in rows), widen(x, layout.dtype))
+        if ord < math.inf:
+            return jnp.sum(raised(unit, ord))
+        return jnp.sum(_inner(jax.lax.stop_gradient(_dual(unit, ord)), unit))
+
+    parts = [part(x, i) for x, i in zip(leaves, layout.index, strict=True)]
+    total = jnp.where(usable, combine(jnp.add, parts, layout), 1)
+    one = total / jax.lax.stop_gradient(total)
+    return Norms(value * (one if ord == math.inf else one ** (1 / ord)), scale)
+
+
+def _inverse(value: jax.Array) -> jax.Array:
+    """`1 / value`, and 0 where that is 0."""
+    return jnp.where(value > 0, 1 / jnp.where(value > 0, value, 1), 0)
 
 
 # Without jit around it, every call outside of jit would compile the loop anew.

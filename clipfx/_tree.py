@@ -5,20 +5,27 @@ floating dtype; all others (integers, bools, keys, `float0`) pass through unseen
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from clipfx import _compat
+from clipfx._paths import (
+    leaves_with_path,
+    name_of,
+    names_of,
+    ordered,
+    prefix_lookup,
+    words,
+)
 
 
 class Groups(NamedTuple):
     """Which counted leaf belongs to which group.
 
     Attributes:
-      names: One name per group, in alphabetical order, as JAX orders a dict.
+      names: One name per group, in alphabetical order, numbers as numbers.
       index: Per leaf of the tree its group, or None where the leaf is not counted.
     """
 
@@ -33,86 +40,79 @@ def group_leaves(groups: Any, tree: Any) -> Groups:
     Labels are looked up by path, so labels of the whole tree still fit a masked one.
 
     Args:
-      groups: `"global"`, `"layer"` (the parent of each leaf), `"leaf"`, or a tree
-        prefix of labels.
+      groups: `"global"`, `"layer"` (the parent of each leaf), `"leaf"`, a tree prefix
+        of labels, or a function from the tree to one.
       tree: Arrays or `ShapeDtypeStruct`.
 
     Raises:
       ValueError: On another string, or where a counted leaf has no label.
     """
+    leaves = leaves_with_path(tree)
+    counted = [path for path, leaf in leaves if is_counted(leaf, path)]
     if not isinstance(groups, str):
-        label_of = _label_by_path(groups)
-    elif groups in _LABELS:
-        label_of = _LABELS[groups]
+        made = groups(tree) if leaves and is_function(groups) else groups
+        labels = _labels(made, counted)
+    elif groups in _PARENTS:
+        labels = names_of([words(path)[: _PARENTS[groups]] for path in counted])
+    elif groups == "global":
+        labels = ["global"] * len(counted)
     else:
         raise ValueError(
-            'groups must be "global", "layer", "leaf" or a tree prefix of labels, got '
-            f'{groups!r}; to put all leaves into one group use "global".'
+            'groups must be "global", "layer", "leaf", a tree prefix of labels or a '
+            f"function that makes one, got {groups!r}; to put all leaves into one "
+            'group use "global".'
         )
-    leaves = leaves_with_path(tree)
-    labels = [label_of(path) if is_counted(leaf) else None for path, leaf in leaves]
-    always = {"global"} if groups == "global" else set()
-    names = tuple(sorted(always | {label for label in labels if label is not None}))
+    names = ordered(["global"] if groups == "global" else labels)
     number = dict(zip(names, range(len(names)), strict=True))
-    return Groups(names, tuple(None if x is None else number[x] for x in labels))
+    following = iter(labels)
+    return Groups(
+        names,
+        tuple(number[next(following)] if is_counted(x) else None for _, x in leaves),
+    )
 
 
-def leaves_with_path(tree: Any) -> list[tuple[tuple, Any]]:
-    """The leaves in order; a path ends where a box of Flax begins."""
-    boxes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_compat.is_boxed)[0]
-    return [(path, leaf) for path, box in boxes for leaf in jax.tree.leaves(box)]
+_PARENTS = {"layer": -1, "leaf": None}  # where the path of a group ends
 
 
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/") or "(root)"
+def is_function(groups: Any) -> bool:
+    """Whether it makes labels; a module of labels may be callable, and is no function.
+
+    As in Optax: a function is no tree, or one of nothing but functions.
+    """
+    return callable(groups) and all(map(callable, jax.tree.leaves(groups)))
 
 
-_LABELS: dict[str, Callable[[tuple], str]] = {
-    "global": lambda path: "global",
-    "layer": lambda path: _name(path[:-1]),
-    "leaf": _name,
-}
-
-
-def prefix_lookup(prefix: Any, is_leaf: Callable | None = None) -> Callable:
-    """From a path to the entry of a tree prefix at or above it, None without one."""
-    # Keys are compared as text: a dict of labels also fits a dataclass of arrays.
-    words = lambda path: tuple(_name((key,)) for key in path)
-    flat = jax.tree_util.tree_flatten_with_path(prefix, is_leaf=is_leaf)[0]
-    by_path = {words(path): entry for path, entry in flat}
-
-    def find(path: tuple) -> Any:
-        keys = words(path)
-        ends = (keys[:end] for end in range(len(keys) + 1))
-        return next((by_path[end] for end in ends if end in by_path), None)
-
-    return find
-
-
-def _label_by_path(labels: Any) -> Callable[[tuple], str]:
-    find = prefix_lookup(labels)
-
-    def label_of(path: tuple) -> str:
-        label = find(path)
-        if label is None:
-            known = jax.tree_util.tree_flatten_with_path(labels)[0]
-            raise ValueError(
-                f"groups must label every leaf, got no label for {_name(path)!r} "
-                f"(there are labels at {sorted(_name(path) for path, _ in known)}); "
-                "label it or a parent of it, or take it out with optax.masked."
-            )
-        return str(label)
-
-    return label_of
+def _labels(prefix: Any, paths: Sequence[tuple]) -> list[str]:
+    """The label of each path."""
+    labels = [*map(prefix_lookup(prefix), paths)]
+    lost = [path for path, x in zip(paths, labels, strict=True) if x is None]
+    if lost:
+        known = sorted(name_of(words(path)) for path, _ in leaves_with_path(prefix))
+        raise ValueError(
+            f"groups must label every leaf, got no label for "
+            f"{name_of(words(lost[0]))!r} (there are labels at {known}); label it or a "
+            "parent of it, or take it out with optax.masked."
+        )
+    return [*map(str, labels)]
 
 
 # ------------------------------------------------------------------- single leaves
 
 
-def is_counted(leaf: Any) -> bool:
-    """Whether a leaf is of real or complex floating dtype."""
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    return jnp.issubdtype(dtype, jnp.inexact)
+def is_counted(leaf: Any, path: tuple | None = None) -> bool:
+    """Whether a leaf is of real or complex floating dtype.
+
+    Raises:
+      TypeError: If it is no array and no number; at `path`, if that is known.
+    """
+    array = hasattr(leaf, "dtype") and not isinstance(leaf, type)
+    if not array and not isinstance(leaf, complex | float | int):
+        place = "" if path is None else f" at {name_of(words(path))!r}"
+        raise TypeError(
+            f"leaves of a tree must be arrays, got a {type(leaf).__name__}{place}; "
+            "take it out, as eqx.filter(model, eqx.is_inexact_array) does in Equinox."
+        )
+    return jnp.issubdtype(leaf.dtype if array else jnp.result_type(leaf), jnp.inexact)
 
 
 def counted_leaves(tree: Any, groups: Groups) -> list[tuple[jax.Array, int]]:
@@ -190,8 +190,8 @@ def narrow(wide: jax.Array, dtype: Any) -> jax.Array:
 def counted_zeros(tree: Any, wide: bool) -> Any:
     """Zeros like each counted leaf, if `wide` float32 or wider; none for the others."""
 
-    def zeros(x):
-        if not is_counted(x):
+    def zeros(path, x):
+        if not is_counted(x, path):
             return jnp.zeros(0, jnp.float32)
         dtype = jnp.result_type(x)
         dtype = jnp.float32 if wide and jnp.finfo(dtype).bits < 32 else dtype
@@ -202,7 +202,7 @@ def counted_zeros(tree: Any, wide: bool) -> Any:
             else jnp.zeros(jnp.shape(x), dtype)
         )
 
-    return jax.tree.map(zeros, tree)
+    return jax.tree_util.tree_map_with_path(zeros, tree)
 
 
 def widen_counted(fn: Callable, tree: Any, groups: Groups) -> Any:

@@ -1,0 +1,138 @@
+"""Paths of leaves: their names, what is looked up by them, and how many axes."""
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clipfx import _compat
+
+
+def leaves_with_path(tree: Any) -> list[tuple[tuple, Any]]:
+    """The leaves in order; a path ends where a box of Flax or a sparse array begins."""
+    is_box = lambda node: _compat.is_boxed(node) or _compat.is_sparse(node)
+    boxes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)[0]
+    return [(path, leaf) for path, box in boxes for leaf in jax.tree.leaves(box)]
+
+
+def words(path: tuple) -> tuple[str, ...]:
+    """A path as text: a dict of labels also fits a dataclass of arrays."""
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def name_of(keys: Sequence[str]) -> str:
+    """The usual name of a path."""
+    return "/".join(keys) or "(root)"
+
+
+def names_of(paths: Sequence[tuple[str, ...]]) -> list[str]:
+    """A name for each path, the usual one unless two paths would share it."""
+    name = name_of
+    if len({*map(name, paths)}) < len({*paths}):
+        name = lambda path: name_of([_escaped(word) for word in path])
+    return [name(path) for path in paths]
+
+
+def _escaped(word: str) -> str:
+    r"""A word without a bare separator: `\/` for `/`, and no two words alike."""
+    if word in ("", "(root)"):
+        return rf"\({word.strip('()')})"
+    return word.replace("\\", r"\\").replace("/", r"\/")
+
+
+def ordered(names: Iterable[str]) -> tuple[str, ...]:
+    """Names once each in alphabetical order, numbers in them as numbers."""
+
+    def key(name: str) -> tuple:
+        words, numbers = re.split("[0-9]+", name), re.findall("[0-9]+", name)
+        return [*zip(words, [*map(int, numbers), -1], strict=True)], name
+
+    return tuple(sorted(set(names), key=key))
+
+
+def prefix_lookup(prefix: Any, is_leaf: Callable | None = None) -> Callable:
+    """From a path to the entry of a tree prefix at or above it, None without one."""
+    flat = (
+        leaves_with_path(prefix)
+        if is_leaf is None
+        else jax.tree_util.tree_flatten_with_path(prefix, is_leaf=is_leaf)[0]
+    )
+    by_path = {words(path): entry for path, entry in reversed(flat)}
+
+    def find(path: tuple) -> Any:
+        keys = words(path)
+        ends = (keys[:end] for end in range(len(keys) + 1))
+        return next((by_path[end] for end in ends if end in by_path), None)
+
+    return find
+
+
+def ranks(params: Any) -> Any:
+    """The number of dimensions of each leaf as structure of a state."""
+    places = _by_place(params)
+    named = zip(_places(places), places.values(), strict=True)
+    return structure_of(params, [f"{name}:{jnp.ndim(x)}" for name, x in named])
+
+
+def check_stacked(
+    updates: Any, params: Any, known: Any, axis: str, advice: str
+) -> None:
+    """Checks that every leaf has one axis more than the parameter that it is of.
+
+    Sizes may agree by chance, and the first axis would be taken for another.
+
+    Args:
+      updates: Leaves `[axis, ...]`.
+      params: As `update` is given them, or None: then their shapes are not compared.
+      known: From `ranks` at `init`.
+      axis: What the first axis is of, as in `"examples"`.
+      advice: Where such updates come from, the second half of the sentence.
+
+    Raises:
+      ValueError: If a leaf is not stacked.
+    """
+    wanted = {} if params is None else _by_place(params)
+    rank = dict(key.rsplit(":", 1) for key in known) if isinstance(known, dict) else {}
+    places = _by_place(updates)
+    for name, (place, leaf) in zip(_places(places), places.items(), strict=True):
+        shape = jnp.shape(leaf)
+        if place in wanted:
+            right = shape[1:] == jnp.shape(wanted[place])
+            of = f"a parameter of shape {jnp.shape(wanted[place])}"
+        else:
+            number = rank.get(name, str(len(shape) - 1))
+            right, of = len(shape) - 1 == int(number), f"a parameter [{number} axes]"
+        if not right:
+            raise ValueError(
+                f"updates must have an axis of {axis} before those of the parameters, "
+                f"got shape {shape} for {of} at {name!r}; {advice}."
+            )
+
+
+def structure_of(params: Any, names: Iterable[str]) -> Any:
+    """Names as structure, or a leaf in their place where nobody can know them.
+
+    `optax.tree.map_params` calls `init` with a stand-in for params and lays the
+    result over a real state; a leaf there covers any names here.
+    """
+    keys = dict.fromkeys(names, ())
+    if keys or isinstance(params, dict | list | tuple | None):
+        return keys
+    return jnp.zeros(0, jnp.float32)
+
+
+def _places(places: Iterable[tuple]) -> list[str]:
+    return names_of([(*keys, *([str(k)] if k else [])) for keys, k in places])
+
+
+def _by_place(tree: Any) -> dict[tuple, Any]:
+    """Leaves in order by path, and number in their box."""
+    places: dict[tuple, Any] = {}
+    for path, leaf in leaves_with_path(tree):
+        keys = words(path)
+        k = next(k for k in itertools.count() if (keys, k) not in places)
+        places[keys, k] = leaf
+    return places
