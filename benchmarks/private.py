@@ -47,7 +47,7 @@ def private(
     state = grad.init(work.params)
 
     def run(params, batch, step):
-        return grad(state._replace(step=step), params, batch)[0]
+        return grad(state._replace(step=step), params, batch, where=None)[0]
 
     return run
 

@@ -42,6 +42,48 @@ def test_published_noise_multipliers():
         assert 8 - 5e-3 <= found <= 8
 
 
+# Found by bisection down to 2e-5 of the least: epsilon, delta, steps, settings, z.
+FOUND = [
+    (1.0, 1e-5, 1000, {}, 117.973005),
+    (0.01, 1e-5, 100, {}, 2437.859807),
+    (0.5, 0.2, 1, {}, 1.106772),
+    (0.3, 1e-5, 100, {"sampling_probability": 0.2}, 22.616233),
+    (100.0, 1e-5, 1000, {"sampling_probability": 0.1}, 0.546218),
+    (1.0, 1e-5, 100, {"sampling_probability": 0.1, "mechanism": "laplace"}, 3.601560),
+    (1.0, 1e-5, 10, {"mechanism": "laplace"}, 9.900734),
+    (2.0, 1e-5, 100, {"relation": "replace_one"}, 39.876858),
+    (0.02, 1e-5, 1000, {"sampling_probability": 0.01, "accountant": "rdp"}, 46.970299),
+]
+
+
+@pytest.mark.parametrize(("budget", "delta", "steps", "settings", "right"), FOUND)
+def test_noise_is_enough_and_hardly_more(
+    budget, delta, steps, settings, right, monkeypatch
+):
+    """Within a ten-thousandth of the least, in a few exact evaluations."""
+    fine, pld = [], dp_accounting.pld.PLDAccountant
+    count = lambda *args: fine.append(args[1]) or pld(*args)
+    monkeypatch.setattr(dp_accounting.pld, "PLDAccountant", count)
+    z = privacy.noise_multiplier_for(budget, delta, steps, **settings)
+    assert right * (1 - 3e-5) <= z <= right * (1 + 1e-4)
+    assert fine.count(min(fine, default=0)) <= 3
+    monkeypatch.undo()
+    mechanism = settings.pop("mechanism", "gaussian")
+    q = settings.pop("sampling_probability", 1.0)
+    run = privacy.event(z, steps, sampling_probability=q, mechanism=mechanism)
+    assert privacy.epsilon(run, delta, **settings) <= budget
+
+
+def test_settings_by_numpy():
+    counts = {"steps": np.int64(3), "sampling_probability": np.float32(0.25)}
+    run = privacy.event(np.float32(1.5), **counts, mechanism="laplace")
+    assert run == privacy.event(1.5, 3, sampling_probability=0.25, mechanism="laplace")
+    assert type(run.count) is int
+    found = privacy.noise_multiplier_for(np.float32(2), np.float64(DELTA), np.uint8(3))
+    assert found == privacy.noise_multiplier_for(2.0, DELTA, 3)
+    assert privacy.epsilon(run, np.float64(DELTA)) > 0
+
+
 def test_mnist_recipe():
     """60,000 images, 15 epochs, sigma 1.3: 1.19 by the conversion of that tutorial.
 
@@ -124,8 +166,12 @@ ERRORS = [
     (lambda: FIND(1.0, 1.0, 1), ValueError, "delta"),
     (lambda: FIND(1.0, "small", 1), TypeError, "delta"),
     (lambda: FIND(1e-6, 1e-12, 10**6), ValueError, "within reach"),
+    (lambda: FIND(1e-6, 1e-12, 1), ValueError, "within reach"),
     (lambda: FIND(1.0, DELTA, 0), ValueError, "steps"),
-    (lambda: FIND(1.0, DELTA, 1.5), ValueError, "steps"),
+    (lambda: FIND(1.0, DELTA, True), TypeError, "steps"),
+    (lambda: FIND(privacy.event(1.0, 1), DELTA, 1), TypeError, "epsilon must be"),
+    (lambda: privacy.epsilon(1.1, DELTA), TypeError, "event must be .* got 1.1"),
+    (lambda: FIND(1.0, DELTA, 1.5), TypeError, "steps"),
     (lambda: FIND(1.0, DELTA, 1, sampling_probability=2.0), ValueError, "sampling"),
     (lambda: FIND(1.0, DELTA, 1, sampling_probability=0.0), ValueError, "sampling"),
     (lambda: FIND(1.0, DELTA, 1, mechanism="exponential"), ValueError, "mechanism"),

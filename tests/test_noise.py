@@ -173,14 +173,20 @@ def test_schedule_and_accumulation():
     second, state = tx.update(params, state)
     assert (first == 0).all()
     assert float(second.std()) == pytest.approx(2, rel=0.1)
-    # Once per logical batch: inside of the accumulation.
-    tx = optax.MultiSteps(privacy.add_gaussian_noise(2.0, KEY), 4)
-    state, seen = tx.init(params), []
-    with jax.numpy_dtype_promotion("standard"):  # for Optax
-        for _ in range(8):
-            noise, state = tx.update(params, state, params)
-            seen.append(float(noise.std()))
-    assert [round(x) for x in seen] == [0, 0, 0, 2, 0, 0, 0, 2]
+    # Once per logical batch: inside of the accumulation, of sums. Means would get the
+    # noise of a sum, here four times too much.
+    for mean, size in ((False, 4.0), (True, 1.0)):
+        noise = privacy.add_gaussian_noise(2.0, KEY)
+        tx = optax.MultiSteps(noise, 4, use_grad_mean=mean)
+        state, seen = tx.init(params), []
+        with jax.numpy_dtype_promotion("standard"):  # for Optax
+            for _ in range(8):
+                out, state = tx.update(params + 1, state, params)
+                seen.append((float(out.mean()), float(out.std())))
+        for place, (middle, spread) in enumerate(seen):
+            last = place % 4 == 3
+            assert middle == pytest.approx(size if last else 0, abs=0.3)
+            assert spread == pytest.approx(2 if last else 0, abs=0.2)
 
 
 def test_old_and_new_keys_are_the_same():
@@ -188,12 +194,34 @@ def test_old_and_new_keys_are_the_same():
     chex.assert_trees_all_equal(old, drawn("gaussian", jnp.zeros(5)))
 
 
+def test_settings_by_numpy_and_state_under_x64():
+    with enable_x64(True):
+        tx = privacy.add_gaussian_noise(np.float64(2.0), KEY)
+        x = jnp.zeros(1000, jnp.float32)
+        first = tx.init(x)
+        noise, second = tx.update(x, first)
+    assert noise.dtype == jnp.float32
+    assert float(noise.std()) == pytest.approx(2, rel=0.1)
+    kind = lambda state: (state.step.shape, state.step.dtype, state.step.weak_type)
+    assert kind(first) == kind(second) == ((), jnp.int32, False)
+
+
+def test_step_can_be_exported():
+    pytest.importorskip("flatbuffers")
+    tx = privacy.add_laplace_noise(1.0, KEY)
+    args = jnp.zeros(3), tx.init(None)
+    written = jax.export.export(jax.jit(tx.update))(*args).serialize()
+    found, state = jax.export.deserialize(written).call(*args)
+    chex.assert_trees_all_equal(found, tx.update(*args)[0])
+    assert type(state) is privacy.NoiseState
+
+
 ERRORS = [
     (lambda: privacy.add_gaussian_noise(-1.0, KEY), ValueError, "stddev"),
     (lambda: privacy.add_gaussian_noise(math.inf, KEY), ValueError, "stddev"),
     (lambda: privacy.add_laplace_noise(math.nan, KEY), ValueError, "scale"),
     (lambda: privacy.add_laplace_noise("1", KEY), TypeError, "scale"),
-    (lambda: privacy.add_gaussian_noise(1.0, 0), TypeError, "key"),
+    (lambda: privacy.add_gaussian_noise(1.0, 0), TypeError, "jax.random.key"),
     (lambda: privacy.add_gaussian_noise(1.0, jax.random.split(KEY)), TypeError, "key"),
 ]
 

@@ -26,7 +26,7 @@ LAYERS = ["_compat", "_export", "_checks", "_tree", "_combine", "_range", "_norm
               "sums", "batch", "bounded", "limits", "parts", "grad", "groups",
               "measures", "between", "fair", "stacked", "explain")),
           *(f"privacy._{name}" for name in (
-              "noise", "rules", "accounting", "dp_grad"))]  # fmt: skip
+              "noise", "rules", "accounting", "step", "dp_grad"))]  # fmt: skip
 FOLDERS = {"clipfx", "clipfx.per_example", "clipfx.privacy"}
 NAMESPACES = [clipfx.metrics, clipfx.per_example, clipfx.privacy, clipfx.responses,
               clipfx.snr, clipfx.thresholds]  # fmt: skip

@@ -104,7 +104,9 @@ def dp_grad(loss, axis_name=None):
         key=jax.random.key(3),
         axis_name=axis_name,
     )
-    return lambda params, batch: grad(grad.init(params), params, batch["examples"])
+    return lambda params, batch: grad(
+        grad.init(params), params, batch["examples"], where=None
+    )
 
 
 FUNCTIONS = {

@@ -1,6 +1,11 @@
 """Private gradients: what one example can change, and what noise is added."""
 
+import copy
+import dataclasses
+import functools
 import math
+import pickle
+import pprint
 
 import chex
 import jax
@@ -13,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from sentences import raises_one_sentence
 from trees import enable_x64
 
+import clipfx
 from clipfx import per_example, privacy, responses
 
 KEY = jax.random.key(3)
@@ -35,9 +41,11 @@ def params_of(dtype="float32"):
 
 
 def batch_of(size=SIZE, dtype="float32", seed=1):
+    """Populations differ: half of the first has small gradients."""
     rng = np.random.default_rng(seed)
-    return (jnp.asarray(2 * rng.normal(size=(size, 5)), dtype),
-            jnp.asarray(3 * rng.normal(size=size), dtype))  # fmt: skip
+    small = np.where(np.arange(size) == 0, 0.02, 1)
+    return (jnp.asarray(2 * small[:, None] * rng.normal(size=(size, 5)), dtype),
+            jnp.asarray(3 * small * rng.normal(size=size), dtype))  # fmt: skip
 
 
 POPULATION = jnp.array([0, 1, 0, 1, 1, 1])
@@ -63,6 +71,7 @@ def once(grad, params=None, batch=None, state=None, **extra):
     params = params_of() if params is None else params
     batch = batch_of() if batch is None else batch
     state = grad.init(params) if state is None else state
+    extra.setdefault("where", None)
     if grad.rule.num_groups is not None:
         extra.setdefault("population", POPULATION[: len(batch[1])])
     return jax.jit(grad)(state, params, batch, **extra)
@@ -85,19 +94,24 @@ NEIGHBOURS = {
 }
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("ord", [1, 2])
+WITHOUT_COUNTS = ("fixed", "dpsgd_global")  # others are refused with the 1-norm
+WITH_COUNTS = tuple(rule for rule in RULES if rule not in WITHOUT_COUNTS)
+
+
+@pytest.mark.parametrize(
+    ("ord", "rule"),
+    [*((2, rule) for rule in RULES), *((1, rule) for rule in WITHOUT_COUNTS)],
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_neighbours_are_within_sensitivity(dtype, ord, rule):
     """Recorded on a batch, replayed on its neighbours, released counts held fast."""
-    if ord == 1 and rule not in ("fixed", "dpsgd_global"):
-        return  # refused, see the errors below
     grad = dp(0.0, RULES[rule](), ord=ord)
     params, (x, y) = params_of(dtype), batch_of(dtype=dtype)
     state = grad.init(params)
     _, after, _ = once(grad, params, (x, y), state)
     recorded = grad.rule.limit(jnp.array([0.7]), state.rule, after.counts)
     table = recorded[POPULATION] if rule == "dpsgd_f" else recorded
+    assert (rule == "dpsgd_f") == (len(np.unique(table)) > 1)
     if grad.rule.response is None:
         response = responses.hard
     else:
@@ -206,7 +220,7 @@ def test_noise_multiplier_may_be_traced(rule):
     @jax.jit
     def step(z):
         grad = dp(z, RULES[rule]())
-        return grad(grad.init(params), params, batch)[:2]
+        return grad(grad.init(params), params, batch, where=None)[:2]
 
     for z in (0.5, 1.1):
         found, state = step(z)
@@ -237,20 +251,80 @@ def test_dtypes_steps_and_scan():
 
     def step(carry, batch):
         params, state = carry
-        grads, state, _ = grad(state, params, batch)
+        grads, state, _ = grad(state, params, batch, where=None)
         return (jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), state), grads
 
     params = params_of()
-    stack = lambda *x: jnp.stack(x)
-    batches = jax.tree.map(stack, *[batch_of(seed=k) for k in range(3)])
-    (_, state), seen = jax.lax.scan(step, (params, grad.init(params)), batches)
+    batches = jax.tree.map(lambda x: jnp.stack([x] * 3), batch_of())
+    (_, state), _ = jax.lax.scan(step, (params, grad.init(params)), batches)
     assert state.step == 3
-    assert len(np.unique(np.asarray(seen["a"]["b"][:, 0]))) == 3
     with enable_x64(True):
         params = jax.tree.map(lambda x: jnp.asarray(np.float64(x)), params_of())
         batch = jax.tree.map(lambda x: jnp.asarray(np.float64(x)), batch_of())
         found, _, _ = once(dp(), params, batch)
         assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("float64")}
+
+
+BY_NUMPY = {  # numbers as configurations hold them
+    "quantile": lambda: privacy.quantile(
+        np.float64(0.7), count_stddev=np.int64(3), target=np.float32(0.5),
+        step_size=np.float64(0.2), min_norm=np.float64(0.1),
+    ),
+    "dpsgd_f": lambda: privacy.dpsgd_f(
+        np.float64(0.7), np.int64(2), count_stddev=np.float32(3)
+    ),
+    "dpsgd_global": lambda: privacy.dpsgd_global(np.float32(0.7), np.float64(5)),
+    "dpsgd_global_adapt": lambda: privacy.dpsgd_global_adapt(
+        np.float64(0.7), np.float64(5), count_stddev=np.int32(3),
+        step_size=np.float64(0.1), tolerance=np.float64(0.7),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("x64", [False, True])
+def test_states_keep_shapes_and_dtypes(x64, dtype):
+    """Weak types too, so that loops over steps can carry them; nothing is compiled."""
+    if dtype == "float64" and not x64:
+        dtype = "float16"
+    types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
+    for makers in (RULES, BY_NUMPY):
+        for rule, make in makers.items():
+            with enable_x64(x64):
+                params, batch = params_of(dtype), batch_of(dtype=dtype)
+                grad = privacy.dp_grad(
+                    loss, max_norm=make(), noise_multiplier=np.float64(1.1), key=KEY,
+                    expected_batch_size=np.int64(SIZE), allocation="equal_budget",
+                )  # fmt: skip
+                extra = {"population": POPULATION} if rule == "dpsgd_f" else {}
+                state = jax.eval_shape(grad.init, params)
+                step = functools.partial(grad, where=None, **extra)
+                found, after, _ = jax.eval_shape(step, state, params, batch)
+            assert types(after) == types(state), (rule, makers is BY_NUMPY)
+            assert not any(x.weak_type for x in jax.tree.leaves(state))
+            assert {x.dtype for x in jax.tree.leaves(state)} <= {
+                jnp.dtype("int32"), jnp.dtype("float32")}  # fmt: skip
+            assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
+
+
+def test_step_can_be_exported():
+    """With a state that adapts, written and read again."""
+    pytest.importorskip("flatbuffers")
+    grad = privacy.dp_grad(
+        lambda w, x: jnp.vdot(w, x), max_norm=privacy.quantile(1.0, count_stddev=3.0),
+        noise_multiplier=1.1, expected_batch_size=2, key=KEY,
+    )  # fmt: skip
+    params, batch = jnp.zeros(2), jnp.ones((2, 2))
+
+    def step(state, params, batch):
+        return grad(state, params, batch, where=None)[:2]
+
+    state = grad.init(params)
+    written = jax.export.export(jax.jit(step))(state, params, batch).serialize()
+    found, after = jax.export.deserialize(written).call(state, params, batch)
+    assert type(after) is privacy.DPState
+    assert after.step == 1
+    assert found.shape == (2,)
 
 
 @pytest.mark.parametrize("rule", ["quantile", "dpsgd_f"])
@@ -260,6 +334,7 @@ def test_meshes_give_the_same(rule):
     state = grad.init(params)
     group = jnp.arange(8) % 2
     extra = {"population": group} if rule == "dpsgd_f" else {}
+    grad = functools.partial(grad, where=None)
     right, after, _ = jax.jit(grad)(state, params, batch, **extra)
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
@@ -282,7 +357,7 @@ def test_meshes_give_the_same(rule):
     chex.assert_trees_all_close(other, after, rtol=1e-5, atol=1e-6)
     named = dp(max_norm=RULES[rule](), axis_name="i")
     cut = lambda x: x.reshape(4, 2, *x.shape[1:])
-    local = lambda batch, extra: named(state, params, batch, **extra)[:2]
+    local = lambda batch, extra: named(state, params, batch, where=None, **extra)[:2]
     spread = jax.pmap(local, axis_name="i")
     found, other = spread(jax.tree.map(cut, batch), jax.tree.map(cut, extra))
     last = lambda tree: jax.tree.map(lambda x: x[3], tree)
@@ -309,28 +384,178 @@ def test_split_of_the_noise_multiplier():
     assert dp(0.0, privacy.quantile(1.0, count_stddev=0.1)).rule.count_stddev == 0.1
 
 
-@pytest.mark.parametrize("rule", [r for r in RULES if r != "fixed"])
-def test_counts_are_noised_as_promised(rule):
-    grad = dp(
-        1.0,
-        RULES[rule](),
-    )
+@pytest.mark.parametrize("rule", RULES)
+def test_noise_has_its_level_and_is_fresh(rule):
+    """Of counts and of every coordinate, at every step, independent of all others."""
+    grad, steps = dp(1.0, RULES[rule]()), 2000
     params, batch = params_of(), batch_of()
     state = grad.init(params)
-    exact = dp(0.0, RULES[rule]())
-    _, right, _ = once(exact, params, batch, state)
+    extra = {"where": None}
+    if rule == "dpsgd_f":  # with nobody: sums would depend on the noise of counts
+        extra = {"where": jnp.zeros(SIZE, bool), "population": POPULATION}
+    _, right, _ = once(dp(0.0, RULES[rule]()), params, batch, state, **extra)
 
     def draws(step):
-        _, after, _ = grad(state._replace(step=step), params, batch, **(
-            {"population": POPULATION} if rule == "dpsgd_f" else {}))  # fmt: skip
-        return after.counts
+        found, after, _ = grad(state._replace(step=step), params, batch, **extra)
+        noise = [x.ravel() for x in jax.tree.leaves(found)]
+        return after.counts, jnp.concatenate(noise) / after.stddev
 
-    counts = np.float64(jax.jit(jax.vmap(draws))(jnp.arange(2000)))
-    if not grad.rule.count_stddev:
-        assert counts.shape == (2000, 0)
-        return
-    assert counts.std(0) == pytest.approx(grad.rule.count_stddev, rel=0.06)
-    assert np.abs(counts.mean(0) - right.counts).max() < 5 * 3 / math.sqrt(2000)
+    counts, noise = jax.jit(jax.vmap(draws))(jnp.arange(steps))
+    counts, noise = np.float64(counts), np.float64(noise)
+    np.testing.assert_allclose(SIZE * noise.std(0), 1, atol=5 / math.sqrt(2 * steps))
+    assert len(np.unique(noise)) > 0.98 * noise.size
+    if rule in WITHOUT_COUNTS:
+        assert counts.shape == (steps, 0)
+    else:
+        assert counts.std(0) == pytest.approx(grad.rule.count_stddev, rel=0.06)
+        off = np.abs(counts.mean(0) - right.counts).max()
+        assert off < 5 * grad.rule.count_stddev / math.sqrt(steps)
+    # Nothing has to do with anything else, nor with the step before.
+    rows = np.concatenate([counts, noise], 1)
+    count = rows.shape[1]
+    rows = np.concatenate([rows[1:], rows[:-1]], 1)
+    related = np.corrcoef(rows.T)[:count]
+    related[np.arange(count), np.arange(count)] = 0
+    assert np.abs(related).max() < 6 / math.sqrt(steps)
+
+
+@pytest.mark.parametrize("rule", ["quantile", "dpsgd_f"])
+@pytest.mark.parametrize("microbatch_size", [None, 4])
+def test_noise_follows_the_threshold_as_it_adapts(microbatch_size, rule):
+    """At every step: what clips each example, and what noise is drawn, exactly."""
+    rules = {
+        "quantile": privacy.quantile(0.05, count_stddev=0.6, target=1.0, step_size=3.0),
+        "dpsgd_f": privacy.dpsgd_f(0.7, 2, count_stddev=1.2),
+    }
+    own = (1.1**-2 - ({"quantile": 0.5, "dpsgd_f": 1}[rule]
+                      / rules[rule].count_stddev) ** 2) ** -0.5  # fmt: skip
+    grad = dp(1.1, rules[rule], microbatch_size=microbatch_size)
+    params, batch = params_of(), batch_of()
+    extra = {"population": POPULATION} if rule == "dpsgd_f" else {}
+    step = jax.jit(functools.partial(grad, where=None, **extra), donate_argnums=0)
+    clipped = jax.jit(per_example.clipped_grad(loss, 1.0))
+    tx = privacy.add_gaussian_noise(1.0, KEY)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    state, limits, limit = grad.init(params), [], np.full((SIZE, 1), 0.05, np.float32)
+    for turn in range(5):
+        found, state, info = step(state, params, batch)
+        counts = np.float64(state.counts)
+        if rule == "dpsgd_f":
+            above, below = counts.clip(0).reshape(2, 2)
+            share = above.sum() / max(counts.clip(0).sum(), 1e-9)
+            ratio = [m / (m + k) / share if m else float(m + k == 0)
+                     for m, k in zip(above, below, strict=True)]  # fmt: skip
+            both = 0.7 * (1 + np.float32(ratio) * (share > 0))
+            limit = both[np.asarray(POPULATION)][:, None]
+            limits.append(both[0] / both[1])
+        else:
+            limits.append(limit.max())
+        most = limit.max()
+        np.testing.assert_allclose(state.threshold, most, rtol=1e-5)
+        np.testing.assert_allclose(state.stddev, own * most, rtol=1e-5)
+        right = np.minimum(1, limit / np.float64(info.norm))
+        np.testing.assert_allclose(info.factor, right, rtol=1e-5)
+        sums, _ = clipped(params, batch, max_norm=jnp.float32(limit))
+        noise, _ = tx.update(nothing, privacy.NoiseState(jnp.int32(turn)))
+        total = flat(sums) + own * most * flat(noise)
+        np.testing.assert_allclose(SIZE * flat(found), total, rtol=1e-4, atol=1e-4)
+        if rule == "quantile":
+            move = -3.0 * (counts[0] / SIZE + 0.5 - 1.0)
+            limit = limit * np.float32(np.exp(move))
+    assert max(limits) > 1.3 * min(limits) if rule == "dpsgd_f" else (
+        max(limits) > 10 * min(limits))  # fmt: skip
+
+
+def test_rule_of_the_last_counts_is_one_rule():
+    """What clips and what noise follows are the same where the last counts decide."""
+    ask = lambda state, norm, member: jnp.where(norm > 1, 1.0, 0.0)
+    rule = privacy.quantile(0.7, count_stddev=3.0)._replace(
+        ask=ask,
+        limit=lambda start, state, counts: start[None] * (1 + counts[None] ** 2),
+        reach=lambda groups: math.sqrt(groups),
+        update=lambda state, counts, size: state,
+    )
+    grad = dp(max_norm=rule)
+    _, first, info = once(grad)
+    assert first.threshold.tolist() == [np.float32(0.7)]
+    _, second, info = once(grad, state=first)
+    kept = np.float64(info.norm) * np.float64(info.factor)
+    limit = 0.7 * (1 + float(first.counts[0]) ** 2)
+    np.testing.assert_allclose(second.threshold, limit, rtol=1e-5)
+    np.testing.assert_allclose(kept, np.minimum(info.norm, limit), rtol=1e-5)
+
+
+@pytest.mark.parametrize("allocation", ["global", "equal_budget"])
+def test_noise_never_vanishes_before_what_it_hides(allocation):
+    """Thresholds whose squares leave float32, up to those that leave it themselves."""
+    params = {"a": {"w": jnp.zeros(2)}, "b": {"w": jnp.zeros(2)}}
+
+    @jax.jit
+    def step(limit, x):
+        grad = privacy.dp_grad(
+            lambda w, x: jnp.vdot(w["a"]["w"], x) + jnp.vdot(w["b"]["w"], x),
+            max_norm=limit, noise_multiplier=1.5, expected_batch_size=1, key=KEY,
+            groups="layer", allocation=allocation,
+        )  # fmt: skip
+        return grad(grad.init(params), params, x, where=None)[:2]
+
+    for power in range(-38, 38, 4):
+        limit = 10.0**power
+        found, state = step(jnp.float32(limit), jnp.full((1, 2), 1e3 * limit))
+        if limit < 2.0**-100:
+            assert not flat(found).any()
+        else:
+            right = 1.5 * math.sqrt(2) * limit
+            np.testing.assert_allclose(state.threshold, limit, rtol=1e-6)
+            np.testing.assert_allclose(state.stddev, right, rtol=1e-5)
+    for limit in (math.nan, math.inf):  # nothing is said rather than too much
+        found, _ = step(jnp.float32(limit), jnp.ones((1, 2)))
+        assert not np.isfinite(flat(found)).any()
+
+
+def test_key_is_never_shown():
+    """Not by what prints, copies or writes; a trace is given it where it must not."""
+    seed = 987654321
+    key = jax.random.key(seed)
+    make = lambda key: privacy.dp_grad(
+        lambda w, x: jnp.vdot(w, x), max_norm=1.0, noise_multiplier=1.1,
+        expected_batch_size=2, key=key,
+    )  # fmt: skip
+    grad, params, batch = make(key), jnp.zeros(2), jnp.ones((2, 2))
+    renewed = dataclasses.replace(grad, key=key)
+    args = grad.init(params), params, batch
+    step = lambda *args: grad(*args, where=None)
+    tx = privacy.add_gaussian_noise(1.0, key)
+    inside = [cell.cell_contents for cell in tx.update.__closure__]
+    secrets = [x for x in inside if isinstance(x, type(grad.key))]
+    assert len(secrets) == 1
+    shown = [
+        grad, renewed, copy.copy(grad), copy.deepcopy(grad), vars(grad), jax.jit(grad),
+        dataclasses.asdict(grad), dataclasses.astuple(grad), tx, inside,
+        jax.make_jaxpr(step)(*args),
+    ]  # fmt: skip
+    for thing in shown:
+        for text in (repr(thing), str(thing), f"{thing}", pprint.pformat(thing)):
+            assert str(seed) not in text
+    for thing in (grad, renewed, grad.key, *secrets):
+        with pytest.raises(TypeError, match="must not be pickled") as caught:
+            pickle.dumps(thing)
+        assert str(seed) not in str(caught.value)
+    raises_one_sentence((lambda: pickle.dumps(grad), TypeError, "must not be pickled"))
+    assert str(seed) in jax.jit(step).lower(*args).as_text()  # as documented
+    given = lambda key, *args: make(key)(*args, where=None)[:2]
+    assert str(seed) not in jax.jit(given).lower(key, *args).as_text()
+    chex.assert_trees_all_equal(given(key, *args), step(*args)[:2])
+
+
+def test_mask_by_another_name_is_asked_for():
+    grad, params = dp(), params_of()
+    with pytest.raises(TypeError, match="got 'mask'; did you mean where"):
+        grad(grad.init(params), params, batch_of(), mask=jnp.ones(SIZE, bool))
+    with pytest.raises(TypeError, match="got 'l2_norm_clip'; did you mean max_norm"):
+        privacy.dp_grad(loss, l2_norm_clip=1.0)
+    with pytest.raises(TypeError, match="got 'batch_size'; did you mean expected"):
+        dp(batch_size=8)
 
 
 def adapt(rule, norms, steps, m=None, state=None, noise=0.0):
@@ -377,7 +602,7 @@ def test_lower_bound_keeps_a_minority_heard(least, right):
 
     def step(carry, _):
         mu, state = carry
-        g, state, _ = grad(state, mu, data)
+        g, state, _ = grad(state, mu, data, where=None)
         return (mu - 0.1 * g, state), None
 
     start = jnp.zeros(())
@@ -446,6 +671,17 @@ ERRORS = [
     (lambda: dp(1.0, {"a": 1.0, "c": math.inf}, groups="layer"), ValueError, "finite"),
     (lambda: dp(1.0, -1.0), ValueError, ">= 0"),
     (lambda: dp(1.0, lambda n, w: n), TypeError, "not private"),
+    (lambda: dp(1.0, lambda count: 0.9**count), TypeError, "a schedule is evaluated"),
+    (lambda: dp(1.0, clipfx.quantile_clip()), TypeError, "privacy.quantile"),
+    (lambda: dp(1.0, clipfx.thresholds.constant(1)), TypeError, "privacy.quantile"),
+    (lambda: dp(1.0, "1"), TypeError, "max_norm must be"),
+    (
+        lambda: dp(1.0, unbounded())(
+            dp().init(params_of()), params_of(), batch_of(), where=None
+        ),
+        ValueError,
+        "bounded",
+    ),
     (lambda: dp(allocation="even"), ValueError, "allocation"),
     (lambda: dp(ord=3), ValueError, "ord"),
     (lambda: dp(response=responses.log), ValueError, "bounded"),
@@ -484,6 +720,12 @@ ERRORS = [
         "tolerance",
     ),
     (lambda: dp()(params_of(), batch_of()), TypeError, "state must be a DPState"),
+    (lambda: dp()(None, params_of(), batch_of()), TypeError, "got NoneType"),
+    (
+        lambda: dp()(dp().init(params_of()), params_of(), batch_of()),
+        TypeError,
+        "where must be passed .* None if nobody is",
+    ),
     (lambda: ask(None), TypeError, "population must be passed"),
     (lambda: ask(np.array([0, 1, 2, 0, 0, 0])), ValueError, "population must be in"),
     (lambda: ask(np.zeros(5, np.int32)), ValueError, "population must have shape"),
@@ -491,9 +733,16 @@ ERRORS = [
 ]
 
 
+def unbounded():
+    rule = privacy.dpsgd_global(0.7)
+    return rule._replace(response=lambda state: lambda norm, limit: norm)
+
+
 def ask(population, rule="dpsgd_f"):
     grad, params = dp(1.0, RULES[rule]()), params_of()
-    return grad(grad.init(params), params, batch_of(), population=population)
+    return grad(
+        grad.init(params), params, batch_of(), where=None, population=population
+    )
 
 
 @pytest.mark.parametrize("case", ERRORS, ids=range(len(ERRORS)))

@@ -185,4 +185,7 @@ def membership(
                 f"{name} must be in [0, {num_groups}), got {low} to {high}; num_groups "
                 "says how many populations there are."
             )
-    return (group[:, None] == jnp.arange(num_groups)[None]).astype(jnp.float32)
+    if jnp.iinfo(group.dtype).bits < 32:  # there may be more populations than it counts
+        group = group.astype(jnp.int32)
+    numbers = jnp.arange(num_groups, dtype=group.dtype)
+    return (group[:, None] == numbers[None]).astype(jnp.float32)

@@ -9,14 +9,14 @@ r"""Differentially private training: noise, thresholds that adapt, accounting.
 ...     key=jax.random.key(0))
 >>> params, batch = {"w": jnp.ones(3)}, (jnp.ones((8, 3)), jnp.zeros(8))
 >>> state = grad.init(params)
->>> grads, state, _ = grad(state, params, batch)
+>>> grads, state, _ = grad(state, params, batch, where=None)  # nobody is padding
 
 What a run costs is computed by dp-accounting, how batches are drawn is jax_privacy's
 affair; both come with the extra `privacy`.
 """
 
 from clipfx.privacy._accounting import epsilon, event, noise_multiplier_for
-from clipfx.privacy._dp_grad import DPGrad, DPState, dp_grad
+from clipfx.privacy._dp_grad import dp_grad
 from clipfx.privacy._noise import NoiseState, add_gaussian_noise, add_laplace_noise
 from clipfx.privacy._rules import (
     PrivateThreshold,
@@ -25,6 +25,7 @@ from clipfx.privacy._rules import (
     dpsgd_global_adapt,
     quantile,
 )
+from clipfx.privacy._step import DPGrad, DPState
 
 __all__ = [
     "DPGrad",

@@ -1,15 +1,19 @@
 """The hand-off to dp-accounting: what a run is, and what it costs."""
 
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
-from clipfx._checks import check_choice, check_number
+from clipfx._checks import check_choice, check_count, check_number, helpful
 
 ACCOUNTANTS = ("pld", "rdp")
 MECHANISMS = ("gaussian", "laplace")
+ORDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512, 1024)  # a few
 RELATIONS = ("add_or_remove_one", "replace_one", "replace_special")
 
 
+@helpful
 def event(
     noise_multiplier: float,
     steps: int,
@@ -58,10 +62,7 @@ def event(
         "0 is not private",
         static=True,
     )
-    if type(steps) is not int or steps < 1:
-        raise ValueError(
-            f"steps must be an int >= 1, got {steps!r}; it is the number of updates."
-        )
+    steps = check_count("steps", steps, 1, "it is the number of updates")
     check_number(
         "sampling_probability", sampling_probability, "[0, 1]",
         "it is the expected batch size over the number of examples", static=True,
@@ -74,6 +75,7 @@ def event(
     return dp.SelfComposedDpEvent(one, steps)
 
 
+@helpful
 def epsilon(
     event: Any,
     delta: float,
@@ -97,7 +99,7 @@ def epsilon(
 
     Raises:
       ImportError: If dp-accounting is not installed.
-      TypeError: If `delta` is no number.
+      TypeError: If `delta` is no number, or `event` no event.
       ValueError: If an argument is out of range, or the accountant does not know the
         event under the relation.
 
@@ -113,6 +115,11 @@ def epsilon(
     dp = _library()
     _check_delta(delta)
     make = _accountant(accountant, relation)
+    if not isinstance(event, dp.DpEvent):
+        raise TypeError(
+            f"event must be what a run releases, got {event!r}; make it with "
+            "clipfx.privacy.event(noise_multiplier, steps)."
+        )
     try:
         return float(make().compose(event).get_epsilon(delta))
     except dp.UnsupportedEventError as error:
@@ -122,6 +129,7 @@ def epsilon(
         ) from error
 
 
+@helpful
 def noise_multiplier_for(
     epsilon: float,
     delta: float,
@@ -155,7 +163,7 @@ def noise_multiplier_for(
     Example:
       >>> z = noise_multiplier_for(8.0, 1e-5, 2250, sampling_probability=0.04)
       >>> f"{z:.4f}"
-      '1.3459'
+      '1.3460'
 
     Reference: see `clipfx.privacy.epsilon`.
     """
@@ -171,41 +179,80 @@ def noise_multiplier_for(
             "sampling_probability must be > 0 to need noise, got 0; nothing would be "
             "released."
         )
+    epsilon, delta, steps = float(epsilon), float(delta), int(steps)
     # Coarse where epsilon is large, still an upper bound: fine grids take minutes.
     interval = 1e-4 * max(1.0, epsilon / 10)
     make, coarse = (_accountant(accountant, relation, k * interval) for k in (1, 10))
-    enough = lambda z, make: make().compose(some(z)).get_epsilon(delta) <= epsilon
-    high = 2 * _surely(epsilon, delta, steps, sampling_probability, mechanism)
+    # Each search is ten times as dear as the one before, and begins where that ended.
+    searches = [(make, 0.9e-4)]
+    if accountant == "pld":
+        searches.insert(0, (coarse, 0.9e-4))
+    if mechanism == "gaussian":
+        searches.insert(0, (lambda: dp.rdp.RdpAccountant(ORDERS), 0.05))
+    sure = _surely(epsilon, delta, steps, sampling_probability, mechanism)
+    x, slope, most = math.log(sure), None, math.log(2 * sure)
+    if 2 * sure > 1e6:
+        x, most, searches = math.inf, math.log(1e6), []
     try:
-        if high > 1e6 or not enough(high, make):
-            raise ValueError(
-                f"epsilon must be within reach, got {epsilon!r} with delta={delta!r}, "
-                f"which a noise multiplier of {min(high, 1e6):.3g} does not meet; take "
-                "fewer steps, a smaller sampling_probability or a larger epsilon."
-            )
-        while enough(high / 2, coarse):
-            high /= 2
-        if enough(high, coarse):  # an upper bound, too
-            high = _least(coarse, some, epsilon, delta, high / 2, high)
-        low = 0.99 * high
-        while enough(low, make):
-            low, high = 0.9 * low, low
+        for make, tol in searches:
+
+            def gap(x: float, make: Any = make) -> float:
+                spent = make().compose(some(math.exp(x))).get_epsilon(delta)
+                return math.log(spent / epsilon) if spent > 0 else -math.inf
+
+            x, slope = _least(gap, x, slope, tol, most)
     except dp.UnsupportedEventError as error:
         raise ValueError(
             f"mechanism={mechanism!r} must be known to accountant={accountant!r} under "
             f"relation={relation!r}, got one that is not; pass another of these."
         ) from error
-    return _least(make, some, epsilon, delta, low, high)
+    if x > most:
+        raise ValueError(
+            f"epsilon must be within reach, got {epsilon!r} with delta={delta!r}, "
+            f"which a noise multiplier of {math.exp(most):.3g} does not meet; take "
+            "fewer steps, a smaller sampling_probability or a larger epsilon."
+        )
+    return math.exp(x)
 
 
 def _least(
-    make: Any, some: Any, epsilon: float, delta: float, low: float, high: float
-) -> float:
-    """The least multiplier that is enough, between one that is not and one that is."""
-    dp = _library()
-    bracket, tol = dp.ExplicitBracketInterval(low, high), 1e-4 * low
-    found = dp.calibrate_dp_mechanism(make, some, epsilon, delta, bracket, tol=tol)
-    return float(found)
+    gap: Callable[[float], float], x: float, slope: float | None, tol: float,
+    most: float,
+) -> tuple[float, float | None]:  # fmt: skip
+    """Where a falling function of log z has come down to 0, and its slope there.
+
+    Log epsilon is nearly a line in log z: two or three secants are enough. A step goes
+    a little beyond the place that the last one points to, and is the last if the slope
+    says that it has gone less than `tol` too far.
+
+    Args:
+      gap: log(spent / allowed).
+      x: Where to begin.
+      slope: What it is near there, None if that is not known.
+      tol: How far from the least x at most; the result is never below it.
+      most: The largest x to look at; if even that is not enough it is infinity.
+    """
+    low, high, last, near = -math.inf, math.inf, (math.inf, math.inf), slope is not None
+    for turn in itertools.count():
+        x = min(x, most)
+        y = gap(x)
+        low, high = (low, x) if y <= 0 else (x, high)
+        if math.isfinite(y) and math.isfinite(last[1]):
+            slope = min((y - last[1]) / (x - last[0]), -0.5)
+            near = abs(x - last[0]) < 0.1
+        ahead = -y / (slope or -1.5)  # how far the root is
+        if high - low <= tol or low == most or (near and -0.7 * tol <= ahead <= 0):
+            return high, slope
+        last, root = (x, y), x + max(-1.0, min(ahead, 1.0))
+        if high <= root + tol:
+            x = high - 0.99 * tol
+        elif low >= root - tol:
+            x = low + 0.99 * tol
+        else:
+            x = root + tol / 3
+        if not low < x < high or (turn % 4 == 3 and high - low < math.inf):
+            x = (low + high) / 2
+    raise AssertionError
 
 
 def _surely(
@@ -213,7 +260,7 @@ def _surely(
 ) -> float:
     """A multiplier that is enough, to start from, for one added or removed example."""
     if mechanism == "laplace":  # pure, each step amplified by its sampling
-        return 1 / math.log1p(math.expm1(epsilon / steps) / probability)
+        return 1 / math.log1p(math.expm1(min(epsilon / steps, 700)) / probability)
     # Zero-concentrated: epsilon = rho + 2 (rho log(1/delta))^(1/2), rho = T / (2 z^2).
     log = -math.log(delta)
     return math.sqrt(steps / 2) / (math.sqrt(log + epsilon) - math.sqrt(log))

@@ -8,10 +8,37 @@ import jax.numpy as jnp
 import optax
 
 from clipfx import _compat
-from clipfx._checks import check_number
+from clipfx._checks import check_number, helpful
+from clipfx._export import exportable
 from clipfx._tree import is_counted, times, widen
 
 
+class Secret:
+    """A key that is not shown, copied or written; `reveal()` returns it."""
+
+    __slots__ = ("reveal",)
+
+    def __init__(self, key: Any):
+        key = as_key(key)
+        self.reveal = lambda: key
+
+    def __repr__(self) -> str:
+        return "<secret key>"
+
+    def __copy__(self) -> "Secret":
+        return self
+
+    def __deepcopy__(self, memo: Any) -> "Secret":
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "what holds a secret key must not be pickled, got an attempt to; write its "
+            "settings and its state, and make it again with the key."
+        )
+
+
+@exportable("clipfx.privacy.NoiseState")
 class NoiseState(NamedTuple):
     """State of the noise transforms.
 
@@ -25,6 +52,7 @@ class NoiseState(NamedTuple):
     step: jax.Array
 
 
+@helpful
 def add_gaussian_noise(
     stddev: float | optax.Schedule, key: jax.Array, *, axis_name: Any = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -37,12 +65,16 @@ def add_gaussian_noise(
     the undisturbed run would have drawn. Drawn in float32, for float64 leaves in
     float64, and added there, whatever the dtype of the leaf.
 
-    Add noise once per logical batch: to the sum over all microbatches, *inside* of
-    `optax.MultiSteps`. It is that of clipped *sums*; divide afterwards.
+    It is the noise of clipped *sums*: divide afterwards. Add it once per logical batch,
+    *inside* of `optax.MultiSteps(..., use_grad_mean=False)`. By default MultiSteps
+    passes on the mean over k microbatches, for which noise of a sum is k times too
+    large.
 
     Args:
       stddev: :math:`\sigma` >= 0, or an Optax schedule.
-      key: From `jax.random.key`, of a seed that nobody can guess and no two runs share.
+      key: From `jax.random.key`, of a seed that nobody can guess, for this alone: two
+        transforms, runs or `dp_grad` of one key draw the same noise, which anybody
+        can subtract. Nothing prints it, and what holds it cannot be pickled.
       axis_name: Mesh axes that *all* updates are split over, for `pmap` and
         `shard_map(check_vma=False)`: each part draws its own noise. Under `jit`, and
         in `shard_map`, which knows what varies, this happens by itself; in `shard_map`
@@ -74,6 +106,7 @@ def add_gaussian_noise(
     return _transform("stddev", stddev, gaussian, key, axis_name)
 
 
+@helpful
 def add_laplace_noise(
     scale: float | optax.Schedule, key: jax.Array, *, axis_name: Any = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -117,7 +150,7 @@ def add_laplace_noise(
 def _transform(
     name: str, size: Any, draw: Callable, key: Any, axis_name: Any
 ) -> optax.GradientTransformationExtraArgs:
-    key = as_key(key)
+    secret = Secret(key)
     if not callable(size):
         check_number(name, size, "[0, inf)", "0 adds nothing")
 
@@ -132,7 +165,8 @@ def _transform(
         now = size(state.step) if callable(size) else size
         leaves, treedef = jax.tree.flatten(updates)
         sizes = [now] * len(leaves)
-        noised = add(draw, leaves, sizes, key_of_step(key, state.step), axis_name)
+        key = key_of_step(secret.reveal(), state.step)
+        noised = add(draw, leaves, sizes, key, axis_name)
         step = jnp.asarray(optax.safe_increment(state.step))
         return treedef.unflatten(noised), NoiseState(step)
 

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipfx._checks import check_number, is_known
-from clipfx._fair import check_populations
+from clipfx._checks import check_count, check_number, helpful, is_known, is_number
+from clipfx._weights import Response, bounded
 from clipfx.per_example._limits import check_limit
-from clipfx.responses import Response
+
+LEAST = 2.0**-100  # Of thresholds: noise of their size is far from leaving float32.
 
 
 class PrivateThreshold(NamedTuple):
@@ -33,11 +34,15 @@ class PrivateThreshold(NamedTuple):
         where an example belongs to a population, or None, to `[B, Q]`. Answers of
         padding and of examples that are not finite are not counted.
       limit: `limit(start, state, counts) -> thresholds`, from `max_norm` `[G]` and
-        noised sums `[Q]` to `[P, G]`, P populations or 1.
+        noised sums `[Q]`, of this batch with `at_once`, else of the last one, to
+        `[P, G]`, P populations or 1.
       update: `update(state, counts, size) -> state`, with the expected batch size.
+        Shapes and dtypes stay those of `init`; norms, thresholds and counts are
+        float32.
       reach: s from G: how far one example moves the sums, in the 2-norm.
       count_stddev: :math:`\sigma_b`.
-      response: `response(state) -> response`, None for that of `dp_grad`.
+      response: `response(state) -> response`, with an attribute `bounded = True`; None
+        for that of `dp_grad`.
       num_groups: P, None if populations play no part.
       at_once: Whether thresholds depend on the counts of the same batch.
 
@@ -69,6 +74,7 @@ def fixed(max_norm: Any) -> PrivateThreshold:
     )
 
 
+@helpful
 def quantile(
     max_norm: Any,
     *,
@@ -117,10 +123,11 @@ def quantile(
     check_number("target", target, "[0, 1]", "0.5 follows the median")
     check_number("step_size", step_size, "(0, inf)", "0.2 is usual")
     check_number("min_norm", min_norm, "[0, inf)", "0 bounds nothing")
+    target, step_size, min_norm = map(plain, (target, step_size, min_norm))
 
     def update(limit: jax.Array, counts: jax.Array, size: float) -> jax.Array:
         share = counts / size + 0.5
-        return jnp.maximum(limit * jnp.exp(-step_size * (share - target)), min_norm)
+        return jnp.maximum(_grown(limit, -step_size * (share - target)), min_norm)
 
     return PrivateThreshold(
         max_norm,
@@ -129,10 +136,11 @@ def quantile(
         limit=lambda start, limit, counts: limit[None],
         update=update,
         reach=lambda groups: math.sqrt(groups) / 2,
-        count_stddev=count_stddev,
+        count_stddev=float(count_stddev),
     )
 
 
+@helpful
 def dpsgd_f(
     max_norm: float, num_groups: int, *, count_stddev: float
 ) -> PrivateThreshold:
@@ -173,15 +181,16 @@ def dpsgd_f(
     <https://arxiv.org/abs/2003.03699>`_, 2021.
     """
     check_number("max_norm", max_norm, "(0, inf)", "0.5 to 1 is usual")
-    check_populations(num_groups)
+    count = check_count("num_groups", num_groups, 1, "it is the number of populations")
     _check_stddev(count_stddev)
+    bound = plain(max_norm)
 
     def ask(_: Any, norm: jax.Array, member: jax.Array) -> jax.Array:
-        above = jnp.where(norm > max_norm, member, 0)
+        above = jnp.where(norm > bound, member, 0)
         return jnp.concatenate([above, member - above], axis=1)
 
     def limit(start: jax.Array, _: Any, counts: jax.Array) -> jax.Array:
-        above, below = jnp.maximum(counts, 0).reshape(2, num_groups)
+        above, below = jnp.maximum(counts, 0).reshape(2, count)
         size, every = above + below, counts.clip(0).sum()
         share = above.sum() / jnp.where(every > 0, every, 1)
         own = above / jnp.where(size > 0, size, 1)
@@ -196,12 +205,13 @@ def dpsgd_f(
         limit=limit,
         update=lambda state, counts, size: state,
         reach=lambda groups: 1.0,
-        count_stddev=count_stddev,
-        num_groups=num_groups,
+        count_stddev=float(count_stddev),
+        num_groups=count,
         at_once=True,
     )
 
 
+@helpful
 def dpsgd_global(max_norm: float, upper: float = 100.0) -> PrivateThreshold:
     r"""Scales all norms alike up to a second threshold, drops the rest, DPSGD-Global.
 
@@ -229,12 +239,15 @@ def dpsgd_global(max_norm: float, upper: float = 100.0) -> PrivateThreshold:
     """
     _check_upper(max_norm, upper)
 
+    @bounded
     def respond(norm: jax.Array, limit: jax.Array) -> jax.Array:
-        return jnp.where(norm <= upper, _share(norm, limit, upper), 0)
+        most = jnp.asarray(upper, norm.dtype)
+        return jnp.where(norm <= most, _share(norm, limit, most), 0)
 
     return fixed(max_norm)._replace(response=lambda state: respond)
 
 
+@helpful
 def dpsgd_global_adapt(
     max_norm: float,
     upper: float = 50.0,
@@ -279,25 +292,39 @@ def dpsgd_global_adapt(
     _check_stddev(count_stddev)
     check_number("step_size", step_size, "(0, inf)", "0.1 is usual")
     check_number("tolerance", tolerance, "(0, inf)", "0.7 and 1 are usual")
+    first, step_size, tolerance = map(plain, (upper, step_size, tolerance))
 
     def respond(upper: jax.Array) -> Response:
+        @bounded
         def response(norm: jax.Array, limit: jax.Array) -> jax.Array:
+            most = upper[None].astype(norm.dtype)
             return jnp.where(
-                norm <= upper, _share(norm, limit, upper), jnp.minimum(norm, limit)
+                norm <= most, _share(norm, limit, most), jnp.minimum(norm, limit)
             )
 
         return response
 
     return PrivateThreshold(
         max_norm,
-        init=lambda start: jnp.full_like(start, upper),
+        init=lambda start: jnp.full_like(start, first),
         ask=lambda upper, norm, _: jnp.where(norm > tolerance * upper[None], 1.0, 0.0),
         limit=lambda start, upper, counts: start[None],
-        update=lambda upper, counts, size: upper * jnp.exp(counts / size - step_size),
+        update=lambda upper, counts, size: _grown(upper, counts / size - step_size),
         reach=lambda groups: math.sqrt(groups),
-        count_stddev=count_stddev,
-        response=lambda upper: respond(upper[None]),
+        count_stddev=float(count_stddev),
+        response=respond,
     )
+
+
+def plain(x: Any) -> Any:
+    """A number that changes no dtype."""
+    return float(x) if is_known(x) else jnp.asarray(x, jnp.float32)
+
+
+def _grown(norm: jax.Array, power: jax.Array) -> jax.Array:
+    """`norm * exp(power)`, finite, and never so small that it could not grow again."""
+    grown = jnp.minimum(norm, 1 / LEAST) * jnp.exp(jnp.clip(power, -15, 15))
+    return jnp.clip(grown, LEAST, 1 / LEAST)
 
 
 def _share(norm: jax.Array, limit: jax.Array, upper: Any) -> jax.Array:
@@ -326,3 +353,20 @@ def check_finite(max_norm: Any) -> None:
             f"max_norm must be finite, got {max_norm!r}; noise is as large as what one "
             "example may contribute."
         )
+
+
+def check_start(max_norm: Any) -> None:
+    """Checks that it is a number or several; what changes with the data pays for it."""
+    if isinstance(max_norm, Mapping) or is_number(max_norm):
+        return
+    learns = isinstance(max_norm, tuple)  # a transform, a threshold
+    advice = (
+        "clipfx.privacy.quantile(...) adapts it privately"
+        if learns or not callable(max_norm)
+        else "a function of norms is not private, and a schedule is evaluated by you, "
+        "in a dp_grad made inside of the step"
+    )
+    raise TypeError(
+        "max_norm must be a number, an array, a dict by group name or a rule of "
+        f"clipfx.privacy, got {max_norm!r}; {advice}."
+    )
