@@ -10,7 +10,9 @@ from clipfx import responses
 from clipfx._checks import helpful
 from clipfx._export import exportable
 from clipfx._norms import Norms, check_ord, group_norms
+from clipfx._paths import ordered, structure_of
 from clipfx._range import far
+from clipfx._statistics import LARGEST
 from clipfx._tree import Groups, divide, group_leaves, scale_groups
 from clipfx.thresholds import Threshold, as_threshold
 
@@ -21,19 +23,22 @@ SLACK = 2.0**-21
 
 @exportable("clipfx.ClipMetrics")
 class ClipMetrics(NamedTuple):
-    """What a person may want to see; nothing reads it but people.
+    """What a person may want to see; nothing reads it but people. Always finite.
 
     Attributes:
       norm: float32 `[G]`, of the last step before clipping, at most the largest
-        float32. What it became is `norm * factor`.
-      threshold: float32 `[G]`, of the last step.
-      factor: float32 `[G]`, what the updates of the last step were multiplied by.
+        float32, as where it is not finite. What it became is `norm * factor`.
+      threshold: float32 `[G]`, of the last step; the largest float32 for none, as
+        before the first step.
+      factor: float32 `[G]`, what the updates of the last step were multiplied by, 0
+        where the norm was not finite.
       steps: int32 `[G]`, steps seen, all groups alike.
       clipped: int32 `[G]`, steps whose norm was finite and, by more than rounding,
         above its threshold.
       nonfinite: int32 `[G]`, steps whose norm was infinite or NaN.
       groups: The names of the groups, the keys of a dict of nothing: names are part
-        of the structure, not of the data.
+        of the structure, not of the data. `[G]` is in alphabetical order, with numbers
+        as numbers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -73,8 +78,8 @@ def clip_by_norm(
     threshold: Any,
     *,
     groups: Any = "global",
-    response: responses.Response = responses.hard,
-    ord: float | None = 2,
+    response: responses.Response | None = None,
+    ord: float | None = None,
     axis_name: Any = None,
     nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
@@ -116,11 +121,11 @@ def clip_by_norm(
         Optax schedule, or a `clipfx.thresholds.Threshold`.
       groups: Which leaves share a norm. `"global"`: all; `"layer"`: those with the
         same parent (`{"dense": {"kernel", "bias"}}` is one group, `"dense"`);
-        `"leaf"`: each alone; or a tree prefix of labels, as in `optax.partition`.
-        A leaf that stacks layers for `scan` is one leaf: see
-        `clipfx.per_stacked_layer`. Static.
+        `"leaf"`: each alone; or a tree prefix of labels, or a function from the tree
+        to one, as in `optax.partition`. A leaf that stacks layers for `scan` is one
+        leaf: see `clipfx.per_stacked_layer`. Static.
       response: From norms and thresholds `[G]` to new norms `[G]`, one of
-        `clipfx.responses` or your own.
+        `clipfx.responses` or your own; None means `hard`.
       ord: p of the norm: a number >= 1 or `math.inf`; None means 2. Static. Scaling
         to a p-norm is a projection for p = 2 only.
       axis_name: Mesh axes that *all* updates are split over, for `pmap` and for
@@ -154,7 +159,7 @@ def clip_by_norm(
     """
     rule = as_threshold(threshold)
     p = check_ord(ord)
-    responses.check_response(response)
+    shape = responses.check_response(response)
     check_nonfinite(nonfinite)
 
     def init(params: Any) -> ClipState:
@@ -176,9 +181,7 @@ def clip_by_norm(
             params=params,
             **extra_args,
         )
-        return respond(
-            updates, state, members, norms, limit, learned, response, nonfinite
-        )
+        return respond(updates, state, members, norms, limit, learned, shape, nonfinite)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -189,8 +192,8 @@ def tree_clip(
     max_norm: Any,
     *,
     groups: Any = "global",
-    response: responses.Response = responses.hard,
-    ord: float | None = 2,
+    response: responses.Response | None = None,
+    ord: float | None = None,
     axis_name: Any = None,
     nonfinite: str = "propagate",
 ) -> tuple[Any, ClipMetrics]:
@@ -242,7 +245,7 @@ def tree_clip(
 
 @helpful
 def global_norm(
-    tree: Any, *, ord: float | None = 2, axis_name: Any = None
+    tree: Any, *, ord: float | None = None, axis_name: Any = None
 ) -> jax.Array:
     r"""Measures a tree as one long vector, :math:`(\sum_i |x_i|^p)^{1/p}`.
 
@@ -272,8 +275,10 @@ def global_norm(
 def reported(norms: Norms, dtype: Any = jnp.float32) -> jax.Array:
     """The norms as plain numbers, at most the largest of `dtype`."""
     largest = jnp.asarray(jnp.finfo(dtype).max, norms.value.dtype)
-    capped = jnp.minimum(norms.value / norms.scale, largest)
-    return jnp.where(jnp.isfinite(norms.value), capped, norms.value).astype(dtype)
+    # Capped before the division, which then does not overflow.
+    capped = jnp.minimum(norms.value, largest * jnp.minimum(norms.scale, 1))
+    value = jnp.where(jnp.isfinite(norms.value), capped, norms.value)
+    return (value / norms.scale).astype(dtype)
 
 
 def respond(
@@ -288,12 +293,13 @@ def respond(
 ) -> tuple[Any, ClipState]:
     """The second half of a step: scales the updates, counts, learns."""
     norm = reported(norms)
-    limit = jnp.maximum(jnp.asarray(limit).astype(jnp.float32), 0)
+    limit = jnp.maximum(jnp.asarray(limit).astype(norms.value.dtype), 0)
     limit = jnp.broadcast_to(limit, norm.shape)
     before, factor = factors(norms, limit, response, nonfinite)
     drop = ~jnp.isfinite(norms.value) if nonfinite == "zero" else None
     clipped = scale_groups(updates, members, before, factor, drop=drop)
-    return clipped, next_state(state, learned, norm, limit, before * factor)
+    both = jnp.minimum(factor, LARGEST * jnp.minimum(1, 1 / before)) * before
+    return clipped, next_state(state, learned, norm, limit, both)
 
 
 def factors(
@@ -307,10 +313,11 @@ def factors(
     beyond = norm >= info.max  # the true norm may be larger
     same = (jnp.abs(target - norm) <= SLACK * norm) & ~beyond
     same |= (target == norm) & (limit == jnp.inf)
+    same |= limit == LARGEST  # no threshold, in a finite number
     # A quotient beyond these powers of two may be no normal number: divide twice.
     up = far(dtype)
-    near = (target >= norm / up) & (target <= norm * up) & ~beyond
-    once = same | near | (target == 0)
+    near = (target >= norm / up) & (target / up <= norm) & ~beyond
+    once = same | near | ((target == 0) & ~beyond)
     # Quotients come last: XLA computes a division once, and anything cheaper again in
     # the loop over every leaf, which takes it twice as long to compile.
     divisor = jnp.where(once, 1, jnp.where(target <= norm, up, 1 / up))
@@ -341,12 +348,12 @@ def fresh_metrics(params: Any, members: Groups) -> ClipMetrics:
     shape = (len(members.names),)
     return ClipMetrics(
         norm=jnp.zeros(shape, jnp.float32),
-        threshold=jnp.full(shape, jnp.inf, jnp.float32),
+        threshold=jnp.full(shape, LARGEST, jnp.float32),
         factor=jnp.ones(shape, jnp.float32),
         steps=jnp.zeros(shape, jnp.int32),
         clipped=jnp.zeros(shape, jnp.int32),
         nonfinite=jnp.zeros(shape, jnp.int32),
-        groups=_keys(params, members),
+        groups=structure_of(params, members.names),
     )
 
 
@@ -355,10 +362,12 @@ def next_state(
 ) -> ClipState:
     """Counts the step; keeps what was learned, if every norm `[G]` is finite."""
     finite, seen = jnp.isfinite(norm), state.metrics
+    limit = jnp.fmin(limit, LARGEST).astype(jnp.float32)
+    usable = finite & ~jnp.isnan(factor)
     metrics = ClipMetrics(
-        norm=norm,
+        norm=jnp.where(finite, norm, LARGEST),
         threshold=limit,
-        factor=factor.astype(jnp.float32),
+        factor=jnp.minimum(jnp.where(usable, factor, 0), LARGEST).astype(jnp.float32),
         steps=seen.steps + 1,
         clipped=seen.clipped + (finite & exceeds(norm, limit)).astype(jnp.int32),
         nonfinite=seen.nonfinite + (~finite).astype(jnp.int32),
@@ -368,24 +377,14 @@ def next_state(
     return ClipState(jax.tree.map(keep, learned, state.threshold), metrics)
 
 
-def _keys(params: Any, members: Groups) -> Any:
-    """The names as structure, or a leaf in their place where nobody can know them.
-
-    `optax.tree.map_params` calls `init` with a stand-in for params and lays the
-    result over a real state; a leaf there covers any names here.
-    """
-    if members.names or isinstance(params, dict | list | tuple | None):
-        return dict.fromkeys(members.names, ())
-    return jnp.zeros(0, jnp.float32)
-
-
 def check_same_groups(state: ClipState, members: Groups) -> None:
     if not isinstance(state, ClipState):
         raise TypeError(
             f"the state of a clip by norm must be a ClipState, got {type(state)}; pass "
-            "what init or the last update returned."
+            "what init or the last update returned, or use clipfx.tree_clip, which "
+            "needs none."
         )
-    before = tuple(state.metrics.groups)
+    before = ordered(state.metrics.groups)
     if before != members.names:
         raise ValueError(
             f"groups changed between init and update: init saw {before}, update saw "

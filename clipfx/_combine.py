@@ -1,8 +1,6 @@
 """One number per leaf becomes one per group, over leaves and mesh axes."""
 
-import contextlib
-import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,22 +19,40 @@ class Layout(NamedTuple):
     apart: frozenset[str]
 
 
-_APART = contextvars.ContextVar[frozenset[str]]("apart", default=frozenset())
+def apart(fun: Callable, axes: Iterable[Any]) -> Callable:
+    """Calls `fun` where these mesh axes of `shard_map` have trees of their own each.
+
+    To be seen far below they are names of `vmap`, of nothing: the caches of `jit` know
+    those, and would not know a variable.
+    """
+    for axis in axes:
+        fun = jax.vmap(
+            fun, in_axes=None, out_axes=None, axis_size=1, axis_name=_mark(axis)
+        )
+    return fun
 
 
-def trees_apart() -> frozenset[str]:
-    """The mesh axes of `apart` around this trace."""
-    return _APART.get()
+def trees_apart(axes: Iterable[Any]) -> frozenset:
+    """Those of the mesh axes that are `apart` around this trace."""
+    return frozenset(axis for axis in axes if _is_bound(_mark(axis)))
 
 
-@contextlib.contextmanager
-def apart(axes: frozenset[str]) -> Iterator[None]:
-    """While tracing, these mesh axes of `shard_map` have trees of their own each."""
-    token = _APART.set(axes)
+def _mark(axis: Any) -> str:
+    return f"clipfx: trees apart over {axis}"
+
+
+def _is_bound(name: str) -> bool:
     try:
-        yield
-    finally:
-        _APART.reset(token)
+        jax.lax.psum(1, name)  # nothing is computed
+    except NameError:
+        return False
+    return True
+
+
+def varying(leaves: Iterable[jax.Array], axis_name: Any = None) -> frozenset:
+    """The mesh axes that leaves are split over, as types or a caller say."""
+    types = frozenset[Any]().union(*map(_compat.varying_axes, leaves))
+    return types | {*as_tuple(axis_name)}
 
 
 def axes_apart(tree: Any, axis_name: Any, what: str) -> frozenset[str]:
@@ -47,7 +63,7 @@ def axes_apart(tree: Any, axis_name: Any, what: str) -> frozenset[str]:
     """
     if axis_name is not None:
         return frozenset(as_tuple(axis_name))
-    split = frozenset[str]().union(*map(_compat.varying_axes, jax.tree.leaves(tree)))
+    split = varying(jax.tree.leaves(tree))
     if split:
         raise ValueError(
             f"axis_name must say over which mesh axes {what} are split, got nothing, "

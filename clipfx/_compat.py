@@ -3,6 +3,7 @@
 Features are detected, never inferred from a version string.
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -48,6 +49,31 @@ def is_sparse(node: Any) -> bool:
     """Whether `node` is a sparse array, the numbers of which are one of its leaves."""
     sparse = sys.modules.get("jax.experimental.sparse")
     return sparse is not None and isinstance(node, sparse.JAXSparse)
+
+
+def other_variable(node: Any) -> str | None:
+    """The kind of a Flax NNX variable that `nnx.grad` would not differentiate."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None or not isinstance(node, nnx.Variable) or isinstance(node, nnx.Param):
+        return None
+    return type(node).__name__
+
+
+def refusing_batch_norm(error: Exception) -> contextlib.AbstractContextManager:
+    """Raises `error` where Flax Linen's batch normalization takes means of a batch."""
+    linen = sys.modules.get("flax.linen")
+    if linen is None:
+        return contextlib.nullcontext()
+
+    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        if isinstance(module, linen.BatchNorm) and context.method_name == "__call__":
+            given = kwargs.get("use_running_average", args[1] if args[1:] else None)
+            if not (module.use_running_average if given is None else given):
+                raise error
+        return call(*args, **kwargs)
+
+    return linen.intercept_methods(intercept)
 
 
 def is_literal(atom: Any) -> bool:
@@ -122,7 +148,22 @@ def reshard(x: jax.Array, spec: tuple | None) -> jax.Array:
     """`x` with these mesh axes, on a mesh with Explicit axes."""
     if spec is None or explicit_spec(x) == spec:
         return x
-    return jax.sharding.reshard(x, jax.sharding.PartitionSpec(*spec))
+    return jax.sharding.reshard(x, sharding(x, spec))
+
+
+def sharding(x: jax.Array, spec: Sequence) -> jax.sharding.NamedSharding:
+    """These mesh axes, on the mesh in the type of `x`: there may be none around."""
+    return jax.sharding.NamedSharding(mesh_of(x), jax.sharding.PartitionSpec(*spec))
+
+
+def as_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x` with the mesh axes of `like`, of the same shape."""
+    spec = explicit_spec(like)
+    if spec is None or explicit_spec(x) == spec:
+        return x
+    if explicit_spec(x) is None:  # no mesh in its type: it takes that of another
+        return jnp.where(jnp.ones_like(like, bool), x, x)
+    return reshard(x, spec)
 
 
 def whole(x: jax.Array) -> jax.Array:

@@ -10,9 +10,18 @@ import numpy as np
 import optax
 
 from clipfx import responses
-from clipfx._checks import check_number, is_known
+from clipfx._checks import (
+    check_count,
+    check_number,
+    check_static,
+    helpful,
+    is_known,
+)
 from clipfx._clip import ClipState, factors, fresh_metrics, next_state, reported
+from clipfx._export import exportable
 from clipfx._norms import Norms, group_norms
+from clipfx._paths import check_stacked, ranks
+from clipfx._statistics import LARGEST, multiple
 from clipfx._tree import Groups, is_counted, narrow, times, widen
 
 DECAY = 0.9  # of the average norm of a population
@@ -32,10 +41,24 @@ class Bounds(NamedTuple):
     floor: Any
 
 
+@exportable("clipfx.Populations")
+class Populations(NamedTuple):
+    """What `clip_fair_groups` keeps besides metrics.
+
+    Attributes:
+      averages: float32 `[K]`, of norms, 0 where never seen; `()` if not needed.
+      ranks: Numbers of axes of the parameters, as structure.
+    """
+
+    averages: Any
+    ranks: Any
+
+
+@helpful
 def clip_fair_groups(
     max_ratio: Any = 2.0,
     *,
-    num_groups: int = 2,
+    num_groups: int | None = None,
     reference: str | int = "min",
     floor: Any = 0.05,
     axis_name: Any = None,
@@ -60,7 +83,8 @@ def clip_fair_groups(
 
     Args:
       max_ratio: :math:`\rho \ge 1`; `math.inf` bounds nothing.
-      num_groups: K >= 1, the size of the first axis of all updates. Static.
+      num_groups: K >= 1, the size of the first axis of all updates; None means 2.
+        Static.
       reference: What to measure by: `"min"`, the smallest contribution present;
         `"ema"`, the smallest of the populations' average norms, 9 parts past and 1 part
         present, which also speak for those absent from a batch; or the number of one
@@ -72,14 +96,15 @@ def clip_fair_groups(
 
     Returns:
       A transform from contributions `[K, ...]`, as `clipfx.per_example.group_grad`
-      returns them, to their bounded sum, like the parameters. `update` takes `present=`
+      returns them, to their bounded sum, like the parameters. `init` needs these, whose
+      axes updates are held against. `update` takes `present=`
       (bool `[K]`) where zero does not mean absent. Its state is a `ClipState`; metrics
       `[K]` are of `population_0` and so on.
 
     Raises:
-      TypeError: If an argument is no number.
-      ValueError: If an argument is out of range, updates have no axis of K populations,
-        or a concrete `present` has none.
+      TypeError: If an argument is no number, or no static one.
+      ValueError: If an argument is out of range, updates have no axis of K populations
+        before those of the parameters, or a concrete `present` has none.
 
     Example:
       >>> import jax.numpy as jnp
@@ -94,15 +119,15 @@ def clip_fair_groups(
     `Disparate impact in differential privacy from gradient misalignment
     <https://arxiv.org/abs/2206.07737>`_, 2023.
     """
-    check_populations(num_groups)
+    num_groups = check_populations(2 if num_groups is None else num_groups)
     bounds = check_bounds(Bounds(max_ratio, reference, floor), num_groups)
     names = tuple(f"population_{k}" for k in range(num_groups))
     members = Groups(names, ())
 
     def init(params: Any) -> ClipState:
-        # Zero: a population never seen.
         averages = jnp.zeros(num_groups, jnp.float32) if reference == "ema" else ()
-        return ClipState(averages, fresh_metrics(params, members))
+        kept = Populations(averages, ranks(params))
+        return ClipState(kept, fresh_metrics(params, members))
 
     def update(
         updates: Any,
@@ -112,9 +137,11 @@ def clip_fair_groups(
         present: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, ClipState]:
-        del params, extra_args
+        del extra_args
         leaves, treedef = jax.tree.flatten(updates)
         _check_contributions(leaves, num_groups)
+        made = "clipfx.per_example.group_grad makes them"
+        check_stacked(updates, params, state.threshold.ranks, "populations", made)
         counted = [jnp.asarray(x) for x in leaves if is_counted(x)]
         wide = [widen(x) for x in counted]
         if axis_name is not None:
@@ -122,13 +149,14 @@ def clip_fair_groups(
         rows = [[x[k] for x in wide] for k in range(num_groups)]
         present = _check_present(present, num_groups)
         scales, norm, limit, averages = bound(
-            measure(rows), bounds, state.threshold, present
+            measure(rows), bounds, state.threshold.averages, present
         )
         sums, factor = combine(rows, scales, norm), scales[0] * scales[1]
         bounded = iter(narrow(x, y.dtype) for x, y in zip(sums, counted, strict=True))
         out = [next(bounded) if is_counted(x) else jnp.zeros_like(x[0])
                for x in leaves]  # fmt: skip
-        return treedef.unflatten(out), next_state(state, averages, norm, limit, factor)
+        kept = state.threshold._replace(averages=averages)
+        return treedef.unflatten(out), next_state(state, kept, norm, limit, factor)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -159,26 +187,30 @@ def bound(
     Returns:
       Factors `[K]` to apply in turn; norms and thresholds `[K]`; the next averages.
     """
-    *_, whole = every = reported(norms)
+    dtype = norms.value.dtype
+    number = lambda x: jnp.asarray(x).astype(dtype)
+    *_, whole = every = reported(norms, dtype)
     norm, norms = every[:-1], jax.tree.map(lambda x: x[:-1], norms)
     here = jnp.isfinite(norm) & (norm > 0)
     here = here if present is None else here & present
-    usual = smallest = jnp.where(here, norm, jnp.inf).min()
+    usual = smallest = jnp.where(here, norm, LARGEST).min()
     if bounds.reference == "ema":
-        after = jnp.where(averages > 0, DECAY * averages + (1 - DECAY) * norm, norm)
+        now = reported(norms)
+        after = jnp.where(averages > 0, DECAY * averages + (1 - DECAY) * now, now)
         averages = jnp.where(here, after, averages)
-        usual = jnp.where(averages > 0, averages, jnp.inf).min()
+        usual = number(jnp.where(averages > 0, averages, LARGEST).min())
     elif bounds.reference != "min":
         own = bounds.reference
         usual = jnp.where(here[own], norm[own], smallest)
     # A sum that is not finite has no share to keep.
-    least = jnp.where(jnp.isfinite(whole), bounds.floor * whole, 0)
+    least = jnp.where(jnp.isfinite(whole), multiple(number(bounds.floor), whole), 0)
     usual = jnp.maximum(usual, least)
     # Below the bound by a rounding, but not below the reference.
-    ratio = jnp.asarray(bounds.max_ratio).astype(jnp.float32)
-    limit = jnp.maximum(usual, ratio * (1 - 2.0**-20) * usual)
+    ratio = number(bounds.max_ratio) * (1 - 2.0 ** (-49 if norm.itemsize == 8 else -20))
+    limit = jnp.maximum(usual, multiple(ratio, usual))
     limit = jnp.broadcast_to(limit, norm.shape)
-    return [*factors(norms, limit, responses.hard, "zero")], norm, limit, averages
+    scales = factors(norms, limit, responses.hard, "zero")
+    return [*scales], reported(norms), limit, averages
 
 
 def combine(
@@ -199,13 +231,9 @@ def combine(
             for row in zip(*contributions, strict=True)]  # fmt: skip
 
 
-def check_populations(num_groups: Any) -> None:
+def check_populations(num_groups: Any) -> int:
     """Checks the number of populations."""
-    if type(num_groups) is not int or num_groups < 1:
-        raise ValueError(
-            f"num_groups must be an int >= 1, got {num_groups!r}; it is the number of "
-            "populations."
-        )
+    return check_count("num_groups", num_groups, 1, "it is the number of populations")
 
 
 def check_bounds(bounds: Bounds, num_groups: int) -> Bounds:
@@ -213,13 +241,16 @@ def check_bounds(bounds: Bounds, num_groups: int) -> Bounds:
     check_number("max_ratio", bounds.max_ratio, "[1, inf]", "math.inf bounds nothing")
     check_number("floor", bounds.floor, "[0, inf)", "0.05 is usual, 0 is none")
     reference = bounds.reference
-    number = type(reference) is int and 0 <= reference < num_groups
-    if not number and reference not in ("min", "ema"):
+    if isinstance(reference, str) and reference in ("min", "ema"):
+        return bounds
+    check_static("reference", reference)
+    number = isinstance(reference, int | np.integer) and not isinstance(reference, bool)
+    if not (number and 0 <= reference < num_groups):
         raise ValueError(
             f'reference must be "min", "ema" or the number of one of {num_groups} '
             f"populations, got {reference!r}; the first is the default."
         )
-    return bounds
+    return bounds._replace(reference=int(reference))
 
 
 def _check_contributions(leaves: Sequence[Any], num_groups: int) -> None:

@@ -7,9 +7,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from clipfx import _compat
-from clipfx._combine import Layout, as_tuple, combine, per_shard, trees_apart
+from clipfx._checks import check_static, is_number
+from clipfx._combine import (
+    Layout,
+    as_tuple,
+    combine,
+    per_shard,
+    trees_apart,
+    varying,
+)
 from clipfx._range import (
     in_range,
     largest,
@@ -37,12 +45,8 @@ def check_ord(ord: Any) -> float:
     """Returns `ord` as a float >= 1 or infinity, 2 for None."""
     if ord is None:
         return 2.0
-    if isinstance(ord, jax.Array):
-        raise TypeError(
-            "ord must be a static Python number, got an array; under "
-            'optax.inject_hyperparams pass static_args="ord".'
-        )
-    if isinstance(ord, bool) or not isinstance(ord, int | float):
+    check_static("ord", ord)
+    if not is_number(ord) or np.ndim(ord):
         raise TypeError(
             f"ord must be a number >= 1 or math.inf, got {ord!r}; for the Euclidean "
             "norm pass 2."
@@ -74,9 +78,9 @@ def group_norms(
     leaves, index = [leaf for leaf, _ in pairs], tuple(i for _, i in pairs)
     if not groups.names:
         return Norms(jnp.zeros(0, jnp.float32), jnp.ones(0, jnp.float32))
-    names = as_tuple(axis_name)
     dtype = widest(x.dtype for x in leaves)
-    layout = Layout(index, len(groups.names), dtype, names, trees_apart())
+    apart = trees_apart(varying(leaves, axis_name))
+    layout = Layout(index, len(groups.names), dtype, as_tuple(axis_name), apart)
     return _jitted(leaves, layout, ord)
 
 
@@ -198,8 +202,8 @@ def cosines(
     ]
     index = tuple(i for i in groups.index if i is not None)
     dtype = norms[0].value.dtype
-    names = as_tuple(axis_name)
-    layout = Layout(index, len(groups.names), dtype, names, trees_apart())
+    apart = trees_apart(varying(dots, axis_name))
+    layout = Layout(index, len(groups.names), dtype, as_tuple(axis_name), apart)
     return combine(jnp.add, dots, layout)
 
 
@@ -207,8 +211,8 @@ def group_sizes(tree: Any, groups: Groups, axis_name: Any = None) -> jax.Array:
     """Counts the elements of each group, float32 `[G]`, over all shards."""
     sizes = [0] * len(groups.names)
     for x, i in counted_leaves(tree, groups):
-        axes = (_compat.varying_axes(x) | {*as_tuple(axis_name)}) - trees_apart()
-        shards = (jax.lax.psum(1, axis) for axis in axes)
+        axes = varying([x], axis_name)
+        shards = (jax.lax.psum(1, axis) for axis in axes - trees_apart(axes))
         sizes[i] += x.size * math.prod(shards)
     return jnp.array(sizes, jnp.float32)
 

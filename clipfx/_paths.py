@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipfx import _compat
+from clipfx._checks import is_known
 
 
 def leaves_with_path(tree: Any) -> list[tuple[tuple, Any]]:
@@ -16,6 +18,47 @@ def leaves_with_path(tree: Any) -> list[tuple[tuple, Any]]:
     is_box = lambda node: _compat.is_boxed(node) or _compat.is_sparse(node)
     boxes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)[0]
     return [(path, leaf) for path, box in boxes for leaf in jax.tree.leaves(box)]
+
+
+def check_sparse(tree: Any) -> None:
+    """Checks that no two entries of a sparse array share a place.
+
+    They add up, and the norm of what they add up to is not that of the entries.
+
+    Raises:
+      ValueError: If some do, or may, where indices are traced.
+    """
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_compat.is_sparse)[0]
+    for path, node in flat:
+        if _compat.is_sparse(node) and _may_share(node):
+            raise ValueError(
+                "leaves of a tree must be arrays without repeated indices, got a "
+                f"{type(node).__name__} at {name_of(words(path))!r} whose entries may "
+                "share a place; call its sum_duplicates(nse=...), or pass "
+                "unique_indices=True if none do."
+            )
+
+
+def _may_share(node: Any) -> bool:
+    if getattr(node, "unique_indices", False):
+        return False
+    _, *where = jax.tree.leaves(node)
+    if not all(isinstance(x, jax.Array | np.ndarray) and is_known(x) for x in where):
+        return True
+    if hasattr(node, "indptr"):
+        starts = np.asarray(node.indptr)
+        if starts.ndim > 1:
+            return True
+        first = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+        places = np.stack([first, np.asarray(node.indices)[: len(first)]], -1)[None]
+    elif hasattr(node, "row"):
+        places = np.stack([np.asarray(node.row), np.asarray(node.col)], -1)[None]
+    else:
+        places = np.asarray(node.indices)
+        sizes = node.shape[places.ndim - 2 :][: places.shape[-1]]
+        places = places.reshape(-1, *places.shape[-2:])
+        places = [x[(x < sizes).all(-1)] for x in places]  # beyond is padding
+    return any(len(np.unique(x, axis=0)) < len(x) for x in places)
 
 
 def words(path: tuple) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from clipfx._paths import (
+    check_sparse,
     leaves_with_path,
     name_of,
     names_of,
@@ -47,6 +48,7 @@ def group_leaves(groups: Any, tree: Any) -> Groups:
     Raises:
       ValueError: On another string, or where a counted leaf has no label.
     """
+    check_sparse(tree)
     leaves = leaves_with_path(tree)
     counted = [path for path, leaf in leaves if is_counted(leaf, path)]
     if not isinstance(groups, str):

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipfx import _compat
+from clipfx._checks import helpful
 from clipfx._clip import ClipMetrics, ClipState
+from clipfx._paths import ordered
 
 __all__ = ["read"]
 
 
+@helpful
 def read(opt_state: Any, prefix: str = "clip") -> dict[str, Any]:
     """Finds every `ClipState` and names its numbers.
 
@@ -47,9 +50,8 @@ def read(opt_state: Any, prefix: str = "clip") -> dict[str, Any]:
     for number, state in enumerate(states):
         for field, values in _vectors(state.metrics).items():
             for index in np.ndindex(values.shape[:-1]):
-                for group, value in zip(
-                    state.metrics.groups, values[index], strict=True
-                ):
+                names = ordered(state.metrics.groups)
+                for group, value in zip(names, values[index], strict=True):
                     name = "/".join(map(str, (field, group, *index)))
                     found[f"{prefix}{number}/{name}"] = value
     return found

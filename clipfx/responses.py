@@ -35,8 +35,10 @@ has finite derivatives everywhere. Anything else with that signature is a respon
 >>> tx = clipfx.clip_by_norm(1.0, response=redescending)
 """
 
+import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -194,7 +196,7 @@ def log(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     """
 
     def curve(ratio, limit):
-        finite = ratio < jnp.inf
+        finite = ratio < _far(ratio) / 2
         beyond = jnp.log(jnp.where(finite, 1, norm)) - jnp.log(limit)
         return jnp.where(finite, jnp.log1p(jnp.where(finite, ratio, 1)), beyond)
 
@@ -318,13 +320,24 @@ def band(low: float) -> Response:
     return bounded(respond)
 
 
-def check_response(response: object) -> None:
-    """Says what a response has to be, where it is none."""
+def check_response(response: Any) -> Response:
+    """Returns the response, `hard` for None, or says what it has to be."""
+    if response is None:
+        return hard
+    wrong = "response must be a function from norms and thresholds to norms, got"
     if not callable(response):
+        raise TypeError(f"{wrong} {response!r}; clipfx.responses has them.")
+    try:
+        inspect.signature(response).bind(0.0, 1.0)
+    except TypeError:
+        name = getattr(response, "__name__", repr(response))
         raise TypeError(
-            "response must be a function from norms and thresholds to norms, got "
-            f"{response!r}; clipfx.responses has them."
-        )
+            f"{wrong} {name}{inspect.signature(response)}, which does not take these "
+            f"two; if it makes a response, call it: response={name}()."
+        ) from None
+    except ValueError:  # nobody knows
+        pass
+    return response
 
 
 def _low_and_ratio(norm: jax.Array, threshold: jax.Array) -> tuple:
@@ -334,11 +347,17 @@ def _low_and_ratio(norm: jax.Array, threshold: jax.Array) -> tuple:
     return low, jnp.where(usable, divide(low, jnp.where(usable, high, 1)), 0)
 
 
+def _far(x: jax.Array) -> float:
+    """A quarter of the largest number."""
+    return float(jnp.finfo(x.dtype).max) / 4
+
+
 def _curve(curve: Callable, norm: jax.Array, threshold: jax.Array) -> jax.Array:
     """`c * curve(n / c)` for a curve of slope 1 at 0."""
     usable = (threshold > 0) & (threshold < jnp.inf)
     limit = jnp.where(usable, threshold, 1)
-    ratio = divide(norm, limit)
+    # No more than is far beyond any bend: what is infinite stops `jax_debug_infs`.
+    ratio = divide(jnp.minimum(norm, _far(norm) * jnp.minimum(limit, 4)), limit)
     # Where the ratio is nothing beside 1 the curve is straight, and may underflow.
     shaped = jnp.where(ratio > 2.0**-30, limit * curve(ratio, limit), norm)
     return jnp.where(

@@ -17,7 +17,8 @@ It reads the past, answers, then learns the present. `clipfx.clip_by_norm` throw
 what it learned on a step where any norm is not finite, so no rule has to guard itself.
 """
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipfx._checks import is_known
-from clipfx._tree import Groups
+from clipfx._checks import is_known, is_number
+from clipfx._tree import Groups, widest
 
 __all__ = ["Threshold", "as_threshold", "constant", "schedule"]
 
@@ -40,8 +41,9 @@ class Threshold(NamedTuple):
         structure, shapes and dtypes never change.
       update: `update(norm, state, *, groups, updates, params, **extra) -> (threshold,
         state)` with `norm` float32 `[G]`, capped at the largest float32 and not finite
-        where a gradient is not, and a threshold `[G]` or scalar. `extra` are the
-        keyword arguments of the optimizer's `update`; ignore what is not needed.
+        where a gradient is not, and a threshold `[G]` or scalar, infinity or the
+        largest float32 for none. `extra` are the keyword arguments of the optimizer's
+        `update`; ignore what is not needed.
 
     Reference: none; the shape is that of `optax.GradientTransformationExtraArgs`.
     """
@@ -54,8 +56,9 @@ def constant(limit: Any) -> Threshold:
     """Makes a rule that always answers the same.
 
     Args:
-      limit: A number >= 0 (infinity clips nothing), an array `[G]` in the order of
-        `ClipMetrics.groups`, or a dict by group name; traced arrays too.
+      limit: A number >= 0 (infinity clips nothing), an array `[G]` in the order of the
+        names, 2 before 10, or a dict by group name; traced arrays too. In float64 it
+        stays so for trees of that dtype.
 
     Returns:
       A rule without state.
@@ -136,9 +139,7 @@ def as_threshold(threshold: Any) -> Threshold:
 def check_values(limit: Any) -> None:
     """Checks the kind, and the sign where the values are known."""
     for x in limit.values() if isinstance(limit, Mapping) else [limit]:
-        array = isinstance(x, jax.Array | np.ndarray | np.generic)
-        number = isinstance(x, int | float) and not isinstance(x, bool)
-        if not (number or (array and jnp.issubdtype(x.dtype, jnp.number))):
+        if not is_number(x):
             raise TypeError(
                 "a threshold must be a number, an array [G], a dict by group name, an "
                 f"Optax schedule or a clipfx.thresholds.Threshold, got {x!r}; to clip "
@@ -151,17 +152,14 @@ def check_values(limit: Any) -> None:
 
 
 def _fit(limit: Any, groups: Groups) -> jax.Array:
-    """The threshold as float32, scalar or `[G]`."""
+    """The threshold as float32, or float64 if it comes so, scalar or `[G]`."""
     names = groups.names
-    if isinstance(limit, Mapping):
-        missing = [name for name in names if name not in limit]
-        if missing:
-            raise ValueError(
-                f"a dict of thresholds must name every group, got {sorted(limit)} "
-                f"without {missing}; add them, with math.inf for no clipping."
-            )
-        return jnp.stack([jnp.asarray(limit[name], jnp.float32) for name in names])
-    limit = jnp.asarray(limit).astype(jnp.float32)
+    if isinstance(limit, Mapping) and names:
+        check_names("a dict of thresholds", limit, names)
+        limits = [_wide(limit[name]) for name in names]
+        dtype = widest(x.dtype for x in limits)
+        return jnp.stack([x.astype(dtype) for x in limits])
+    limit = _wide(0.0 if isinstance(limit, Mapping) else limit)
     if limit.shape not in ((), (len(names),)):
         raise ValueError(
             f"a threshold must be a scalar or have shape ({len(names)},), one entry "
@@ -169,3 +167,24 @@ def _fit(limit: Any, groups: Groups) -> jax.Array:
             "group name to be sure of the order."
         )
     return limit
+
+
+def check_names(what: str, limits: Mapping, names: Sequence[str]) -> None:
+    """Checks that a dict names every group, and nothing else."""
+    missing = [name for name in names if name not in limits]
+    if missing:
+        raise ValueError(
+            f"{what} must name every group, got {sorted(limits, key=str)} without "
+            f"{missing}; add them, with math.inf for no clipping."
+        )
+    for name in limits:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, 1)
+            advice = f"did you mean {near[0]!r}?" if near else f"there are {names}."
+            raise ValueError(f"{what} must name groups that there are, got {name!r}; "
+                             f"{advice}")  # fmt: skip
+
+
+def _wide(limit: Any) -> jax.Array:
+    limit = jnp.asarray(limit)
+    return limit.astype(jnp.float64 if limit.dtype.itemsize == 8 else jnp.float32)

@@ -123,7 +123,7 @@ def test_groups_of_different_magnitude_do_not_disturb_each_other():
             bound = min(exact, 0.5)
             assert norm(clipped[name], ord) == pytest.approx(bound, rel=1e-6, abs=0)
         assert got["zero"] == 0
-        assert math.isnan(metrics.factor[1])
+        assert metrics.factor[1] == 0
 
 
 @pytest.mark.parametrize("ord", [1, 2, 3, math.inf])
@@ -227,3 +227,72 @@ def test_errors_of_ord():
             clipfx.clip_by_global_norm(1.0, ord=bad)
     with pytest.raises(TypeError, match="static_args"):
         jax.jit(lambda p: clipfx.global_norm(jnp.ones(3), ord=p))(2)
+    for good in (np.float32(3), np.int64(3), np.float64(3)):
+        clipfx.global_norm(jnp.ones(3), ord=good)
+
+
+def test_overflow_and_underflow_in_one_tree():
+    tree = {"big": jnp.full(4, 1e30), "small": jnp.full(9, 1e-30)}
+    for _ in range(2):
+        for run in (lambda f: f, jax.jit):
+            clip = run(lambda t: clipfx.tree_clip(t, 1e-33, groups="leaf"))
+            out, metrics = clip(tree)
+            for k, name in enumerate(sorted(tree)):
+                exact = norm(tree[name])
+                assert float(metrics.norm[k]) == pytest.approx(exact, rel=1e-6, abs=0)
+                assert norm(out[name]) == pytest.approx(1e-33, rel=1e-6, abs=0)
+        exact = norm(tree)
+        assert measured(tree) == pytest.approx(exact, rel=1e-6, abs=0)
+        tree = dict(zip(tree, reversed(tree.values()), strict=True))
+
+
+def test_squares_that_vanish_each_add_up():
+    many = jnp.full(2**20, 1e-19)  # squares of 1e-38, below what float32 holds
+    for one in (0.0, 2.0**-50):
+        tree = {"many": many, "one": jnp.full(1, one)}
+        assert measured(tree) == pytest.approx(norm(tree), rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("ord", [1, 2, 3, math.inf])
+def test_reverse_over_reverse_through_a_scan(ord):
+    """Hoisting out of a scan drops rules of derivatives; loops have none in reverse."""
+    start, slope = jnp.arange(1.0, 6.0) / 4, jnp.arange(1.0, 6.0)
+
+    def plain(x):
+        size = jnp.abs(x)
+        return size.max() if ord == math.inf else jnp.sum(size**ord) ** (1 / ord)
+
+    def trained(rate, length, scan):
+        def body(w, _):
+            grad = w * slope
+            return w - rate * grad * jnp.minimum(1, 0.5 / length(grad)), None
+
+        if scan:
+            return jnp.sum(jax.lax.scan(body, start, None, length=2)[0] ** 2)
+        return jnp.sum(body(body(start, None)[0], None)[0] ** 2)
+
+    ours = lambda x: clipfx.global_norm(x, ord=ord)
+    twice = lambda f: jax.grad(jax.grad(f))
+    want = jax.jit(twice(lambda r: trained(r, plain, True)))(0.05)
+    for scan in (True, False):
+        got = jax.jit(twice(lambda r, scan=scan: trained(r, ours, scan)))(0.05)
+        assert float(got) == pytest.approx(float(want), rel=1e-4, abs=0)
+    got = jax.jit(jax.jacrev(jax.jacrev(ours)))(slope)
+    np.testing.assert_allclose(got, jax.hessian(plain)(slope), atol=1e-6)
+
+
+def test_reverse_over_reverse_equals_optax():
+    def trained(rate, clip):
+        tx = optax.chain(clip, optax.sgd(rate))
+
+        def body(carry, _):
+            w, state = carry
+            updates, state = tx.update(w * jnp.arange(1.0, 6.0), state, w)
+            return (optax.apply_updates(w, updates), state), None
+
+        carry = jnp.ones(5), tx.init(jnp.ones(5))
+        return jnp.sum(jax.lax.scan(body, carry, None, length=3)[0][0] ** 2)
+
+    got, want = (jax.grad(jax.grad(trained))(0.05, clip) for clip in (
+        clipfx.clip_by_global_norm(0.5), optax.clip_by_global_norm(0.5)))  # fmt: skip
+    assert float(got) == pytest.approx(float(want), rel=1e-4, abs=0)
