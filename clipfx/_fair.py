@@ -17,7 +17,14 @@ from clipfx._checks import (
     helpful,
     is_known,
 )
-from clipfx._clip import ClipState, factors, fresh_metrics, next_state, reported
+from clipfx._clip import (
+    ClipState,
+    check_same_groups,
+    factors,
+    fresh_metrics,
+    next_state,
+    reported,
+)
 from clipfx._export import exportable
 from clipfx._norms import Norms, group_norms
 from clipfx._paths import check_stacked, ranks
@@ -139,6 +146,7 @@ def clip_fair_groups(
     ) -> tuple[Any, ClipState]:
         del extra_args
         leaves, treedef = jax.tree.flatten(updates)
+        check_same_groups(state, members)
         _check_contributions(leaves, num_groups)
         made = "clipfx.per_example.group_grad makes them"
         check_stacked(updates, params, state.threshold.ranks, "populations", made)

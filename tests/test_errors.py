@@ -74,6 +74,30 @@ ERRORS = [
         TypeError,
         "must be a ClipState",
     ),
+    (lambda: clipfx.clip_by_norm(1.0).update(sample(), None), TypeError, "tree_clip"),
+    (
+        lambda: clipfx.clip_by_norm(1.0, response=clipfx.responses.auto_s),
+        TypeError,
+        r"got auto_s\(.*response=auto_s\(\)",
+    ),
+    (
+        lambda: clipfx.tree_clip(sample(), 1.0, response=clipfx.responses.band),
+        TypeError,
+        r"response=band\(\)",
+    ),
+    (
+        lambda: clipfx.clip_by_norm(
+            {"decoder": 1, "encoder": 1, "x": 1}, groups="layer"
+        ).init(sample()),
+        ValueError,
+        r"got 'x'; there are \('decoder', 'encoder'\)",
+    ),
+    (lambda: clipfx.clip_by_norm(1j), TypeError, "a threshold must be a number"),
+    (
+        lambda: clipfx.tree_clip({"a": {"f": jnp.tanh}}, 1.0),
+        TypeError,
+        "at 'a/f'; take it out",
+    ),
     (lambda: clipfx.tree_clip(sample(), lambda count: 1.0), TypeError, "needs state"),
     (
         lambda: clipfx.tree_clip(sample(), clipfx.thresholds.constant(1.0)),
@@ -107,6 +131,7 @@ ERRORS = [
     (lambda: clipfx.autoclip(101.0), ValueError, r"percentile must be .* got 101.0"),
     (lambda: clipfx.autoclip(math.nan), ValueError, "percentile must be"),
     (lambda: clipfx.autoclip("10"), TypeError, "percentile must be a number"),
+    (lambda: clipfx.autoclip(0.1), UserWarning, "in percent.* got 0.1; .*pass 10"),
     (lambda: clipfx.autoclip(window=0), ValueError, "window must be"),
     (lambda: clipfx.autoclip(window=2.5), ValueError, "window must be a whole number"),
     (lambda: clipfx.autoclip(window=None), TypeError, "window must be a number"),
@@ -155,6 +180,8 @@ ERRORS = [
     (lambda: clipfx.agc(eps=-1), ValueError, "eps must be"),
     (lambda: updated(clipfx.agc(axis=2)), ValueError, "axis must name axes"),
     (lambda: updated(clipfx.agc(axis={"decoder": 5})), ValueError, "axis must name"),
+    (lambda: updated(clipfx.agc(axis=0.5)), ValueError, "axis must name axes"),
+    (lambda: updated(clipfx.agc(axis=lambda path: 2)), ValueError, "axis must name"),
     (lambda: updated(clipfx.agc(), None), TypeError, "params must be passed to agc"),
     (lambda: clipfx.clip_by_params(-1), ValueError, "max_ratio must be"),
     (lambda: clipfx.clip_by_params(min_step=-1), ValueError, "min_step must be"),
@@ -212,7 +239,85 @@ ERRORS = [
         ValueError,
         r"value must be a scalar, .*got shape \(3,\)",
     ),
-    (lambda: clipfx.error_feedback(1.0), TypeError, "clip must be"),
+    *[
+        (lambda wrap=wrap, x=x: wrap(x), TypeError, "pass the transform itself")
+        for wrap in (clipfx.error_feedback, clipfx.skip_spikes)
+        for x in (1.0, None, clipfx.clip_by_norm, optax.GradientTransformation)
+    ],
+    # Arguments that other libraries call otherwise.
+    *[
+        (
+            lambda make=make, word=word: make(**{word: 1.0}),
+            TypeError,
+            f"{make.__name__} must be .* got '{word}'; did you mean {meant}",
+        )
+        for make, word, meant in [
+            (clipfx.clip_by_global_norm, "max_grad_norm", "max_norm"),
+            (clipfx.clip_by_global_norm, "norm_type", "ord"),
+            (clipfx.clip_per_layer, "clipping_norm", "max_norm"),
+            (clipfx.clip_by_value, "max_delta", "max_abs"),
+            (clipfx.clip_by_value, "clip_value", "max_abs"),
+            (clipfx.agc, "clipping", "max_ratio"),
+            (clipfx.zclip, "z_thresh", "z_threshold"),
+            (clipfx.autoclip, "percentil", "percentile"),
+            (clipfx.adagc, "warmup", "warmup_steps"),
+            (clipfx.skip_spikes, "windows", "window"),
+        ]
+    ],
+    # Trees that do not belong together.
+    *[
+        (
+            lambda make=make, params=params: updated(make(), params),
+            ValueError,
+            f"params must have a leaf .* at 'decoder/kernel', .*{got}",
+        )
+        for make in (
+            clipfx.agc,
+            clipfx.clip_by_params,
+            lambda: clipfx.clip_by_params(per="element"),
+            lambda: clipfx.clip_by_curvature(0.1),
+        )
+        for params, got in [
+            ({}, "got none;"),
+            ([jnp.ones(3)], "got none;"),
+            (
+                {"decoder": {"kernel": jnp.ones(3)}},
+                r"got one of float32 and shape \(3,",
+            ),
+            ({"decoder": {"kernel": jnp.ones}}, "got one of function"),
+            ({"decoder": {"kernel": "w"}}, "got one of str"),
+        ]
+    ],
+    *[
+        (
+            lambda tx=tx: tx.update(sample(), tx.init({"w": jnp.ones(3)}), sample()),
+            ValueError,
+            r"state of \w+ must have a leaf .* shape \(8, 5\) at 'decoder/kernel'",
+        )
+        for tx in (
+            clipfx.spam_clip(),
+            clipfx.error_feedback(optax.identity()),
+            clipfx.clip_by_curvature(0.1),
+        )
+    ],
+    (
+        lambda: clipfx.weight_decay_balance(
+            sample(), {}, weight_decay=0.1, learning_rate=0.1
+        ),
+        ValueError,
+        "params must have a leaf .*got none",
+    ),
+    *[
+        (lambda call=call: call(), TypeError, "state of .* must be ")
+        for call in (
+            lambda: clipfx.spam_clip().update(sample(), None),
+            lambda: clipfx.error_feedback(SGD).update(sample(), None),
+            lambda: clipfx.skip_spikes(SGD).update(sample(), ()),
+            lambda: clipfx.clip_by_curvature(0.1).update(sample(), None, sample()),
+            lambda: clipfx.clip_spikes().update(sample(), None),
+            lambda: clipfx.zclip().update(sample(), None),
+        )
+    ],
     (lambda: clipfx.error_feedback(SGD, max_ratio=-1), ValueError, "max_ratio must be"),
     (lambda: clipfx.clip_by_snr(-1.0), ValueError, "must be >= 0"),
     (lambda: clipfx.clip_by_snr(1.0, gamma=0), ValueError, "gamma must be"),

@@ -131,7 +131,7 @@ def test_absent_populations_have_no_say():
 def test_average_speaks_for_the_absent():
     tree, norm = drawn(4)
     _, state = clip(tree, 2.0, floor=0.0, reference="ema")
-    np.testing.assert_allclose(state.threshold, norm, rtol=1e-6)
+    np.testing.assert_allclose(state.threshold.averages, norm, rtol=1e-6)
     for x in tree.values():
         x[3] = 0  # the smallest is absent now
     sums, state = clip(tree, 2.0, floor=0.0, reference="ema", state=state)
@@ -140,7 +140,7 @@ def test_average_speaks_for_the_absent():
     tree = {k: 3 * x for k, x in tree.items()}
     _, state = clip(tree, 2.0, floor=0.0, reference="ema", state=state)
     right = np.where(np.arange(5) == 3, 0.5, norm * (0.9 + 0.1 * 3))
-    np.testing.assert_allclose(state.threshold, right, rtol=1e-6)
+    np.testing.assert_allclose(state.threshold.averages, right, rtol=1e-6)
 
 
 def test_named_population_measures_if_it_is_present():
@@ -165,7 +165,9 @@ def test_contribution_that_is_not_finite_is_left_out(bad):
     norm = np.where(np.arange(5) == 2, 0, norm)
     near(sums, bounded(tree, norm, 2.0)[0])
     assert state.metrics.nonfinite.tolist() == [0, 0, 1, 0, 0]
-    assert state.threshold.tolist() == [0.0] * 5  # nothing is learned from such a step
+    # Nothing is learned from such a step.
+    assert state.threshold.averages.tolist() == [0.0] * 5
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
 def test_extreme_magnitudes():
@@ -192,6 +194,51 @@ def test_chain_scan_dtypes_and_metrics():
     assert read["clip0/norm/population_0"] == 8 * read["clip0/norm/population_1"]
     assert read["clip0/clip_rate/population_0"] == 1
     assert read["clip0/steps/population_1"] == 3
+
+
+def test_updates_that_are_not_stacked_are_refused_though_sizes_agree():
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(2)}
+    tx = clipfx.clip_fair_groups(2.0)
+    for given in (params, None):
+        for update in (tx.update, jax.jit(tx.update)):
+            with pytest.raises(ValueError, match=r"axis of populations before .*'b'"):
+                update(params, tx.init(params), given)
+            stacked = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+            update(stacked, tx.init(params), given)
+    with pytest.raises(ValueError, match=r"got shape \(2, 3, 2\) for a parameter"):
+        tx.update({"w": jnp.ones((2, 3, 2))}, tx.init(params), params)
+    stand_in = optax.tree.map_params(tx, lambda x: x, tx.init(params))
+    assert jax.tree.structure(stand_in) == jax.tree.structure(tx.init(params))
+
+
+def test_many_populations_are_shown_by_their_number():
+    tree = {"w": np.arange(1.0, 13.0).reshape(12, 1)}
+    _, state = clip(tree, math.inf, 12)
+    for k in range(12):
+        read = clipfx.metrics.read(state)
+        assert float(read[f"clip0/norm/population_{k}"]) == k + 1
+
+
+def test_ratio_and_floor_in_float64():
+    with enable_x64(True):
+        tree = {"w": jnp.array([[9.0, 0.0], [0.0, 1.0]])}
+        for reference in ("min", 1, np.int64(1)):
+            tx = clipfx.clip_fair_groups(
+                1.1, reference=reference, num_groups=np.int64(2)
+            )
+            out, state = tx.update(tree, tx.init({"w": tree["w"][0]}))
+            np.testing.assert_allclose(out["w"], [1.1, 1.0], rtol=1e-14)
+            assert all(x.dtype.itemsize <= 4 for x in jax.tree.leaves(state))
+
+
+def test_hyperparameters_are_injected():
+    tx = optax.inject_hyperparams(clipfx.clip_fair_groups)(max_ratio=2.0)
+    tree = {"w": jnp.array([[9.0, 0.0], [0.0, 1.0]])}
+    out, _ = jax.jit(tx.update)(tree, tx.init({"w": tree["w"][0]}))
+    np.testing.assert_allclose(out["w"], [2.0, 1.0], rtol=2e-6)
+    tx = optax.inject_hyperparams(clipfx.clip_fair_groups)(max_ratio=2.0, num_groups=2)
+    with pytest.raises(TypeError, match='static_args="num_groups"'):
+        tx.init({"w": tree["w"][0]})
 
 
 # ------------------------------------------------------------------- from a loss
@@ -353,6 +400,13 @@ ERRORS = [
     (lambda: clipfx.clip_fair_groups(reference="max"), ValueError, "reference"),
     (lambda: clipfx.clip_fair_groups(reference=2), ValueError, "one of 2"),
     (lambda: clipfx.clip_fair_groups(num_groups=0), ValueError, "num_groups"),
+    (
+        lambda: clipfx.clip_fair_groups(num_groups=2.0),
+        TypeError,
+        "an int >= 1, got 2.0",
+    ),
+    (lambda: clipfx.clip_fair_groups(reference=True), ValueError, "got True"),
+    (lambda: clipfx.clip_fair_groups().update({}, None), TypeError, "tree_clip"),
     (lambda: clip({"w": ONE}, 2.0, 3), ValueError, "axis of num_groups=3"),
     (lambda: clip({"w": ONE}, 2.0, 2, present=np.ones(3, bool)), ValueError, "bool"),
     (lambda: eager(present=np.zeros(2, bool)), ValueError, "all absent"),

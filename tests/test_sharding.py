@@ -207,9 +207,9 @@ def test_stacked_layers_may_be_split_within_or_across(spec):
 )
 @pytest.mark.parametrize(
     "clip",
-    [clipfx.clip_by_global_norm(0.5), clipfx.spamp(),
+    [clipfx.clip_by_global_norm(0.5), clipfx.spamp(), clipfx.clip_by_block_rms(0.1),
      clipfx.skip_spikes(clipfx.clip_by_global_norm(0.5))],
-    ids=["global", "spamp", "skip_spikes"],
+    ids=["global", "spamp", "block_rms", "skip_spikes"],
 )  # fmt: skip
 def test_stacked_layers_in_shard_map_have_a_norm_each(clip, spec, axis_name):
     grads = {"w": jnp.linspace(-1, 2, 48).reshape(8, 6)}
@@ -228,6 +228,43 @@ def test_stacked_layers_in_shard_map_are_asked_about():
     update = jax.shard_map(tx.update, mesh=mesh_of(AxisType.Auto), **spread)
     with pytest.raises(ValueError, match=r"axis_name must say .* the layers .*'x'"):
         update(grads, tx.init(grads))
+
+
+@pytest.mark.parametrize("first", ["inside", "outside"])
+def test_a_jitted_update_is_told_where_it_is(first):
+    """What is traced in one place is not taken for the other."""
+    mesh = mesh_of(AxisType.Auto)
+    clip = clipfx.clip_by_global_norm(1.0)
+    clip = clip._replace(update=jax.jit(clip.update))
+    layers = jnp.array([[3.0, 4, 0], [0.3, 0.4, 0], [30, 40, 0], [3, 0, 0]])
+    tx = clipfx.per_stacked_layer(clip, axis_name="x")
+    spread = {"mesh": mesh, "in_specs": P("x"), "out_specs": P("x")}
+
+    def inside():
+        run = lambda u: tx.update({"w": u}, tx.init({"w": u}))[0]["w"]
+        got = jax.shard_map(run, **spread)(layers)
+        np.testing.assert_allclose(np.linalg.norm(got, axis=1), [1, 0.5, 1, 1], 1e-6)
+
+    def outside():
+        vary = lambda x: clipfx._compat.vary(x, frozenset({"x"}))
+        run = lambda u: clip.update({"w": u}, jax.tree.map(vary, clip.init({"w": u})))
+        got = jax.shard_map(lambda u: run(u[0])[0]["w"][None], **spread)(layers)
+        assert np.linalg.norm(got) == pytest.approx(1, rel=1e-6)
+
+    order = [inside, outside] if first == "inside" else [outside, inside]
+    for run in (*order, *order):
+        run()
+
+
+def test_stacks_of_stacks_are_split_over_two_axes():
+    layers = jnp.linspace(-1, 2, 4 * 2 * 6).reshape(4, 2, 6)
+    each = clipfx.per_stacked_layer(clipfx.clip_by_global_norm(0.5), axis_name="y")
+    tx = clipfx.per_stacked_layer(each, axis_name="x")
+    run = lambda u: tx.update(u, tx.init(u))[0]
+    spread = {"in_specs": P("x", "y"), "out_specs": P("x", "y")}
+    got = jax.shard_map(run, mesh=mesh_of(AxisType.Auto), **spread)(layers)
+    size = np.linalg.norm(layers, axis=-1, keepdims=True)
+    np.testing.assert_allclose(got, layers * np.minimum(1, 0.5 / size), rtol=1e-6)
 
 
 # --------------------------------------------------------------------- axes by name

@@ -64,3 +64,17 @@ def test_a_rule_sees_norms_context_and_extra_args():
     assert norm(out["decoder"]) == pytest.approx(expected, rel=1e-6)
     with pytest.raises(TypeError, match="scale"):
         tx.update(tree, tx.init(tree), tree)
+
+
+def test_names_that_fit_no_group_are_errors():
+    limits = {"decoder": 1.0, "encodr": 1.0, "encoder": 1.0}
+    tx = clipfx.clip_per_layer(limits)
+    with pytest.raises(ValueError, match=r"got 'encodr'; did you mean 'encoder'\?"):
+        tx.init(sample())
+    with pytest.raises(ValueError, match=r"got 'encodr'; did you mean 'encoder'\?"):
+        clipfx.tree_clip(sample(), limits, groups="layer")
+    tx = clipfx.clip_per_layer(lambda count: limits)
+    with pytest.raises(ValueError, match="encodr"):
+        tx.update(sample(), tx.init(sample()))
+    tx = clipfx.clip_per_layer({"decoder": 1.0, "encoder": 1.0})
+    optax.tree.map_params(tx, lambda x: x, tx.init(sample()))
