@@ -4,6 +4,7 @@ A rule's state stands still on a step whose norm is not finite (`clip_by_norm` s
 it), and holds nothing that squares a norm: one of 1e38 is remembered, not overflowed.
 """
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -11,20 +12,24 @@ import jax.numpy as jnp
 import optax
 
 from clipfx import responses
-from clipfx._checks import check_choice, check_number
+from clipfx._checks import check_choice, check_number, helpful, is_known
 from clipfx._clip import clip_by_norm
+from clipfx._export import exportable
 from clipfx._statistics import (
+    LARGEST,
     check_window,
     empty_window,
     hypot,
     increment,
     is_before,
+    multiple,
     push,
 )
 from clipfx._statistics import percentile as window_percentile
 from clipfx.thresholds import Threshold
 
 
+@helpful
 def autoclip(
     percentile: Any = 10.0,
     *,
@@ -73,6 +78,12 @@ def autoclip(
     """
     advice = "it is the share of norms that stay as they are, in percent"
     check_number("percentile", percentile, "[0, 100]", advice)
+    if is_known(percentile) and 0 < percentile < 1:
+        warnings.warn(
+            f"percentile should be in percent, from 0 to 100, got {percentile!r}; if "
+            f"that is a share pass {100 * percentile:g}.",
+            stacklevel=3,
+        )
     check_window(window)
 
     def init(groups, params):
@@ -91,6 +102,7 @@ def autoclip(
     )
 
 
+@helpful
 def quantile_clip(
     quantile: Any = 0.5,
     rate: Any = 0.2,
@@ -148,9 +160,9 @@ def quantile_clip(
     def update(norm, limit, **_):
         limit = jnp.maximum(jnp.where(limit > 0, limit, norm), min_norm)
         inside = (norm <= limit).astype(jnp.float32)
-        after = limit * jnp.exp(-rate * (inside - quantile))
-        largest = jnp.finfo(jnp.float32).max
-        return limit, jnp.clip(after, min_norm, largest)
+        # Its powers of e are in the range of float32.
+        growth = jnp.exp(jnp.clip(-rate * (inside - quantile), -80, 80))
+        return limit, jnp.maximum(multiple(growth, limit), min_norm)
 
     return clip_by_norm(
         Threshold(init, update),
@@ -161,6 +173,7 @@ def quantile_clip(
     )
 
 
+@exportable("clipfx.zclip.Spread")
 class _Spread(NamedTuple):
     """Mean and standard deviation `[G]` of the norms, and the steps seen."""
 
@@ -169,6 +182,7 @@ class _Spread(NamedTuple):
     std: jax.Array
 
 
+@helpful
 def zclip(
     z_threshold: Any = 2.5,
     *,
@@ -251,16 +265,16 @@ def zclip(
     def update(norm, state, **_):
         count, mean, std = state
         warming = is_before(count, warmup_steps)
-        margin = z_threshold * jnp.maximum(std, 1e-6 * mean)
-        edge = mean + margin
+        margin = multiple(z_threshold, jnp.maximum(std, 1e-6 * mean))
+        edge = 2 * jnp.minimum(mean / 2 + margin / 2, LARGEST / 2)
         spike = (norm > edge) & ~warming
         if target == "reciprocal":
-            excess = jnp.where(spike, norm - mean, 1)
-            after = (mean + margin * (margin / excess)) * clip_factor
+            share = jnp.where(spike, margin, 0) / jnp.where(spike, norm - mean, 1)
+            after = (mean + margin * share) * clip_factor
         else:
             after = mean if target == "mean" else edge
         after = jnp.where(spike, after, edge)
-        limit = jnp.minimum(jnp.where(warming, jnp.inf, after), max_norm)
+        limit = jnp.minimum(jnp.where(warming, LARGEST, after), max_norm)
 
         steps = (count + 1).astype(jnp.float32)
         weight = jnp.where(warming, 1 / steps, 1 - decay)
@@ -270,9 +284,10 @@ def zclip(
         )
         grown = hypot(jnp.sqrt(1 - weight) * std, share * jnp.abs(gap))
         learned = mean + weight * gap, grown
-        if learn_spikes is False:
+        if learn_spikes is not None:
+            ignored = spike & ~jnp.asarray(learn_spikes).astype(bool)
             pairs = zip(state[1:], learned, strict=True)
-            learned = [jnp.where(spike, old, new) for old, new in pairs]
+            learned = [jnp.where(ignored, old, new) for old, new in pairs]
         return limit, _Spread(increment(count), *learned)
 
     return clip_by_norm(

@@ -7,15 +7,18 @@ import jax.numpy as jnp
 import optax
 
 from clipfx import responses
-from clipfx._checks import check_number
+from clipfx._checks import check_number, helpful
 from clipfx._clip import clip_by_norm
+from clipfx._export import exportable
 from clipfx._statistics import (
+    LARGEST,
+    average,
     hypot,
     increment,
     is_before,
     multiple,
+    shares,
     unbiased_weight,
-    vector_norm,
 )
 from clipfx._tree import divide
 from clipfx.thresholds import Threshold
@@ -23,6 +26,7 @@ from clipfx.thresholds import Threshold
 _DECAY = "0.99 remembers about 100 steps"
 
 
+@exportable("clipfx.adagc.Usual")
 class _Usual(NamedTuple):
     """The norm `[G]` that is usual, and the steps seen."""
 
@@ -30,6 +34,7 @@ class _Usual(NamedTuple):
     norm: jax.Array
 
 
+@helpful
 def adagc(
     max_ratio: Any = 1.04,
     *,
@@ -92,21 +97,20 @@ def adagc(
     check_number("max_norm", max_norm, "[0, inf]", "math.inf warms up unclipped")
 
     def init(groups, params):
-        usual = jnp.full(len(groups.names), jnp.inf, jnp.float32)
-        return _Usual(jnp.zeros([], jnp.int32), usual)
+        unseen = jnp.full(len(groups.names), -1, jnp.float32)  # as no norm is
+        return _Usual(jnp.zeros([], jnp.int32), unseen)
 
     def update(norm, state, **_):
         warming = is_before(state.count, warmup_steps)
-        total = vector_norm(jnp.where(jnp.isfinite(norm), norm, 0))
-        share = divide(norm, jnp.where(total > 0, total, 1)) * max_norm
-        unseen = jnp.isinf(state.norm)
+        share = multiple(max_norm, shares(jnp.where(jnp.isfinite(norm), norm, 0)))
+        unseen = state.norm < 0
         usual = jnp.where(unseen, 0, state.norm)
-        limit = jnp.where(unseen, jnp.inf, multiple(max_ratio, usual))
+        limit = jnp.where(unseen, LARGEST, multiple(max_ratio, usual))
         limit = jnp.where(warming, share, limit)
         became = jnp.minimum(norm, limit)
         mean = decay * usual + (1 - decay) * became
-        lowest = jnp.minimum(state.norm, became)
-        learned = jnp.where(warming | unseen, lowest, mean)
+        learned = jnp.where(warming, jnp.minimum(usual, became), mean)
+        learned = jnp.where(unseen, became, learned)
         learned = jnp.where(norm > 0, learned, state.norm)
         return limit, _Usual(increment(state.count), learned)
 
@@ -118,6 +122,7 @@ def adagc(
     )
 
 
+@helpful
 def band_by_history(
     low: Any = 0.5,
     high: Any = 2.0,
@@ -179,8 +184,8 @@ def band_by_history(
     def update(norm, state, **_):
         count, mean = state
         edge = lambda x: x(count) if callable(x) else x
-        mean = jnp.where(mean > 0, decay * mean + (1 - decay) * norm, norm)
-        upper = edge(high) * mean
+        mean = jnp.where(mean > 0, average(1 - decay, mean, norm), norm)
+        upper = multiple(edge(high), mean)
         lower = jnp.maximum(edge(low) * mean, min_norm)
         became = jnp.where(norm > upper, upper, jnp.maximum(norm, lower))
         return became, _Usual(increment(count), mean)
@@ -194,6 +199,7 @@ def band_by_history(
     )
 
 
+@exportable("clipfx.norm_stabilizer.Spread")
 class _Spread(NamedTuple):
     """Mean and root mean square `[G]` of the norms, bias corrected."""
 
@@ -202,6 +208,7 @@ class _Spread(NamedTuple):
     rms: jax.Array
 
 
+@helpful
 def norm_stabilizer(
     mean_decay: Any = 0.7,
     square_decay: Any = 0.9,
@@ -255,7 +262,7 @@ def norm_stabilizer(
     def update(norm, state, **_):
         count = increment(state.count)
         weight = unbiased_weight(mean_decay, count)
-        mean = (1 - weight) * state.mean + weight * norm
+        mean = average(weight, state.mean, norm)
         weight = unbiased_weight(square_decay, count)
         rms = hypot(jnp.sqrt(1 - weight) * state.rms, jnp.sqrt(weight) * norm)
         became = divide(mean, jnp.where(rms > 0, rms, 1))

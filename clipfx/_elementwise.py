@@ -7,10 +7,17 @@ import jax.numpy as jnp
 import optax
 
 from clipfx import responses
+from clipfx._checks import helpful
 from clipfx._tree import group_leaves, map_counted, times
 from clipfx.thresholds import check_values
 
 
+def no_state(params: Any) -> tuple[()]:
+    """Not Optax's, which `jax.export` cannot write."""
+    return ()
+
+
+@helpful
 def clip_by_value(
     max_abs: Any, *, response: responses.Response | None = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -64,4 +71,4 @@ def clip_by_value(
         members = group_leaves("global", updates)
         return map_counted(bound, updates, members), state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    return optax.GradientTransformationExtraArgs(no_state, update)

@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import optax
 
 from clipfx import responses
-from clipfx._checks import check_number, is_known
+from clipfx._checks import check_number, helpful, is_known
 from clipfx._clip import clip_by_norm
 from clipfx._norms import group_sizes
+from clipfx._statistics import LARGEST, multiple
 from clipfx._tree import divide
 from clipfx.snr import min_snr
 from clipfx.thresholds import Threshold, as_threshold
 
 
+@helpful
 def clip_by_global_norm(
     max_norm: Any,
     *,
@@ -53,6 +55,7 @@ def clip_by_global_norm(
     return clip_by_norm(max_norm, ord=ord, axis_name=axis_name, nonfinite=nonfinite)
 
 
+@helpful
 def clip_per_layer(
     max_norm: Any,
     *,
@@ -101,6 +104,7 @@ def clip_per_layer(
     )
 
 
+@helpful
 def clip_by_block_rms(
     max_rms: Any,
     *,
@@ -151,6 +155,7 @@ def clip_by_block_rms(
     )
 
 
+@helpful
 def normalize_by_norm(
     target: Any = 1.0,
     *,
@@ -199,6 +204,7 @@ def normalize_by_norm(
     )
 
 
+@helpful
 def smooth_norm(
     l0: Any,
     l1: Any,
@@ -246,7 +252,8 @@ def smooth_norm(
 
     def half_way(norm, state, **_):
         positive = jnp.asarray(l1) > 0
-        return jnp.where(positive, l0 / jnp.where(positive, l1, 1), jnp.inf), state
+        limit = jnp.where(positive, l0 / jnp.where(positive, l1, 1), LARGEST)
+        return jnp.minimum(limit, LARGEST / 2), state  # for people, and no identity
 
     def respond(norm, _):
         a, b = (jnp.asarray(x).astype(norm.dtype) for x in (l0, l1))
@@ -264,6 +271,7 @@ def smooth_norm(
     )
 
 
+@helpful
 def clip_by_snr(
     max_norm: Any,
     *,
@@ -339,9 +347,9 @@ def clip_by_snr(
     def update(norm, state, *, snr=None, **extra):
         limit, state = limits.update(norm, state, **extra)
         ratio = jnp.maximum(_check_snr(snr), 0)
-        multiple = rule(ratio) if rule else min_snr(ratio, gamma)
-        multiple = jnp.clip(jnp.asarray(multiple).astype(jnp.float32), low, high)
-        return jnp.asarray(limit).astype(jnp.float32) * multiple, state
+        factor = rule(ratio) if rule else min_snr(ratio, gamma)
+        factor = jnp.clip(jnp.asarray(factor).astype(jnp.float32), low, high)
+        return multiple(limit, factor), state
 
     return clip_by_norm(
         Threshold(limits.init, update),

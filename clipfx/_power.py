@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from clipfx import responses
-from clipfx._checks import check_choice, check_number
+from clipfx._checks import check_choice, check_number, helpful
 from clipfx._clip import (
     ClipState,
     check_nonfinite,
@@ -20,8 +20,10 @@ from clipfx._clip import (
     next_state,
     reported,
 )
+from clipfx._elementwise import no_state
+from clipfx._export import exportable
 from clipfx._norms import group_norms, group_sizes
-from clipfx._statistics import increment, unbiased_weight
+from clipfx._statistics import average, increment, unbiased_weight
 from clipfx._tree import (
     divide,
     group_leaves,
@@ -36,6 +38,7 @@ from clipfx.thresholds import Threshold
 _Curve = Callable[[jax.Array], jax.Array]
 
 
+@exportable("clipfx.spamp.Mean")
 class _Mean(NamedTuple):
     """The average `[G]`, and the steps seen."""
 
@@ -43,6 +46,7 @@ class _Mean(NamedTuple):
     mean: jax.Array
 
 
+@helpful
 def spamp(
     decay: Any = 0.99,
     min_power: Any = 0.7,
@@ -130,7 +134,7 @@ def spamp(
             weight = unbiased_weight(decay, count)
         elif init == "first":
             weight = jnp.where(count == 1, 1, weight)
-        mean = (1 - weight) * state.mean + weight * norm
+        mean = average(weight, state.mean, norm)
         return mean, _Mean(count, mean)
 
     def power_at(norm, limit):
@@ -148,7 +152,8 @@ def spamp(
             usable = (norm > 0) & (limit > 0) & (limit < jnp.inf)
             n, c = jnp.where(usable, norm, 1), jnp.where(usable, limit, 1)
             power = power_at(n, c)
-            shaped = jnp.exp(jnp.log(c) + power * (jnp.log(n) - jnp.log(c)))
+            ratio = jnp.maximum(divide(n, c), jnp.finfo(n.dtype).tiny)
+            shaped = c * jnp.exp(power * jnp.log(ratio))
             return jnp.where(usable & (power != 1), shaped, norm)
 
         return clip_by_norm(
@@ -187,6 +192,7 @@ def spamp(
     return optax.GradientTransformationExtraArgs(begin, update)
 
 
+@helpful
 def grad_power(power: Any = 1.2) -> optax.GradientTransformationExtraArgs:
     r"""Raises every element to a power, keeping its sign.
 
@@ -220,7 +226,7 @@ def grad_power(power: Any = 1.2) -> optax.GradientTransformationExtraArgs:
         raised = lambda x, i: _raise(x, jnp.asarray(power), jnp.ones([]))
         return map_counted(raised, updates, members), state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    return optax.GradientTransformationExtraArgs(no_state, update)
 
 
 def _raise(x: jax.Array, power: jax.Array, unit: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """Methods that measure updates against the parameters they change."""
 
+import functools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from clipfx import _compat, responses
-from clipfx._checks import check_choice, check_number, check_params
+from clipfx._checks import check_choice, check_number, check_params, helpful
 from clipfx._clip import (
     ClipState,
     check_nonfinite,
@@ -20,13 +22,14 @@ from clipfx._clip import (
     next_state,
     reported,
 )
+from clipfx._elementwise import no_state
+from clipfx._match import places, take
 from clipfx._norms import group_norms
 from clipfx._range import far
-from clipfx._statistics import multiple
+from clipfx._statistics import LARGEST, multiple
 from clipfx._tree import (
     divide,
     group_leaves,
-    is_counted,
     leaves_with_path,
     map_counted,
     narrow,
@@ -38,6 +41,7 @@ from clipfx._tree import (
 from clipfx.thresholds import Threshold
 
 
+@helpful
 def agc(
     max_ratio: Any = 0.01,
     eps: Any = 1e-3,
@@ -70,8 +74,10 @@ def agc(
       max_ratio: :math:`\lambda` >= 0; 0.01 for batches of 1024 and more, up to 0.16 for
         small ones.
       eps: :math:`\epsilon` >= 0, the least norm that weights count as.
-      axis: Axes that a unit runs over: an int or a tuple of ints for all leaves, or a
-        dict by path, a tree prefix, of such. Without an entry the rank decides. Static.
+      axis: Axes that a unit runs over: an int or a tuple of ints for all leaves, a
+        dict by path, a tree prefix, of such, or a function to such from the path of a
+        leaf, as `jax.tree_util` has it: `lambda path: 1 if "embed" in str(path) else
+        None`. Without an entry, and for None, the rank decides. Static.
       axis_name: Mesh axes that units are split over, for `shard_map` and `pmap`: a
         name, a tuple of names, or a dict by path of such; `()` if each unit lies whole
         on one device. Needed in `shard_map` for leaves that are split: whether along a
@@ -111,15 +117,17 @@ def agc(
     axis_of = prefix_lookup(axis, is_entry)
     names_of = prefix_lookup(axis_name, is_entry)
 
-    def clip(path, x, w):
-        if not is_counted(x):
+    def clip(path, x, w, i):
+        if i is None:
             return x
         x = jnp.asarray(x)
         split = _compat.varying_axes(x) | _compat.varying_axes(w)
         over = names_of(path)
         over = _no_mesh_axes(path, split) if over is None else over
         over = (over,) if isinstance(over, str) else tuple(over)
-        axes = _unit_axes(path, x.shape, axis_of(path), bool(over or split))
+        along = axis_of(path)
+        along = along(path) if callable(along) else along
+        axes = _unit_axes(path, x.shape, along, bool(over or split))
         g, w = widen(x), widen(jnp.asarray(w))
         norm, size = (_unit_norm(v, axes, over).astype(jnp.finfo(g.dtype).dtype)
                       for v in (g, w))  # fmt: skip
@@ -131,18 +139,20 @@ def agc(
         second = jnp.where(over_limit, norm * first, 1)
         second = divide(jnp.where(over_limit, limit, 1), second)
         clipped = times(times(g, first), second)
-        finite = jnp.isfinite(norm)
-        instead = jnp.full_like(g, 0 if nonfinite == "zero" else jnp.nan)
-        return narrow(jnp.where(finite, clipped, instead), x.dtype)
+        # No NaN that is not the updates' own, for jax_debug_nans.
+        instead = jnp.zeros_like(norm) if nonfinite == "zero" else norm - norm
+        clipped = jnp.where(jnp.isfinite(norm), clipped, instead.astype(g.dtype))
+        return narrow(clipped, x.dtype)
 
     def update(updates, state, params=None, **extra_args):
         check_params(params, "agc")
-        weights = jax.tree.leaves(params)
-        rows = zip(leaves_with_path(updates), weights, strict=True)
-        clipped = [clip(path, x, w) for (path, x), w in rows]
+        members = group_leaves("global", updates)
+        weights = take(params, places(params, updates, members, "params"), updates)
+        rows = zip(leaves_with_path(updates), weights, members.index, strict=True)
+        clipped = [clip(path, x, w, i) for (path, x), w, i in rows]
         return jax.tree.structure(updates).unflatten(clipped), state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    return optax.GradientTransformationExtraArgs(no_state, update)
 
 
 def _unit_axes(
@@ -150,7 +160,8 @@ def _unit_axes(
 ) -> tuple[int, ...]:
     rank = len(shape)
     if axis is None:
-        vector = sum(size > 1 for size in shape) <= 1
+        is_long = lambda size: not isinstance(size, int) or size > 1  # or symbolic
+        vector = sum(map(is_long, shape)) <= 1
         if vector and split and rank > 1:
             raise ValueError(
                 f"axis must be given for {_show(path)}, which is split, got a shard of "
@@ -159,8 +170,12 @@ def _unit_axes(
         if vector:
             return tuple(range(rank))
         return (0,) if rank < 4 else tuple(range(rank - 1))
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
-    if not all(isinstance(a, int) and -rank <= a < rank for a in axes):
+    try:
+        entries = axis if isinstance(axis, tuple | list) else (axis,)
+        axes = tuple(operator.index(a) for a in entries)
+    except TypeError:
+        axes = (rank,)
+    if not all(-rank <= a < rank for a in axes):
         raise ValueError(
             f"axis must name axes of every leaf, got {axis!r} for {_show(path)} of "
             f"shape {shape}; pass a dict by path, such as "
@@ -183,6 +198,7 @@ def _show(path: tuple) -> str:
     return jax.tree_util.keystr(path) or "the only leaf"
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _unit_norm(x: jax.Array, axes: tuple, over: tuple) -> jax.Array:
     """The 2-norm along axes, which stay with length 1; also of elements of 1e38."""
     square = lambda v: jnp.square(v.real) + jnp.square(v.imag)
@@ -198,6 +214,7 @@ def _unit_norm(x: jax.Array, axes: tuple, over: tuple) -> jax.Array:
     return jnp.where(total == 0, 0, norm)
 
 
+@helpful
 def clip_by_params(
     max_ratio: Any = 0.5,
     min_step: Any = 0.01,
@@ -263,7 +280,9 @@ def clip_by_params(
     def per_element(updates, state, params=None, **extra_args):
         check_params(params, "clip_by_params")
         members = group_leaves("global", updates)
-        weights = iter(jax.tree.leaves(params))
+        weights = take(params, places(params, updates, members, "params"), updates)
+        pairs = zip(weights, members.index, strict=True)
+        weights = iter([w for w, i in pairs if i is not None])
 
         def clip(x, i):
             limit = bound(next(weights)).astype(jnp.finfo(x.dtype).dtype)
@@ -272,14 +291,10 @@ def clip_by_params(
                 return times(x, jnp.minimum(size, limit) / size)
             return jnp.clip(x, -limit, limit)
 
-        pairs = zip(jax.tree.leaves(params), members.index, strict=True)
-        weights = iter([w for w, i in pairs if i is not None])
         return map_counted(clip, updates, members), state
 
     if per == "element":
-        return optax.GradientTransformationExtraArgs(
-            optax.init_empty_state, per_element
-        )
+        return optax.GradientTransformationExtraArgs(no_state, per_element)
 
     def init(params):
         members = group_leaves(groups, params)
@@ -301,12 +316,8 @@ def clip_by_params(
             quotient = jnp.where(jnp.isfinite(size), quotient, size)
             return jnp.where(x == 0, jnp.zeros_like(size), quotient)
 
-        rows = zip(
-            jax.tree.leaves(updates),
-            jax.tree.leaves(params),
-            members.index,
-            strict=True,
-        )
+        weights = take(params, places(params, updates, members, "params"), updates)
+        rows = zip(jax.tree.leaves(updates), weights, members.index, strict=True)
         ratios = [x if i is None else ratio(x, w) for x, w, i in rows]
         norms = group_norms(ratios, members, float("inf"), axis_name)
         worst = reported(norms)
@@ -323,6 +334,7 @@ def clip_by_params(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@helpful
 def clip_group_ratio(
     max_ratio: Any,
     *,
@@ -377,15 +389,20 @@ def clip_group_ratio(
         return ()
 
     def update(norm, state, *, groups, **_):
+        if not groups.names:
+            return norm, state
         usable = jnp.isfinite(norm) & (norm > 0)
         if reference is None:
-            usual = jnp.nanmedian(jnp.where(usable, norm, jnp.nan))
-            usual = jnp.where(usable.any(), usual, 0)
-            return jnp.where(usable.any(), multiple(max_ratio, usual), jnp.inf), state
+            ordered = jnp.sort(jnp.where(usable, norm, LARGEST))
+            number = jnp.sum(usable, dtype=jnp.int32)
+            middle = ordered[jnp.maximum(number - 1, 0) // 2], ordered[number // 2]
+            usual = middle[0] / 2 + middle[1] / 2
+            limit = jnp.where(number > 0, multiple(max_ratio, usual), LARGEST)
+            return limit, state
         at = groups.names.index(reference)
         usual = jnp.where(usable[at], norm[at], 0)
-        limit = jnp.where(usable[at], multiple(max_ratio, usual), jnp.inf)
-        return jnp.where(jnp.arange(norm.size) == at, jnp.inf, limit), state
+        limit = jnp.where(usable[at], multiple(max_ratio, usual), LARGEST)
+        return jnp.where(jnp.arange(norm.size) == at, LARGEST, limit), state
 
     return clip_by_norm(
         Threshold(init, update),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from clipfx import responses
-from clipfx._checks import check_number
+from clipfx._checks import check_number, helpful
 from clipfx._clip import (
     ClipState,
     check_nonfinite,
@@ -18,8 +18,17 @@ from clipfx._clip import (
     next_state,
     reported,
 )
+from clipfx._export import exportable
+from clipfx._match import check_state, places, put, take
 from clipfx._norms import group_norms
-from clipfx._statistics import hypot, increment, is_before, unbiased_weight
+from clipfx._statistics import (
+    average,
+    hypot,
+    increment,
+    is_before,
+    multiple,
+    unbiased_weight,
+)
 from clipfx._tree import (
     counted_zeros,
     group_leaves,
@@ -30,6 +39,7 @@ from clipfx._tree import (
 )
 
 
+@exportable("clipfx.clip_spikes.Mean")
 class _Mean(NamedTuple):
     """The average `[G]` of the largest elements, and the steps seen."""
 
@@ -37,6 +47,7 @@ class _Mean(NamedTuple):
     mean: jax.Array
 
 
+@helpful
 def clip_spikes(
     decay: Any = 0.999,
     *,
@@ -96,7 +107,7 @@ def clip_spikes(
         count = increment(state.threshold.count)
         weight, mean = unbiased_weight(decay, count), state.threshold.mean
         peak = reported(norms)
-        mean = (1 - weight) * mean + weight * peak
+        mean = average(weight, mean, peak)
         before, factor = factors(norms, mean, responses.hard, nonfinite)
         total, finite = before * factor, jnp.isfinite(peak)
 
@@ -116,6 +127,7 @@ def clip_spikes(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@exportable("clipfx.spam_clip.Moment")
 class _Moment(NamedTuple):
     """The root of the second moment of every element, and the steps seen."""
 
@@ -123,6 +135,7 @@ class _Moment(NamedTuple):
     rms: Any
 
 
+@helpful
 def spam_clip(
     threshold: Any = 5000.0, *, decay: Any = 0.999, warmup_steps: Any = 20
 ) -> optax.GradientTransformationExtraArgs:
@@ -168,12 +181,13 @@ def spam_clip(
 
     def update(updates, state, params=None, **extra_args):
         members = group_leaves("global", updates)
+        check_state(state, _Moment, "spam_clip")
         warming = is_before(state.count, warmup_steps)
 
         def bound(x, rms):
             size = jnp.abs(jnp.where(x == 0, 1, x))
             of = lambda v: jnp.asarray(v).astype(size.dtype)
-            limit = jnp.sqrt(of(threshold)) * rms
+            limit = multiple(jnp.sqrt(of(threshold)), rms)
             spiked = (size > limit) & (rms > 0) & (x != 0) & ~warming
             kept = jnp.where(spiked, limit, jnp.where(x == 0, 0, size))
             after = hypot(jnp.sqrt(of(decay)) * rms, jnp.sqrt(1 - of(decay)) * kept)
@@ -182,14 +196,13 @@ def spam_clip(
                 return jnp.where(spiked, times(x, limit / size), x), learned
             return jnp.where(spiked, jnp.where(x < 0, -limit, limit), x), learned
 
+        at = places(state.rms, updates, members, "the state of spam_clip")
         leaves, treedef = jax.tree.flatten(updates)
-        roots, rootdef = jax.tree.flatten(state.rms)
-        for at, i in enumerate(members.index):
+        roots = take(state.rms, at, updates)
+        for k, i in enumerate(members.index):
             if i is not None:
-                wide = widen(jnp.asarray(leaves[at]))
-                leaves[at], roots[at] = bound(wide, roots[at])
+                leaves[k], roots[k] = bound(widen(jnp.asarray(leaves[k])), roots[k])
         clipped = narrow_counted(treedef.unflatten(leaves), updates, members)
-        count = increment(state.count)
-        return clipped, _Moment(count, rootdef.unflatten(roots))
+        return clipped, _Moment(increment(state.count), put(state.rms, at, roots))
 
     return optax.GradientTransformationExtraArgs(init, update)

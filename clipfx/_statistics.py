@@ -7,14 +7,20 @@ import jax.numpy as jnp
 import optax
 
 from clipfx._checks import check_number, is_known
+from clipfx._export import exportable
 from clipfx._tree import divide
 
+# What rules answer that have no threshold yet: a state and what it is made of hold no
+# infinity, which cannot be averaged, written as JSON or passed by `jax_debug_infs`.
+LARGEST = float(jnp.finfo(jnp.float32).max)
 
+
+@exportable("clipfx.Window")
 class Window(NamedTuple):
     """The last rows seen.
 
     Attributes:
-      rows: float32 `[window, G]`, a ring, infinite where nothing has been seen yet.
+      rows: float32 `[window, G]`, a ring, 0 where nothing has been seen yet.
       count: int32, rows ever seen.
     """
 
@@ -30,7 +36,7 @@ def empty_window(size: Any, width: int) -> Window:
             f"window must be a static Python number, got {size!r}; under "
             'optax.inject_hyperparams pass static_args="window".'
         )
-    rows = jnp.full((int(size), width), jnp.inf, jnp.float32)
+    rows = jnp.zeros((int(size), width), jnp.float32)
     return Window(rows, jnp.zeros([], jnp.int32))
 
 
@@ -44,18 +50,25 @@ def check_window(size: Any) -> None:
 
 def push(window: Window, row: jax.Array) -> Window:
     """Replaces the oldest row."""
-    at = window.count % window.rows.shape[0]
-    rows = jax.lax.dynamic_update_index_in_dim(window.rows, row, at, 0)
-    # The count stops short of overflow where the ring begins anew.
     size = window.rows.shape[0]
+    # Not an update of a slice, whose operands have to be of one mesh.
+    here = jnp.arange(size, dtype=jnp.int32) == window.count % size
+    rows = jnp.where(here[:, None], row[None], window.rows)
+    # The count stops short of overflow where the ring begins anew.
     last = jnp.iinfo(jnp.int32).max // size * size - 1
     after = jnp.where(window.count == last, last + 1 - size, window.count + 1)
     return Window(rows, after)
 
 
+def rows_seen(window: Window) -> jax.Array:
+    """Which rows `[window, 1]` hold something."""
+    size = window.rows.shape[0]
+    return (jnp.arange(size, dtype=jnp.int32) < window.count)[:, None]
+
+
 def percentile(window: Window, q: Any) -> jax.Array:
     """The percentile `[G]` of the rows seen, linear between neighbours."""
-    ordered = jnp.sort(window.rows, axis=0)
+    ordered = jnp.sort(jnp.where(rows_seen(window), window.rows, LARGEST), axis=0)
     last = jnp.minimum(window.count, window.rows.shape[0]) - 1
     place = jnp.clip(q, 0, 100) / 100 * last.astype(jnp.float32)
     below = jnp.minimum(jnp.floor(place).astype(jnp.int32), last)
@@ -64,25 +77,33 @@ def percentile(window: Window, q: Any) -> jax.Array:
 
 
 def multiple(ratio: Any, x: jax.Array) -> jax.Array:
-    """`ratio * x`, infinite for an infinite ratio also at and differentiated in 0."""
-    ratio = jnp.asarray(ratio).astype(x.dtype)
-    bounded = ratio < jnp.inf
-    return jnp.where(bounded, jnp.where(bounded, ratio, 0) * x, jnp.inf)
+    """`ratio * x`, at most the largest number; that also for infinity times 0."""
+    ratio, largest = jnp.asarray(ratio).astype(x.dtype), jnp.finfo(x.dtype).max
+    room = jnp.where(
+        ratio > 1, largest * (1 - 2.0**-20) / jnp.maximum(ratio, 1), largest
+    )
+    product = jnp.where(ratio < jnp.inf, ratio, 0) * jnp.minimum(x, room)
+    return jnp.where((x > room) | (ratio == jnp.inf), largest, product)
+
+
+def average(weight: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+    """Old and new with weights that sum to 1, which rounding does not make infinite."""
+    return jnp.minimum((1 - weight) * old + weight * new, jnp.finfo(new.dtype).max)
 
 
 def hypot(a: jax.Array, b: jax.Array) -> jax.Array:
     """The root of `a² + b²` for a, b >= 0, with a finite derivative at 0."""
     low, high = jnp.minimum(a, b), jnp.maximum(a, b)
     ratio = divide(low, jnp.where(high > 0, high, 1))
-    return high * jnp.sqrt(1 + ratio * ratio)
+    return jnp.minimum(high * jnp.sqrt(1 + ratio * ratio), jnp.finfo(high.dtype).max)
 
 
-def vector_norm(x: jax.Array) -> jax.Array:
-    """The 2-norm of one vector >= 0, whatever its size, with a derivative at 0."""
+def shares(x: jax.Array) -> jax.Array:
+    """A vector >= 0 over its 2-norm, whatever its size, with a derivative at 0."""
     peak = jax.lax.stop_gradient(jnp.max(x, initial=0.0))
     unit = x / jnp.where(peak > 0, peak, 1)
     total = jnp.sum(unit * unit)
-    return peak * jnp.sqrt(jnp.where(total > 0, total, 1))
+    return divide(unit, jnp.sqrt(jnp.where(total > 0, total, 1)))
 
 
 def increment(count: jax.Array) -> jax.Array:

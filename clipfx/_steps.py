@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from clipfx import responses
-from clipfx._checks import check_number, check_params
+from clipfx._checks import check_number, check_params, helpful
 from clipfx._clip import (
     ClipState,
     check_nonfinite,
@@ -16,11 +16,14 @@ from clipfx._clip import (
     reported,
     respond,
 )
+from clipfx._export import exportable
+from clipfx._match import places, put, take
 from clipfx._norms import Norms, cosines, measure_together
-from clipfx._statistics import increment, unbiased_weight
+from clipfx._statistics import average, increment, multiple, unbiased_weight
 from clipfx._tree import counted_zeros, divide, group_leaves, widen
 
 
+@exportable("clipfx.clip_by_curvature.Secant")
 class _Secant(NamedTuple):
     """The last point and its gradient, and the curvature `[G]` so far."""
 
@@ -31,6 +34,7 @@ class _Secant(NamedTuple):
     secants: jax.Array
 
 
+@helpful
 def clip_by_curvature(
     learning_rate: Any,
     *,
@@ -115,7 +119,7 @@ def clip_by_curvature(
         known &= jnp.isfinite(secant)
         secants = last.secants + known.astype(jnp.int32)
         weight = unbiased_weight(decay, jnp.maximum(secants, 1))
-        mean = (1 - weight) * last.curvature + weight * jnp.where(known, secant, 0)
+        mean = average(weight, last.curvature, jnp.where(known, secant, 0))
         curvature = jnp.where(known, mean, last.curvature)
         product = learning_rate * curvature
         factor = max_product / jnp.where(product > 0, product, 1)
@@ -126,22 +130,28 @@ def clip_by_curvature(
         check_params(params, "clip_by_curvature")
         members = group_leaves(groups, updates)
         check_same_groups(state, members)
-        last, index = state.threshold, members.index
+        last, new = state.threshold, jax.tree.leaves(updates)
+        owner = "the state of clip_by_curvature"
+        at = places(last.params, updates, members, owner)
+        points = take(params, places(params, updates, members, "params"), updates)
         trees = (
             updates,
-            _differences(params, last.params, index),
-            _differences(updates, last.updates, index),
+            _differences(points, take(last.params, at, updates), members.index),
+            _differences(new, take(last.updates, at, updates), members.index),
         )
         norms, moved, turned = measure_together(trees, members, axis_name)
         factor, curvature, secants = learn(moved, turned, last)
         learned = _Secant(
-            _replaced(last.params, params, index),
-            _replaced(last.updates, updates, index),
+            _replaced(last.params, at, points),
+            _replaced(last.updates, at, new),
             increment(last.steps),
             curvature,
             secants,
         )
-        limit = reported(norms) * factor
+        # The norms tell whether the updates are finite, but not the parameters.
+        sound = jnp.isfinite(moved.value).all()
+        learned = jax.tree.map(lambda x, old: jnp.where(sound, x, old), learned, last)
+        limit = multiple(factor, reported(norms))
         return respond(
             updates, state, members, norms, limit, learned, response, nonfinite
         )
@@ -149,22 +159,31 @@ def clip_by_curvature(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _differences(new: Any, old: Any, index: tuple) -> list[Any]:
+def _differences(new: list, old: list, index: tuple) -> list[Any]:
     """New minus old, leaf by leaf, in float32 or wider where they are counted."""
-    rows = zip(jax.tree.leaves(new), jax.tree.leaves(old), index, strict=True)
+    rows = zip(new, old, index, strict=True)
     wide = lambda x: widen(jnp.asarray(x))
     return [x if i is None else wide(x) - wide(y).astype(wide(x).dtype)
             for x, y, i in rows]  # fmt: skip
 
 
-def _replaced(old: Any, new: Any, index: tuple) -> Any:
-    leaves, treedef = jax.tree.flatten(old)
-    rows = zip(leaves, jax.tree.leaves(new), index, strict=True)
-    return treedef.unflatten(
-        [x if i is None else jnp.asarray(y).astype(x.dtype) for x, y, i in rows]
-    )
+def _replaced(old: Any, at: list[int | None], new: list) -> Any:
+    """The new leaves in the dtypes of the old ones, which may not reach as far."""
+
+    def cast(x, dtype):
+        x = jnp.asarray(x)
+        if jnp.iscomplexobj(x) or jnp.finfo(x.dtype).max <= jnp.finfo(dtype).max:
+            return x.astype(dtype)
+        largest = jnp.finfo(dtype).max.astype(x.dtype)
+        return jnp.clip(x, -largest, largest).astype(dtype)
+
+    leaves = jax.tree.leaves(old)
+    pairs = zip(at, new, strict=True)
+    cast_all = [None if k is None else cast(x, leaves[k].dtype) for k, x in pairs]
+    return put(old, at, cast_all)
 
 
+@exportable("clipfx.WeightDecayBalance")
 class WeightDecayBalance(NamedTuple):
     r"""Where a clipped step and weight decay hold each other, per group.
 
@@ -196,6 +215,7 @@ class WeightDecayBalance(NamedTuple):
     groups: dict[str, tuple[()]]
 
 
+@helpful
 def weight_decay_balance(
     updates: Any,
     params: Any,
@@ -256,8 +276,9 @@ def weight_decay_balance(
     check_number("weight_decay", weight_decay, "[0, inf)", "pass the optimizer's")
     check_number("learning_rate", learning_rate, "(0, inf)", "pass the optimizer's")
     members = group_leaves(groups, updates)
-    u, w = measure_together((updates, params), members, axis_name)
-    cosine = -cosines(updates, params, members, (u, w), axis_name)
+    weights = take(params, places(params, updates, members, "params"), updates)
+    u, w = measure_together((updates, weights), members, axis_name)
+    cosine = -cosines(updates, weights, members, (u, w), axis_name)
     update, weight = u.value / u.scale, w.value / w.scale
     rate = jnp.asarray(learning_rate).astype(weight.dtype)
     decay = jnp.asarray(weight_decay).astype(weight.dtype)

@@ -7,11 +7,21 @@ import jax.numpy as jnp
 import optax
 
 from clipfx import _compat, responses
-from clipfx._checks import check_number
+from clipfx._checks import check_number, helpful
 from clipfx._clip import ClipState, factors, fresh_metrics, global_norm, next_state
 from clipfx._combine import apart, axes_apart
+from clipfx._export import exportable
+from clipfx._match import check_state, places, put, take
 from clipfx._norms import measure_together
-from clipfx._statistics import Window, check_window, empty_window, multiple, push
+from clipfx._statistics import (
+    LARGEST,
+    Window,
+    check_window,
+    empty_window,
+    multiple,
+    push,
+    rows_seen,
+)
 from clipfx._tree import (
     Groups,
     counted_zeros,
@@ -23,6 +33,7 @@ from clipfx._tree import (
 )
 
 
+@exportable("clipfx.SkipState")
 class SkipState(NamedTuple):
     """State of `skip_spikes`.
 
@@ -40,6 +51,7 @@ class SkipState(NamedTuple):
     inner: Any
 
 
+@helpful
 def skip_spikes(
     inner: optax.GradientTransformation,
     *,
@@ -109,6 +121,7 @@ def skip_spikes(
         return SkipState(clip, jnp.zeros([], jnp.int32), inner.init(params))
 
     def update(updates, state, params=None, **extra_args):
+        check_state(state, SkipState, "skip_spikes")
         value = extra_args.get("value")
         if value is not None and jnp.ndim(value) > 0:
             raise ValueError(
@@ -154,21 +167,21 @@ def skip_spikes(
 
 def _edge(window: Window, num_std: Any, min_steps: Any) -> jax.Array:
     """Mean and `num_std` sample deviations above it, of the rows seen."""
-    known = jnp.isfinite(window.rows)
-    rows = jnp.where(known, window.rows, 0)
-    size = jnp.max(jnp.abs(rows), axis=0)
+    known = rows_seen(window)
+    size = jnp.max(jnp.abs(window.rows), axis=0)
     size = jnp.where(size > 0, size, 1)
-    rows = rows / size[None]  # squares stay in range
-    number = jnp.sum(known, axis=0).astype(jnp.float32)
+    rows = window.rows / size[None]  # squares stay in range
+    number = jnp.sum(known).astype(jnp.float32)
     mean = jnp.sum(rows, axis=0) / jnp.maximum(number, 1)
     gaps = jnp.where(known, rows - mean[None], 0)
     std = jnp.sqrt(jnp.sum(gaps * gaps, axis=0) / jnp.maximum(number - 1, 1))
     # What is constant up to rounding has no spikes.
-    edge = (mean + num_std * std + 2.0**-20 * jnp.abs(mean)) * size
+    edge = mean + multiple(num_std, std) + 2.0**-20 * jnp.abs(mean)
     ready = number >= jnp.asarray(min_steps).astype(jnp.float32)
-    return jnp.where(ready, edge, jnp.inf)
+    return jnp.where(ready, multiple(size, edge), LARGEST)
 
 
+@exportable("clipfx.ErrorFeedbackState")
 class ErrorFeedbackState(NamedTuple):
     """State of `error_feedback`.
 
@@ -184,6 +197,7 @@ class ErrorFeedbackState(NamedTuple):
     inner: Any
 
 
+@helpful
 def error_feedback(
     clip: optax.GradientTransformation,
     *,
@@ -233,8 +247,10 @@ def error_feedback(
         return ErrorFeedbackState(counted_zeros(params, wide=True), clip.init(params))
 
     def update(updates, state, params=None, **extra_args):
+        check_state(state, ErrorFeedbackState, "error_feedback")
         members = group_leaves("global", updates)
-        error, treedef = jax.tree.flatten(state.error)
+        at = places(state.error, updates, members, "the state of error_feedback")
+        before = error = take(state.error, at, updates)
 
         def combine(tree, sign):
             """The error plus or minus the counted leaves of a tree."""
@@ -252,9 +268,9 @@ def error_feedback(
         scales = factors(left, limit, responses.hard, "zero")
         kept = scale_groups(error, members, *scales)
         finite = (jnp.isfinite(left.value) & jnp.isfinite(through.value)).all()
-        before = jax.tree.leaves(state.error)
-        kept = [jnp.where(finite, x, e) for x, e in zip(kept, before, strict=True)]
-        return out, ErrorFeedbackState(treedef.unflatten(kept), after)
+        rows = zip(kept, before, members.index, strict=True)
+        kept = [e if i is None else jnp.where(finite, x, e) for x, e, i in rows]
+        return out, ErrorFeedbackState(put(state.error, at, kept), after)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -264,7 +280,8 @@ def check_transform(name: str, tx: Any) -> None:
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(
             f"{name} must be an optax.GradientTransformation, got {tx!r}; pass the "
-            "transform itself, such as optax.adam(1e-3)."
+            "transform itself, such as optax.adam(1e-3) or "
+            "clipfx.clip_by_global_norm(1.0)."
         )
 
 
@@ -309,6 +326,8 @@ def per_stacked_layer(
     inner = optax.with_extra_args_support(tx)
 
     def init(params):
+        if not jax.tree.leaves(params):  # no params yet, as in optax.tree.map_params
+            return tx.init(params)
         size = _stack_size(params)
         if not any(
             isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)
@@ -319,12 +338,13 @@ def per_stacked_layer(
         return jax.tree.map(repeat, tx.init(jax.tree.map(one, params)))
 
     def update(updates, state, params=None, **extra_args):
+        if not jax.tree.leaves(updates):
+            return inner.update(updates, state, params, **extra_args)
         _stack_size(updates)
         axes = axes_apart(updates, axis_name, "the layers of per_stacked_layer")
         state = jax.tree.map(lambda x: _compat.vary(x, axes), state)
         each = lambda u, s, p: inner.update(u, s, p, **extra_args)
-        with apart(axes):
-            return jax.vmap(each)(updates, state, params)
+        return apart(jax.vmap(each), axes)(updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipfx._checks import check_number, is_known
+from clipfx._checks import check_count, check_number, helpful, is_known
 
 __all__ = [
     "cosine",
@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 
+@helpful
 def ddpm_linear(num_steps: int = 1000) -> jax.Array:
     r"""Gives the ratio under the linear schedule of DDPM.
 
@@ -68,11 +69,12 @@ def ddpm_linear(num_steps: int = 1000) -> jax.Array:
     Dhariwal, 2021.
     """
     advice = "1000 is what the paper takes"
-    check_number("num_steps", num_steps, "[20, inf)", advice, static=True)
+    num_steps = check_count("num_steps", num_steps, 20, advice)
     scale = 1000 / num_steps
     return from_betas(np.linspace(1e-4 * scale, 0.02 * scale, num_steps))
 
 
+@helpful
 def cosine(num_steps: int = 1000, *, max_beta: float = 0.999) -> jax.Array:
     r"""Gives the ratio under the cosine schedule.
 
@@ -99,7 +101,7 @@ def cosine(num_steps: int = 1000, *, max_beta: float = 0.999) -> jax.Array:
     <https://arxiv.org/abs/2102.09672>`_, 2021.
     """
     advice = "1000 is what the paper takes"
-    check_number("num_steps", num_steps, "[1, inf)", advice, static=True)
+    num_steps = check_count("num_steps", num_steps, 1, advice)
     advice = "0.999 is what the paper takes"
     check_number("max_beta", max_beta, "(0, 1)", advice, static=True)
     u = np.arange(num_steps + 1) / num_steps
@@ -107,6 +109,7 @@ def cosine(num_steps: int = 1000, *, max_beta: float = 0.999) -> jax.Array:
     return from_betas(np.minimum(1 - signal[1:] / signal[:-1], max_beta))
 
 
+@helpful
 def from_betas(betas: Any) -> jax.Array:
     r"""Gives the ratio of any schedule, :math:`1/(\prod(1-\beta)^{-1} - 1)`.
 
@@ -131,6 +134,7 @@ def from_betas(betas: Any) -> jax.Array:
         return _from_log(math.cumsum(math.log1p(-betas)), math)
 
 
+@helpful
 def from_alpha_bar(alpha_bar: Any) -> jax.Array:
     r"""Gives the ratio from the share of the signal, :math:`\bar\alpha/(1-\bar\alpha)`.
 
@@ -156,6 +160,7 @@ def from_alpha_bar(alpha_bar: Any) -> jax.Array:
         return _from_log(math.log(alpha_bar), math)
 
 
+@helpful
 def inverse(snr: jax.Array) -> jax.Array:
     r"""Counters a loss weight of SNR exactly, :math:`1/\mathrm{SNR}`.
 
@@ -179,6 +184,7 @@ def inverse(snr: jax.Array) -> jax.Array:
     return 1 / jnp.asarray(snr)
 
 
+@helpful
 def min_snr(snr: jax.Array, gamma: Any = 5.0) -> jax.Array:
     r"""Tightens only where the SNR is high, :math:`\min(1, \gamma/\mathrm{SNR})`.
 
@@ -203,6 +209,7 @@ def min_snr(snr: jax.Array, gamma: Any = 5.0) -> jax.Array:
     return gamma / jnp.maximum(snr, gamma)
 
 
+@helpful
 def inverse_sqrt(snr: jax.Array) -> jax.Array:
     r"""Counters the scale of a residual, :math:`1/\sqrt{\mathrm{SNR}}`.
 
@@ -221,6 +228,7 @@ def inverse_sqrt(snr: jax.Array) -> jax.Array:
     return 1 / jnp.sqrt(jnp.asarray(snr))
 
 
+@helpful
 def power(snr: jax.Array, exponent: Any = 0.5, reference: Any = 1.0) -> jax.Array:
     r"""Goes any part of the way, :math:`(\mathrm{SNR}/\mathrm{ref})^{-p}`.
 

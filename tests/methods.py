@@ -29,6 +29,7 @@ class Method(NamedTuple):
       unit_axis: Of every leaf, that units run along: which mesh axes that is split over
         has to be said in `shard_map`.
       elements: The state has numbers for every element.
+      drops: What exceeds the threshold becomes zero, not as long as the threshold.
     """
 
     make: Callable[..., optax.GradientTransformationExtraArgs]
@@ -43,6 +44,7 @@ class Method(NamedTuple):
     extra: dict[str, Any] = {}  # noqa: RUF012
     unit_axis: int | None = None
     elements: bool = False
+    drops: bool = False
 
 
 LABELS = {"decoder": "second", "encoder": {"bias": "second", "kernel": "first"}}
@@ -113,7 +115,9 @@ METHODS: dict[str, Method] = {
         by_norm(ord=3, groups="layer"), {"threshold": 0.5}, groups="layer", ord=3
     ),
     "drop_nonfinite": Method(by_norm(nonfinite="zero"), {"threshold": 0.5}),
-    "reject": Method(by_norm(response=responses.reject), {"threshold": 0.5}),
+    "reject": Method(
+        by_norm(response=responses.reject), {"threshold": 0.5}, drops=True
+    ),
     **{
         name: Method(by_norm(response=response), {"threshold": 0.5}, hard=False)
         for name, response in {

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+LARGEST = float(np.finfo(np.float32).max)  # a threshold that clips nothing
+
 
 class Oracle(NamedTuple):
     """A rule of a paper in NumPy.
@@ -50,15 +52,17 @@ def run(tx, values: np.ndarray, size: int = 3, **extra: Any):
 
     def step(state, tree):
         out, state = tx.update(tree, state, tree, **extra)
-        return state, (out, state.metrics.threshold, state.metrics.norm)
+        m = state.metrics
+        return state, (out, m.threshold, m.norm, m.nonfinite)
 
     first = jax.tree.map(lambda x: x[0], trees)
     scan = jax.jit(lambda state, trees: jax.lax.scan(step, state, trees))
-    state, (out, limits, seen) = scan(tx.init(first), trees)
+    state, (out, limits, seen, nonfinite) = scan(tx.init(first), trees)
+    bad = np.diff(nonfinite, axis=0, prepend=0) > 0  # the metrics are finite there
     length = lambda x: np.linalg.norm(np.asarray(x, np.float64), axis=-1)
     after = np.stack([length(x) for x in jax.tree.leaves(out)], axis=-1)
     return (
-        np.asarray(seen, np.float64),
+        np.where(bad, np.nan, seen),
         after,
         np.asarray(limits, np.float64),
         state,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sequences import Oracle, assert_follows, norms, run
+from sequences import LARGEST, Oracle, assert_follows, norms, run
 
 import clipfx
 
@@ -127,7 +127,7 @@ def zclip_oracle(z=2.5, a=0.97, cap=np.inf, f=1.0, warm=25, target="reciprocal")
         if len(seen) < warm:
             seen = [*seen, norm]
             mean, var = np.mean(seen, axis=0), np.var(seen, axis=0)
-            limit = np.full_like(norm, cap)
+            limit = np.full_like(norm, min(cap, LARGEST))
             return np.minimum(norm, limit), limit, (seen, mean, var)
         std = np.maximum(np.sqrt(var), 1e-6 * mean)
         score = (norm - mean) / std

@@ -17,13 +17,13 @@ import clipfx
 
 PACKAGE = pathlib.Path(clipfx.__file__).parent
 # A module imports only from those before it.
-LAYERS = ["_compat", "_export", "_checks", "_tree", "_combine", "_range", "_norms",
-          "_statistics", "_weights", "responses",
-          "thresholds", "snr", "_clip", "_elementwise", "_methods", "_adaptive",
-          "_averages", "_power", "_spikes", "_relative", "_steps", "_wrappers",
-          "_fair", "metrics", *(f"per_example._{name}" for name in (
-              "views", "sites", "factors", "squares", "roads", "plan", "run", "tape",
-              "sums", "batch", "bounded", "limits", "parts", "grad", "groups",
+LAYERS = ["_compat", "_export", "_checks", "_paths", "_tree", "_match", "_combine",
+          "_range", "_norms", "_statistics", "_weights", "responses", "thresholds",
+          "snr", "_clip", "_elementwise", "_methods", "_adaptive", "_averages",
+          "_power", "_spikes", "_relative", "_steps", "_wrappers", "_fair",
+          "metrics", *(f"per_example._{name}" for name in (
+              "views", "sites", "factors", "scales", "squares", "roads", "plan", "run", "tape",
+              "sums", "batch", "alone", "bounded", "limits", "parts", "grad", "groups",
               "measures", "between", "fair", "stacked", "explain")),
           *(f"privacy._{name}" for name in (
               "noise", "rules", "accounting", "step", "dp_grad"))]  # fmt: skip
