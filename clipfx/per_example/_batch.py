@@ -1,5 +1,6 @@
 """Arguments of a loss, with and without an axis of examples, and its program."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipfx import _compat
+from clipfx._checks import check_keywords
 from clipfx._tree import is_counted
 from clipfx.per_example._plan import make_plan
 from clipfx.per_example._tape import Program
@@ -64,7 +66,8 @@ def check_signature(signature: Signature) -> None:
     for name in ("argnums", "batch_argnums"):
         given = getattr(signature, name)
         positions = _several(given)
-        if not positions or not all(type(k) is int for k in positions):
+        whole = lambda k: isinstance(k, int | np.integer) and not isinstance(k, bool)
+        if not positions or not all(map(whole, positions)):
             raise TypeError(
                 f"{name} must be an int or a tuple of ints, got {given!r}; it says "
                 "which positional arguments are meant."
@@ -115,6 +118,7 @@ def prepare(
     params = args[argnums[0]] if isinstance(signature.argnums, int) else tuple(
         args[k] for k in argnums)  # fmt: skip
     size = batch_size(args, batch_argnums)
+    _check_own_keywords(signature.fun, kwargs)
     kinds = []
     for k, arg in enumerate(args):
         kind = "param" if k in argnums else "batch" if k in batch_argnums else ""
@@ -148,14 +152,15 @@ def prepare(
     for k in here:  # or shard_map would add up the gradients of different examples
         inputs[k] = _compat.vary(inputs[k], batch)
     program: dict[str, Any] = {}
+    advice = _advice(args, {*argnums, *batch_argnums}, batch_argnums, size)
 
     def flat(*values):
         filled = list(leaves)
         for k, value in zip(where, values, strict=True):
             filled[k] = value
         args, kwargs = treedef.unflatten(filled)
-        out = signature.fun(*args, **kwargs)
-        value, aux = _outputs(out, signature.has_aux)
+        out = _call(signature.fun, args, kwargs, advice)
+        value, aux = _outputs(out, signature.has_aux, advice)
         flat_aux, program["aux"] = jax.tree.flatten(aux)
         return [value, *map(jnp.asarray, flat_aux)]
 
@@ -188,6 +193,20 @@ def _is_array(x: Any) -> bool:
 
 
 def check_params(params: Any) -> None:
+    """Checks that parameters are such, and floating."""
+    boxes = jax.tree_util.tree_flatten_with_path(params, is_leaf=_compat.is_boxed)[0]
+    name_of = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    statistics = [name_of(path) for path, _ in boxes if "batch_stats" in name_of(path)]
+    kinds = [(_compat.other_variable(box), name_of(path)) for path, box in boxes]
+    kinds += [("batch_stats", name) for name in statistics]
+    for kind, name in kinds:
+        if kind is not None:
+            raise TypeError(
+                f"the parameters (argnums) must be parameters alone, got {kind} at "
+                f"{name!r}; split it off, as in nnx.split(model, nnx.Param, ...), pass "
+                "it as another argument, and instead of batch normalization, which "
+                "mixes examples, use group or layer normalization."
+            )
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         if not _is_array(leaf) or not is_counted(jnp.asarray(leaf)):
             kind = getattr(leaf, "dtype", type(leaf).__name__)
@@ -207,8 +226,9 @@ def batch_size(args: Sequence[Any], numbers: Sequence[int]) -> int:
             name = f"argument {k}" + jax.tree_util.keystr(path)
             if not np.ndim(leaf):
                 raise ValueError(
-                    f"the batch (batch_argnums) must have an axis of examples first, "
-                    f"got a scalar at {name}; pass it as another argument."
+                    "the batch (batch_argnums) must have an axis of examples first, "
+                    f"got a scalar at {name}; make arrays of lists of numbers with "
+                    "jnp.asarray, and pass what all examples share as another argument."
                 )
             found[name] = np.shape(leaf)[0]
     if not found:
@@ -258,7 +278,54 @@ def check_ord(ord: Any) -> None:
         )
 
 
-def _outputs(out: Any, has_aux: bool) -> tuple[Any, Any]:
+def _check_own_keywords(fun: Callable, kwargs: dict[str, Any]) -> None:
+    """Checks that the loss has the keyword arguments that it is to be given."""
+    try:
+        parameters = inspect.signature(fun).parameters
+    except (TypeError, ValueError):
+        return
+    if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+        check_keywords("fun", kwargs, [*parameters, "where"])
+
+
+def _advice(args: Sequence[Any], used: set, batches: Sequence[int], size: int) -> str:
+    """What may have gone wrong if a loss of one example does not work."""
+    sized = lambda x: all(np.shape(leaf)[:1] == (size,) for leaf in jax.tree.leaves(x))
+    more = [k for k, x in enumerate(args)
+            if k not in used and jax.tree.leaves(x) and sized(x)]  # fmt: skip
+    if more:
+        return f"did you mean batch_argnums={tuple(sorted({*batches, *more}))}?"
+    return "write it for arguments without the axis of examples."
+
+
+def _call(fun: Callable, args: Any, kwargs: Any, advice: str) -> Any:
+    """Calls the loss with one example, and says so if that does not work."""
+    batch_norm = ValueError(
+        "fun must be the loss of one example, got batch normalization, which takes "
+        "means of a batch and leaves no gradient of one example; use group or layer "
+        "normalization, or use_running_average=True."
+    )
+    try:
+        with _compat.refusing_batch_norm(batch_norm):
+            return fun(*args, **kwargs)
+    except NameError as error:
+        if "axis name" not in str(error):
+            raise
+        raise ValueError(
+            f"fun must be the loss of one example, which has no axis of a batch, got "
+            f"{error}; for batch normalization use group or layer normalization, and "
+            "take means over devices outside of fun."
+        ) from error
+    except (IndexError, TypeError, ValueError) as error:
+        if error is batch_norm or type(error).__module__ != "builtins":
+            raise
+        first = (str(error).splitlines() or [""])[0].rstrip(".")
+        raise type(error)(
+            f"fun must be the loss of one example, which failed ({first}); {advice}"
+        ) from error
+
+
+def _outputs(out: Any, has_aux: bool, advice: str) -> tuple[Any, Any]:
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(
             f"fun must return (loss, aux) with has_aux=True, got {type(out).__name__}; "
@@ -274,6 +341,6 @@ def _outputs(out: Any, has_aux: bool) -> tuple[Any, Any]:
     if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(
             "fun must return the loss of one example, a floating scalar, got "
-            f"{value.dtype}{list(value.shape)}; it is called without the batch axis."
+            f"{value.dtype}{list(value.shape)}; {advice}"
         )
     return value, aux

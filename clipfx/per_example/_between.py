@@ -7,18 +7,18 @@ and then rounding is what remains; where that can be seen the sums are formed af
 Of a table of rows only those that were looked up are added up.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from clipfx import _compat
 from clipfx._fair import measure
+from clipfx._norms import Norms
 from clipfx._tree import widen
-from clipfx.per_example import _factors, _squares
+from clipfx.per_example import _factors, _scales
 from clipfx.per_example._groups import Pass, contributions
 
-# A square below this share of the sum of squares of examples is not trusted: rounding
-# would change the norm by 2^-20 or more.
-CANCELLED = 1 / 16
 MOST = 2048  # positions, whose inner products are kept
 
 
@@ -46,48 +46,45 @@ def choose(run: Pass) -> dict[int, str]:
     return found
 
 
-def norms(run: Pass, how: dict[int, str]) -> jax.Array:
+def norms(run: Pass, how: dict[int, str]) -> Norms:
     """Norms `[K + 1]` of contributions of some leaves, and of their sum."""
-    count = run.member.shape[1] + 1
-    squares = jnp.zeros(count, run.member.dtype)
-    for leaf in (k for k in how if how[k] == "rows"):
-        squares += _of_rows(run, leaf)
-    dense = [k for k in how if how[k] == "products"]
-    if not dense:
-        return jnp.sqrt(squares)
-    pairs = jnp.stack([jnp.stack(_of_products(run, leaf)) for leaf in dense])
-    found, terms = pairs.sum(0)
-
-    def formed():
-        norms = measure(contributions(run, dense))
-        return jnp.square(norms.value / norms.scale)
-
+    make = {"rows": _of_rows, "products": _of_products}
+    sums = functools.reduce(jnp.add, [make[how[leaf]](run, leaf) for leaf in how])
+    found, trusted = _scales.norms(sums, 2)
     # Of the whole only a small share will matter.
-    own = found[:-1]
-    trusted = (own >= CANCELLED * terms[:-1]).all() | ~jnp.isfinite(own).all()
-    found = jax.lax.cond(trusted, lambda: jnp.maximum(found, 0), formed)
-    return jnp.sqrt(squares + found)
+    alike = lambda x: jax.tree.map(lambda y: y.astype(found.value.dtype), x)
+    return jax.lax.cond(
+        trusted[:-1].all(),
+        lambda: found,
+        lambda: alike(measure(contributions(run, list(how)))),
+    )
 
 
-def _of_products(run: Pass, leaf: int) -> tuple[jax.Array, jax.Array]:
-    """Squares `[K + 1]`, and the sums of the squares of all examples."""
+def _of_products(run: Pass, leaf: int) -> jax.Array:
+    """Squares of norms `[K + 1, 4, 2]`."""
     left, right, member = _positions(run, leaf)
+    left, right, top = _scales.pair_to_one(left, right)
     dims = (((2,), (2,)), ((0,), (0,)))
     gram = lambda x: jax.lax.dot_general(x, x, dims, precision="highest")
     both = (gram(left) * gram(right)).sum(0)
     member = jnp.concatenate([member, member.sum(1, keepdims=True)], axis=1)
     inner = jnp.matmul(both, member, precision="highest")
-    return (member * inner).sum(0), (member * both.diagonal()[:, None]).sum(0)
+    squares = jnp.maximum((member * inner).sum(0), 0)
+    terms = (member * both.diagonal()[:, None]).sum(0)
+    return jax.vmap(_scales.spread, (0, 0, None))(squares, terms, 2 * top)
 
 
 def _of_rows(run: Pass, leaf: int) -> jax.Array:
-    """Squares `[K + 1]`."""
+    """Squares of norms `[K + 1, 4, 2]`."""
     ids, rows, member = _positions(run, leaf)
+    top = _scales.exponent(jnp.max(jnp.abs(rows), initial=0))
+    rows = rows * _scales.two_to(-top, rows.dtype)
     number = member.argmax(1)
     each = _squared_sums(ids[0], number, rows[0])
     own = [jnp.where(number == k, each, 0).sum() for k in range(member.shape[1])]
     whole = _squared_sums(ids[0], jnp.zeros_like(number), rows[0]).sum()
-    return jnp.stack([*own, whole])
+    squares = jnp.stack([*own, whole])
+    return jax.vmap(_scales.spread, (0, 0, None))(squares, squares, 2 * top)
 
 
 def _positions(run: Pass, leaf: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -122,5 +119,5 @@ def _squared_sums(ids: jax.Array, number: jax.Array, rows: jax.Array) -> jax.Arr
     sums = jax.ops.segment_sum(
         rows[order], place, num_segments=ids.size, indices_are_sorted=True
     )
-    first = jnp.where(new, _squares.power(sums, axis=-1)[place], 0)
+    first = jnp.where(new, (sums * sums).sum(-1)[place], 0)
     return jnp.zeros_like(first).at[order].set(first)

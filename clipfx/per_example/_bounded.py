@@ -1,5 +1,6 @@
 """One batch: norms, factors, and the sum that no bad example can spoil."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -7,12 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from clipfx import _compat, responses
-from clipfx._clip import factors
+from clipfx._clip import factors, reported
 from clipfx._norms import Norms
 from clipfx._tree import Groups
-from clipfx.per_example import _sums, _tape
+from clipfx.per_example import _alone, _scales, _sums, _tape
 from clipfx.per_example._batch import Call
-from clipfx.per_example._tape import Tape
 
 
 class PerExample(NamedTuple):
@@ -54,37 +54,64 @@ def bounded_sum(
     Returns:
       The sum by leaf, and what is known of every example.
     """
-    inputs = call.inputs
+    inputs, index = call.inputs, members.index
     outs, tape = _tape.record(call.program, inputs, norms=True)
-    norm = _measured(call, tape, members)
-    good = jnp.isfinite(norm).all(1)
-    rows = _compat.explicit_spec(good)
-    keep = jnp.ones_like(good) if where is None else _compat.reshard(where, rows)
-    shown = jnp.where(keep[:, None], norm, 0)
+    group = functools.partial(_grouped, call, members)
+    norms, trusted = group(_tape.powers(call.program.plan, tape, call.size, call.split))
+    good = jnp.isfinite(norms.value).all(1)
+    keep = jnp.ones_like(good) if where is None else _compat.as_like(where, good)
+    alone = good & keep & ~trusted.all(1)
+    only = lambda sums: group(sums)[0]
     if callable(limit):
-        limit = limit(shown, keep)
-    limit = jnp.broadcast_to(lowered(limit.astype(norm.dtype)), norm.shape)
-    limit = _compat.reshard(limit, _compat.explicit_spec(norm))
-    norms = Norms(norm, jnp.ones_like(norm))
+        start = _alone.Found(norms, jnp.zeros_like(norms.value), [])
+        norms = _alone.each(call, tape, alone, start, only, None).norms
+        limit = limit(_shown(norms, keep), keep)
+    dtype = norms.value.dtype
+    limit = jnp.broadcast_to(lowered(limit.astype(dtype)), norms.value.shape)
+    limit = _compat.as_like(limit, norms.value)
     before, factor = factors(norms, limit, response, "zero")
-    factor = jnp.where((good & keep)[:, None], before * factor, 0)
-    sums = _sums.weighted_sum(call.program, inputs, tape, factor, members.index, good)
-    return total(call, sums), known(call, outs, keep, shown, factor)
+    both = before * factor
+    usual = (factor == 0) | ((both >= 1 / _FAR) & (both <= _FAR))
+    alone |= good & keep & ~usual.all(1)
+    both = jnp.where((good & keep)[:, None], both, 0)
+    some = jnp.where(alone[:, None], jnp.zeros_like(both), both)
+    sums = _sums.weighted_sum(call.program, inputs, tape, some, index, good)
+
+    def bound(gradient: list, norms: Norms, row: Callable) -> tuple[list, jax.Array]:
+        pair = factors(norms, row(limit), response, "zero")
+        finite = jnp.isfinite(norms.value).all()
+        parts = [
+            jnp.where(finite, _alone.scaled(x, pair, i), jnp.zeros_like(x))
+            for x, i in zip(gradient, index, strict=True)
+        ]
+        return parts, jnp.where(finite, pair[0] * pair[1], 0)
+
+    found = _alone.each(call, tape, alone, _alone.Found(norms, both, sums), only, bound)
+    shown = _shown(found.norms, keep)
+    return total(call, found.sums), known(call, outs, keep, shown, found.factor)
 
 
-def _measured(call: Call, tape: Tape, members: Groups) -> jax.Array:
-    """Norms `[B, G]`."""
-    plan = call.program.plan
-    powers = by_group(_tape.powers(plan, tape, call.size, call.split), members.index,
-                      len(members.names))  # fmt: skip
-    return powers if plan.ord == 1 else jnp.sqrt(powers)
+# Products with factors beyond these may leave the range of float32.
+_FAR = 2.0**40
+
+
+def _shown(norms: Norms, keep: jax.Array) -> jax.Array:
+    """Norms `[B, G]` as plain numbers, 0 for padding."""
+    norm = reported(norms, norms.value.dtype)
+    return jnp.where(keep[:, None], norm, jnp.zeros_like(norm))
+
+
+def _grouped(call: Call, members: Groups, powers: jax.Array) -> tuple[Norms, jax.Array]:
+    """Norms `[B, G]` from powers `[B, L, 4, 2]`, and whether they are to be trusted."""
+    sums = by_group(powers, members.index, len(members.names))
+    return _scales.norms(sums, call.program.plan.ord)
 
 
 def known(
     call: Call, outs: list, keep: jax.Array, norm: Any, factor: Any
 ) -> PerExample:
     """Puts together what is known; the loss of padding is 0."""
-    keep = _compat.reshard(keep, _compat.explicit_spec(outs[0]))
+    keep = _compat.as_like(keep, outs[0])
     value = jnp.where(keep, outs[0], jnp.zeros_like(outs[0]))
     return PerExample(value, norm, factor, jax.tree.unflatten(call.aux, outs[1:]))
 
@@ -108,7 +135,7 @@ def lowered(limit: jax.Array) -> jax.Array:
 
 
 def by_group(rows: jax.Array, index: Sequence[int | None], count: int) -> jax.Array:
-    """Adds up `[B, L]` by group, `[B, G]`."""
+    """Adds up `[B, L, ...]` by group, `[B, G, ...]`."""
     columns = [
         sum((rows[:, k] for k, i in enumerate(index) if i == g),
             jnp.zeros_like(rows[:, 0]))
@@ -120,11 +147,14 @@ def by_group(rows: jax.Array, index: Sequence[int | None], count: int) -> jax.Ar
 def measure(call: Call, members: Groups, where: jax.Array | None) -> PerExample:
     """Norms alone."""
     outs, tape = _tape.record(call.program, call.inputs, norms=True)
-    norm = _measured(call, tape, members)
+    group = functools.partial(_grouped, call, members)
+    norms, trusted = group(_tape.powers(call.program.plan, tape, call.size, call.split))
     keep = jnp.ones_like(outs[0], bool) if where is None else where
-    keep = _compat.reshard(keep, _compat.explicit_spec(outs[0]))
-    norm = jnp.where(keep[:, None], norm, 0)
-    return known(call, outs, keep, norm, None)
+    keep = _compat.as_like(keep, outs[0])
+    alone = jnp.isfinite(norms.value).all(1) & keep & ~trusted.all(1)
+    start = _alone.Found(norms, jnp.zeros_like(norms.value), [])
+    norms = _alone.each(call, tape, alone, start, lambda x: group(x)[0], None).norms
+    return known(call, outs, keep, _shown(norms, keep), None)
 
 
 def _none(call: Call) -> list[jax.Array]:

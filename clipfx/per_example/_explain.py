@@ -45,7 +45,8 @@ def explain(
 
     Args:
       fun: See `clipped_grad`.
-      args: Of the loss, with *one* example, without an axis of examples.
+      args: Of the loss, with *one* example, without an axis of examples; arrays, or
+        their shapes, as `jax.ShapeDtypeStruct`.
       argnums: See `clipped_grad`.
       batch_argnums: Which arguments are the example's.
       has_aux: See `clipped_grad`.
@@ -73,10 +74,22 @@ def explain(
     """
     signature = Signature(fun, argnums, batch_argnums, has_aux)
     _batch.check_signature(signature)
-    filled = list(args)
-    for k in _batch.numbers(signature, "batch_argnums", len(args)):
-        filled[k] = jax.tree.map(lambda x: jnp.asarray(x)[None], args[k])
-    call = _batch.prepare(signature, filled, kwargs)
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    # Numbers of Python's stay what they are, all else need only have a shape.
+    shaped = [k for k, x in enumerate(leaves) if hasattr(x, "shape")]
+    traced: list[_batch.Call] = []
+
+    def trace(values: list) -> None:
+        for k, x in zip(shaped, values, strict=True):
+            leaves[k] = x
+        filled, kwargs = treedef.unflatten(leaves)
+        filled = list(filled)
+        for k in _batch.numbers(signature, "batch_argnums", len(args)):
+            filled[k] = jax.tree.map(lambda x: jnp.asarray(x)[None], filled[k])
+        traced.append(_batch.prepare(signature, filled, kwargs))
+
+    jax.eval_shape(trace, [leaves[k] for k in shaped])
+    (call,) = traced
     plan = call.program.plan
     rows: list[tuple[str, ...]] = []
     rows.append(("leaf", "shape", "road", "used in", "FLOPs", "bytes", "because"))

@@ -47,12 +47,15 @@ def factors(site: Site, part: Part, data: jax.Array, delta: jax.Array) -> Factor
       delta: Gradient with respect to the output, `[loops..., ...]`.
     """
     make = {"dot_general": _dot, "conv_general_dilated": _conv, "gather": _gather}
+    data = _sites.numbers(site, data, widen(delta).dtype)
     left, right = make[site.kind](site, part, data, delta)
     return Factors(left, right, key(site, part))
 
 
-def direct(site: Site, part: Part, delta: jax.Array) -> jax.Array:
+def direct(site: Site, part: Part, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The gradient of one example at an addition, in the order of the leaf.
+
+    And what is added up to it, with the positions first.
 
     Args:
       site: An addition.
@@ -67,7 +70,9 @@ def direct(site: Site, part: Part, delta: jax.Array) -> jax.Array:
     kept = [k for k in range(delta.ndim - lead) if k not in repeated]
     gone = inner + [lead + k for k in sorted(repeated)]
     order = outer + [lead + k for k in _in_order(kept, part)]
-    return widen(jnp.transpose(delta, [*gone, *order])).sum(range(len(gone)))
+    rows = widen(jnp.transpose(delta, [*gone, *order]))
+    rows = rows.reshape(-1, *rows.shape[len(gone) :])
+    return rows.sum(0), rows
 
 
 def key(site: Site, part: Part) -> tuple | None:
@@ -190,11 +195,13 @@ def _gather(site: Site, part: Part, ids: jax.Array, d: jax.Array) -> tuple:
                     [lead + dn.offset_dims[e - (e > row)] for e in others])  # fmt: skip
     ids = ids[..., 0]
     left = _matrix(ids, outer, inner + list(range(lead, ids.ndim)))
-    mode = str(site.eqn.params["mode"])
-    if "CLIP" in mode:
-        left = jnp.clip(left, 0, shape[row] - 1)
-    elif "FILL" in mode:
-        inside = (left >= 0) & (left < shape[row])
-        right = jnp.where(inside[..., None], right, jnp.zeros_like(right))
-        left = jnp.where(inside, left, 0)
-    return left, right
+    if jnp.iinfo(left.dtype).bits < 32:  # too narrow for the number of rows
+        left = left.astype(jnp.int32)
+    last = shape[row] - 1
+    if site.eqn.params["mode"] == lax.GatherScatterMode.CLIP:
+        return jnp.clip(left, 0, last), right
+    # In all other modes the derivative leaves out what is outside of the table, also
+    # where the look-up itself takes the nearest row instead.
+    inside = (left >= 0) & (left <= last)
+    right = jnp.where(inside[..., None], right, jnp.zeros_like(right))
+    return jnp.where(inside, left, 0), right

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from clipfx import _compat
+from clipfx._checks import helpful
 from clipfx._fair import (
     Bounds,
     bound,
@@ -42,6 +43,7 @@ class PerPopulation(NamedTuple):
     aux: Any
 
 
+@helpful
 def fair_grad(
     fun: Callable,
     num_groups: int,
@@ -126,7 +128,7 @@ def fair_grad(
         norms = measure(parts)
         if light:
             more = _between.norms(run, light)
-            value = jnp.hypot(norms.value / norms.scale, more)
+            value = jnp.hypot(norms.value / norms.scale, more.value / more.scale)
             norms = Norms(value, jnp.ones_like(value))
         scales, norm, _, _ = bound(norms, bounds)
         sums = dict(zip(heavy, combine(parts, scales, norm), strict=True))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipfx import responses
-from clipfx._checks import check_choice
+from clipfx._checks import check_choice, helpful
 from clipfx._tree import group_leaves, widen
 from clipfx.per_example import _batch, _bounded
 from clipfx.per_example._batch import Signature
@@ -159,6 +159,7 @@ def check_bounded(response: responses.Response) -> None:
         )
 
 
+@helpful
 def clipped_grad(
     fun: Callable,
     max_norm: Any,
@@ -189,8 +190,10 @@ def clipped_grad(
     it to an optimizer. An example whose gradient is not finite contributes zero.
 
     The loss is of one example. What mixes examples, as batch normalization does, cannot
-    be written so and has no gradient of one example; use group or layer normalization.
-    Randomness: a key for every example, by `batch_argnums`.
+    be written so and has no gradient of one example: where it is recognised it is
+    refused; use group or layer normalization. What JAX cannot map over examples, as
+    `jax.lax.ragged_dot`, takes `microbatch_size=1`. Randomness: a key for every
+    example, by `batch_argnums`.
 
     Args:
       fun: `fun(params, example, ...)` returns the loss of one example, a scalar.
@@ -245,7 +248,7 @@ def clipped_grad(
     responses.check_response(response)
     check_limit(max_norm)
     _batch.check_ord(ord)
-    check_step(microbatch_size)
+    microbatch_size = check_step(microbatch_size)
     return ClippedGrad(
         signature, max_norm, groups, response, ord, microbatch_size, axis_name
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipfx import _compat
-from clipfx._checks import is_known
+from clipfx._checks import helpful, is_known
 from clipfx._fair import check_populations
 from clipfx._tree import widen
 from clipfx.per_example import _batch, _bounded, _sums, _tape
@@ -36,6 +36,7 @@ class Pass(NamedTuple):
     info: PerExample
 
 
+@helpful
 def group_grad(
     fun: Callable,
     num_groups: int,

@@ -1,5 +1,6 @@
 """Thresholds by group, by example, by both."""
 
+import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -48,6 +49,13 @@ def limits(max_norm: Any, members: Groups, size: int) -> jax.Array:
             raise ValueError(
                 f"max_norm must name every group, got {sorted(max_norm)} without "
                 f"{missing}; add them, with math.inf for no clipping."
+            )
+        unknown = [name for name in max_norm if name not in names]
+        if unknown:
+            near = difflib.get_close_matches(str(unknown[0]), names, 1)
+            advice = f"did you mean {near[0]!r}?" if near else f"there are {names}."
+            raise ValueError(
+                f"max_norm must name groups that there are, got {unknown}; {advice}"
             )
         max_norm = jnp.stack([jnp.asarray(max_norm[name]) for name in names])
         max_norm = max_norm[None]

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from clipfx._checks import helpful
 from clipfx._tree import group_leaves
 from clipfx.per_example import _batch
 from clipfx.per_example._batch import Signature
@@ -10,6 +11,7 @@ from clipfx.per_example._bounded import PerExample
 from clipfx.per_example._parts import check_step, in_parts, measuring
 
 
+@helpful
 def norms(
     fun: Callable,
     *,
@@ -56,7 +58,7 @@ def norms(
     signature = Signature(fun, argnums, batch_argnums, has_aux)
     _batch.check_signature(signature)
     _batch.check_ord(ord)
-    check_step(microbatch_size)
+    microbatch_size = check_step(microbatch_size)
 
     def measure(*args: Any, where: Any = None, **kwargs: Any) -> PerExample:
         members = group_leaves(groups, _batch.params_of(signature, args))

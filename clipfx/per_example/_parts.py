@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from clipfx._checks import check_count
 from clipfx._tree import Groups
 from clipfx.per_example import _batch, _bounded
 from clipfx.per_example._batch import Signature
@@ -82,10 +83,7 @@ def measuring(
     return some
 
 
-def check_step(step: Any) -> None:
+def check_step(step: Any) -> int | None:
     """Checks `microbatch_size`."""
-    if step is not None and (type(step) is not int or step < 1):
-        raise ValueError(
-            f"microbatch_size must be an int >= 1 or None, got {step!r}; it is the "
-            "number of examples computed at a time."
-        )
+    advice = "it is the number of examples computed at a time, None for all"
+    return None if step is None else check_count("microbatch_size", step, 1, advice)

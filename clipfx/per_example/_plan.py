@@ -312,9 +312,15 @@ def _decide(
     for number, site in sites.items():
         own = [p.leaf for p in site.view.parts if p.leaf is not None]
         own = [leaf for leaf in own if roads[leaf] != "instantiated"]
-        if all(site.sliced) or not own or any(len(uses[leaf]) > 1 for leaf in own):
+        if not own or any(len(uses[leaf]) > 1 for leaf in own):
             continue
         if site.kind in ADD:
+            # What positions add up to may be nothing but rounding, as it is with the
+            # biases of keys: norm and sum have to be of one and the same addition.
+            if norms and site.repeats and not site.view.repeated:
+                formed.add(number)
+            continue
+        if all(site.sliced):
             continue
         words = WORDS * sum(math.prod(shapes[leaf]) for leaf in own)
         dear = words < sum(costs[leaf] for leaf in own)
@@ -340,5 +346,5 @@ def _decide(
         if roads[leaf] != "instantiated"
     }
     remat = walk.remat and norms
-    formed = frozenset(formed)
+    formed = frozenset(formed & used.keys())
     return Plan(root, uses, roads, reasons, used, formed, remat, dtypes, ord)

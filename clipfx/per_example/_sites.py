@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from clipfx import _compat
 from clipfx.per_example._views import Part, View
@@ -136,6 +135,17 @@ def dot_delta_dims(site: Site) -> tuple[list[int], ...]:
     return list(range(b)), second, first
 
 
+def numbers(site: Site, data: Any, dtype: Any) -> Any:
+    """Recorded data as floating numbers; counts, masks and the like become `dtype`.
+
+    JAX lets data of any dtype meet a floating weight in a product. Ids of rows stay.
+    """
+    if data is None or site.kind == "gather":
+        return data
+    floating = jnp.issubdtype(data.dtype, jnp.floating)
+    return data if floating else data.astype(dtype)
+
+
 def apply(site: Site, weight: jax.Array, data: jax.Array) -> jax.Array:
     """What of the equation is linear in the weight, in the dtype of the inputs."""
     if site.kind in ADD:
@@ -188,7 +198,7 @@ def weight_gradient(
         shape = site.eqn.invars[site.weight].aval.shape
         return total.reshape(*total.shape[:lead], *shape)
     run = functools.partial(apply, site)
-    if jnp.issubdtype(data.dtype, jnp.floating):
+    if site.kind != "gather":
         data = data.astype(delta.dtype)
     for sliced in reversed(site.sliced):
         run = jax.vmap(run, (0 if sliced else None, 0))
@@ -219,7 +229,8 @@ def _dot_gradient(
     if spec is not None:
         given = None if like is None else _compat.explicit_spec(like)
         given = given or (None,) * len(order)
-        spec = PartitionSpec(*(given[order.index(k)] for k in range(len(order))))
+        spec = [given[order.index(k)] for k in range(len(order))]
+        spec = _compat.sharding(delta, spec)
     out = lax.dot_general(
         data.astype(delta.dtype),
         delta,

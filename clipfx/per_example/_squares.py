@@ -13,29 +13,20 @@ import itertools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from clipfx import _compat
-from clipfx._tree import widen, widest
+from clipfx._tree import widest
+from clipfx.per_example import _scales
 from clipfx.per_example._factors import Factors
 
 # More positions than this are taken in tiles, half of which symmetry saves.
 TILE = 256
 
 
-def power(x: jax.Array, ord: int = 2, axis: int | None = None) -> jax.Array:
-    """The sum of powers, of absolute values or squares, in float32 or wider."""
-    x = widen(x)
-    if ord == 1:
-        return jnp.abs(x).sum(axis)
-    x = x * x if not jnp.iscomplexobj(x) else x.real * x.real + x.imag * x.imag
-    return x.sum(axis)
-
-
 def power_of_products(
     factors: list[Factors], precision: jax.lax.PrecisionLike = None, ord: int = 2
 ) -> jax.Array:
-    """The norm of a sum of outer products, of one example, to the power of p.
+    """The norm of a sum of outer products, of one example, to the power of p, `[4, 2]`.
 
     Args:
       factors: All of the same leaf or the same region of it, aligned.
@@ -52,29 +43,39 @@ def power_of_products(
         ]
     dense = _join([f for f in factors if not f.by_index])
     rows = _join([f for f in factors if f.by_index])
-    if sum(f.right.shape[1] for f in factors) == 1:
-        (f,) = factors
-        left = power(f.left, ord, -1) if not f.by_index else 1.0
-        return (left * power(f.right, ord, -1)).sum()
-    assert ord == 2, ord
-    total = size = jnp.zeros((), factors[0].right.dtype)
+    assert ord == 2 or sum(f.right.shape[1] for f in factors) == 1, ord
+    raised = functools.partial(_scales.raised, p=ord)
+    total = terms = jnp.zeros((), dtype)
+    top = largest = jnp.asarray(_scales.NOTHING, jnp.int32)
     if dense is not None:
-        total += _gram(dense.left, dense.right, precision)
-        lengths = jnp.linalg.norm(dense.left, axis=-1)
-        size += (lengths * jnp.linalg.norm(dense.right, axis=-1)).sum(-1)
+        left, right, top = _scales.pair_to_one(dense.left, dense.right)
     if rows is not None:
-        total += power(_sum_rows(rows.left, rows.right))
-        size += jnp.linalg.norm(rows.right, axis=-1).sum(-1)
+        largest = jnp.max(jnp.abs(rows.right), initial=0)
+        largest = jnp.where(largest == 0, top, _scales.exponent(largest))
+    scale = jnp.maximum(top, largest)
+    scale = jnp.where(scale == _scales.NOTHING, 0, scale)
+    if dense is not None:
+        right = right * _scales.two_to(jnp.minimum(top - scale, 0), dtype)
+        terms += (raised(left).sum(-1) * raised(right).sum(-1)).sum()
+        total = _gram(left, right, precision) if right.shape[1] > 1 else terms
+    if rows is not None:
+        moved = _to_scale(rows.right, -scale)
+        terms += raised(moved).sum()
+        total += raised(_sum_rows(rows.left, moved)).sum()
     if dense is not None and rows is not None:
         take = functools.partial(jnp.take_along_axis, axis=2)
         ids = jnp.broadcast_to(
-            rows.left[:, None], (*dense.left.shape[:2], rows.left.shape[1])
+            rows.left[:, None], (*left.shape[:2], rows.left.shape[1])
         )
-        inner = _matmul(dense.right, rows.right, precision)
-        total += 2 * (take(dense.left, ids) * inner).sum()
-    # What rounding leaves of a sum that cancels is no bound: never below this share.
-    least = 16 * jnp.finfo(total.dtype).eps
-    return jnp.maximum(total, least * (size * size).sum())
+        inner = _matmul(right, moved, precision)
+        total += 2 * (take(left, ids) * inner).sum()
+    return _scales.spread(jnp.maximum(total, 0), terms, ord * scale)
+
+
+def _to_scale(x: jax.Array, n: jax.Array) -> jax.Array:
+    """`x * 2**n` in two steps, neither of which leaves the range."""
+    half = n // 2
+    return x * _scales.two_to(half, x.dtype) * _scales.two_to(n - half, x.dtype)
 
 
 def fits(keys: list[tuple | None]) -> bool:
@@ -113,7 +114,7 @@ def _join(factors: list[Factors]) -> Factors | None:
 def _matmul(a: jax.Array, b: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
     """`[S, T, T']` from `[S, T, K]` and `[S, T', K]`."""
     spec = _compat.explicit_spec(a)
-    spec = None if spec is None else PartitionSpec(spec[0], None, None)
+    spec = None if spec is None else _compat.sharding(a, (spec[0], None, None))
     dims = (((2,), (2,)), ((0,), (0,)))
     return lax.dot_general(a, b, dims, precision=precision, out_sharding=spec)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from clipfx import _compat, responses
-from clipfx._checks import check_choice
+from clipfx._checks import check_choice, helpful
 from clipfx._clip import (
     ClipMetrics,
     ClipState,
@@ -22,6 +22,8 @@ from clipfx._clip import (
 )
 from clipfx._combine import Layout, axes_apart, combine
 from clipfx._norms import Norms
+from clipfx._paths import check_stacked, ranks
+from clipfx._range import largest, raised, reciprocal_power_of_two
 from clipfx._tree import (
     Groups,
     counted_leaves,
@@ -34,14 +36,14 @@ from clipfx._tree import (
 from clipfx.per_example._batch import batch_size
 from clipfx.per_example._bounded import lowered
 from clipfx.per_example._limits import check_limit, limits
-from clipfx.per_example._squares import power
 
 
+@helpful
 def clip_per_example(
     max_norm: Any,
     *,
     groups: Any = "global",
-    response: responses.Response = responses.hard,
+    response: responses.Response | None = None,
     reduce: str = "mean",
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -62,7 +64,7 @@ def clip_per_example(
     Args:
       max_norm: :math:`c`: a number >= 0, `[G]`, or a dict by group name.
       groups: Which leaves share a norm, see `clipfx.clip_by_norm`. Static.
-      response: From norms and thresholds to new norms. Static.
+      response: From norms and thresholds to new norms, None for `hard`. Static.
       reduce: `"mean"` over the B examples, dropped ones included, or `"sum"`. Static.
       axis_name: The mesh axes that examples are split over, a name or a tuple of names,
         `()` for none. Needed in `shard_map`, whose types do not tell these axes from
@@ -94,25 +96,29 @@ def clip_per_example(
     <https://arxiv.org/abs/1607.00133>`_, 2016.
     """
     check_limit(max_norm)
+    response = responses.hard if response is None else response
     responses.check_response(response)
     check_choice("reduce", reduce, ("mean", "sum"))
 
     def init(params: Any) -> ClipState:
-        return ClipState((), fresh_metrics(params, group_leaves(groups, params)))
+        metrics = fresh_metrics(params, group_leaves(groups, params))
+        return ClipState(ranks(params), metrics)
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, ClipState]:
-        del params, extra_args
+        del extra_args
         members = group_leaves(groups, updates)
         check_same_groups(state, members)
+        advice = "jax.vmap(jax.grad(loss), (None, 0)) makes such"
+        check_stacked(updates, params, state.threshold, "examples", advice)
         size = batch_size((updates,), (0,))
         axes = axes_apart(updates, axis_name, "the examples of clip_per_example")
         over = functools.partial(_add_up, axes=axes)
         norms = _norms(updates, members, axes)
         limit = limits(max_norm, members, size).astype(norms.value.dtype)
         limit = jnp.broadcast_to(limit, norms.value.shape)
-        limit = _compat.reshard(limit, _compat.explicit_spec(norms.value))
+        limit = _compat.as_like(limit, norms.value)
         before, factor = factors(norms, lowered(limit), response, "zero")
         good = jnp.isfinite(norms.value).all(1)
         count = 1
@@ -146,11 +152,17 @@ def _norms(updates: Any, members: Groups, axes: frozenset) -> Norms:
     if not pairs:
         nothing = jnp.zeros((batch_size((updates,), (0,)), 0), dtype)
         return Norms(nothing, nothing)
-    rows = [jax.vmap(power)(x).astype(dtype) for x, _ in pairs]
     index = tuple(i for _, i in pairs)
     layout = Layout(index, len(members.names), dtype, (), axes)
-    squares = combine(jnp.add, rows, layout).T
-    return Norms(jnp.sqrt(squares), jnp.ones_like(squares))
+    peaks = [jax.vmap(largest)(widen(x)) for x, _ in pairs]
+    scale = reciprocal_power_of_two(combine(jnp.maximum, peaks, layout))
+
+    def squares(x: jax.Array, scale: jax.Array) -> jax.Array:
+        return raised(times(widen(x, dtype), scale), 2).sum()
+
+    rows = [jax.vmap(squares)(x, scale[i]) for x, i in pairs]
+    total = combine(jnp.add, rows, layout)
+    return Norms(jnp.sqrt(total).T, scale.T)
 
 
 def _next(

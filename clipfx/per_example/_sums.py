@@ -1,5 +1,6 @@
 """Weighted sums of gradients, from what one pass over a batch left behind."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ def weighted_sum(
     tape: Tape,
     factor: jax.Array,
     index: Sequence[int | None],
-    good: jax.Array,
+    good: jax.Array | None,
 ) -> list[jax.Array]:
     """Sums over examples of gradients times factors, by leaf, in float32 or wider.
 
@@ -30,7 +31,8 @@ def weighted_sum(
       tape: From `record`.
       factor: `[B, G]`, 0 where an example is not good.
       index: By leaf its group.
-      good: bool `[B]`, which examples have only finite numbers on the tape.
+      good: bool `[B]`, which examples have only finite numbers on the tape; None if
+        nothing has to be left out.
     """
     plan = program.plan
     params = [widen(inputs[k]) for k in program.params]
@@ -59,13 +61,14 @@ def weighted_sum(
             axis = _axis_of_weight(plan.sites[n])
             grads[n] = _mask(_scale(x, factor, groups[n], axis), good).sum(0)
     else:
+        assert good is not None
         inputs = _stand_in(program, inputs, good)
         grads = _second_pass(program, inputs, found, factor, groups)
-    like = lambda x, w: _compat.reshard(x.astype(common), _compat.explicit_spec(w))
+    like = lambda x, w: _compat.as_like(x.astype(common), w)
     (back,) = pull({n: like(grads[n], w) for n, w in found.items()})
     for leaf, x in back.items():
         sums[leaf] = x.astype(params[leaf].dtype)
-    if tape.powers is None:
+    if tape.powers is None or good is None:
         return sums
     # Without a good example there is none to stand in.
     return [jnp.where(good.any(), x, jnp.zeros_like(x)) for x in sums]
@@ -77,7 +80,7 @@ def _of_sites(
     found: dict,
     factor: jax.Array,
     groups: dict,
-    good: jax.Array,
+    good: jax.Array | None,
 ) -> dict[int, jax.Array]:
     """Sums at the sites that are not formed.
 
@@ -94,6 +97,7 @@ def _of_sites(
         # Sites that share what is recorded share what is scaled, if factors agree.
         first, second = (site.data,), (site.tap, axis, groups[n])
         if in_data:
+            a = _sites.numbers(site, a, widen(d).dtype)
             first, second = (site.data, axis, groups[n]), (site.tap,)
         if first not in data:
             data[first] = _scale(a, factor, groups[n], axis) if in_data else a
@@ -110,6 +114,10 @@ def _of_sites(
             for n, (a, d) in pairs.items()
         }
 
+    both = list(data.values()), list(deltas.values())
+    if good is None:
+        return sums(*both)
+
     def again(state):
         done, data, deltas, _ = state
         # A factor of 0 is not enough: 0 times NaN is NaN.
@@ -117,14 +125,15 @@ def _of_sites(
         return ~done, data, deltas, sums(data, deltas)
 
     # Hardly ever. A loop works in place, where a branch would copy its results.
-    both = list(data.values()), list(deltas.values())
     # A sum of numbers: one all-reduce with those of the gradients.
     bad = jnp.where(good, 0.0, 1.0).sum()
     state = (bad == 0, *both, sums(*both))
     return jax.lax.while_loop(lambda state: ~state[0], again, state)[3]
 
 
-def _mask(x: jax.Array, good: jax.Array) -> jax.Array:
+def _mask(x: jax.Array, good: jax.Array | None) -> jax.Array:
+    if good is None:
+        return x
     return jnp.where(good.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
 
 
@@ -176,7 +185,6 @@ def _second_pass(
 ) -> dict[int, jax.Array]:
     """Weighted sums by an ordinary backward pass, which rematerializes."""
     plan = program.plan
-    axes = tuple(0 if mapped else None for mapped in program.mapped)
 
     def loss(weights, row, *values):
         def visit(site, inputs, apply, weight):
@@ -184,7 +192,7 @@ def _second_pass(
             some = groups[site.number]
             times = lambda x, axis: _scale(x[None], row[None], some, axis)[0]
             data = jax.lax.stop_gradient(inputs[site.operand])
-            if jnp.issubdtype(data.dtype, jnp.floating):
+            if site.kind != "gather":
                 data = data.astype(weight.dtype)
             in_data, k = _sites.where_axis(site)
             axis = None if k is None else k + 1
@@ -198,6 +206,10 @@ def _second_pass(
         outs, _ = _run.run(plan.root, values, plan.sites, {}, visit, weights)
         return outs[0]
 
-    batched = jax.vmap(loss, (None, 0, *axes))
-    value, pull = jax.vjp(lambda weights: batched(weights, factor, *inputs), found)
+    def batched(weights):
+        one = functools.partial(loss, weights)
+        mapped = (True, *program.mapped)
+        return _tape.over_examples(one, mapped, [factor, *inputs])
+
+    value, pull = jax.vjp(batched, found)
     return pull(jnp.ones_like(value))[0]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from clipfx import _compat
 from clipfx._tree import widen, widest
-from clipfx.per_example import _factors, _run, _sites, _squares
+from clipfx.per_example import _factors, _run, _scales, _sites, _squares
 from clipfx.per_example._plan import Plan
 from clipfx.per_example._roads import by_region
 from clipfx.per_example._sites import Site
@@ -39,7 +39,7 @@ class Tape(NamedTuple):
         tap.
       leaves: By leaf the gradient of each example, `[B, ...]`, where instantiated.
       formed: By site the gradient of each example with respect to its weight.
-      powers: `[B, L]`, norms to the power of p by leaf, if measured on the way.
+      powers: `[B, L, 4, 2]`, norms to the power of p by leaf, if measured on the way.
     """
 
     data: dict[int, jax.Array]
@@ -88,8 +88,7 @@ def record(
         leaves, deltas = pull(jnp.ones_like(value))
         return [value, *aux], data, leaves, deltas
 
-    axes = tuple(0 if mapped else None for mapped in program.mapped)
-    outs, data, leaves, deltas = jax.vmap(one, axes)(*inputs)
+    outs, data, leaves, deltas = over_examples(one, program.mapped, inputs)
     outs, data, leaves, deltas = jax.tree.map(
         _like_rows(program, inputs), (outs, data, leaves, deltas)
     )
@@ -100,12 +99,31 @@ def record(
     for n in plan.formed if norms else ():
         site = plan.sites[n]
         form = lambda x, d, site=site: _sites.weight_gradient(
-            site, x[None], widen(d)[None])  # fmt: skip
-        formed[n] = jax.vmap(form)(data[site.data], deltas[site.tap])
+            site, x if x is None else x[None], widen(d)[None])  # fmt: skip
+        formed[n] = jax.vmap(form)(data.get(site.data), deltas[site.tap])
     rest = [site for n, site in plan.sites.items() if n not in formed]
     data = {site.data: data[site.data] for site in rest if site.data is not None}
     deltas = {site.tap: deltas[site.tap] for site in rest}
     return outs, Tape(data, deltas, leaves, formed, None)
+
+
+def over_examples(one: Callable, mapped: Sequence[bool], inputs: Sequence[Any]) -> Any:
+    """Maps a function of one example's inputs over the batch."""
+    axes = tuple(0 if m else None for m in mapped)
+    try:
+        return jax.vmap(one, axes)(*inputs)
+    except (NotImplementedError, ValueError) as error:
+        if isinstance(error, ValueError) and "vmap" not in str(error):
+            raise
+        pairs = list(zip(inputs, mapped, strict=True))
+        if any(x.shape[0] != 1 for x, m in pairs if m):
+            raise NotImplementedError(
+                "fun must be made of what JAX can map over examples, got "
+                f"{str(error).splitlines()[0].rstrip('.')!r}; pass microbatch_size=1, "
+                "which takes one example after the other."
+            ) from error
+    alone = one(*(x[0] if m else x for x, m in pairs))
+    return jax.tree.map(lambda x: x[None], alone)
 
 
 def _like_rows(program: Program, inputs: Sequence[Any]) -> Callable:
@@ -131,9 +149,10 @@ def _settled(x: jax.Array) -> jax.Array:
 
 
 def _found(plan: Plan) -> jax.Array:
-    """Where powers of norms are added up, `[L]`."""
+    """Where powers of norms are added up, `[L, 4, 2]`."""
     value = plan.root.jaxpr.outvars[0].aval
-    return _zeros((len(plan.roads),), value).astype(dtype(plan))
+    shape = (len(plan.roads), _scales.SCALES, 2)
+    return _zeros(shape, value).astype(dtype(plan))
 
 
 def _taps(plan: Plan) -> dict[int, jax.Array]:
@@ -159,7 +178,7 @@ def dtype(plan: Plan) -> Any:
 def powers(
     plan: Plan, tape: Tape, size: int, split: Sequence[frozenset[str]]
 ) -> jax.Array:
-    """Norms `[B, L]` of each example's gradient to the power of p, by leaf.
+    """Norms `[B, L, 4, 2]` of each example's gradient to the power of p, by leaf.
 
     Args:
       plan: Decisions.
@@ -176,7 +195,7 @@ def powers(
     if tape.powers is None:
         return jax.vmap(one, axis_size=size)(tape)
     found = tape.powers.astype(dtype(plan))
-    power = functools.partial(_squares.power, ord=plan.ord)
+    power = functools.partial(_scales.power, p=plan.ord)
     for leaf, x in tape.leaves.items():
         found = found.at[:, leaf].add(jax.vmap(power)(x).astype(found.dtype))
     every = frozenset().union(*split)
@@ -194,15 +213,15 @@ def over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
 
 
 def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> jax.Array:
-    """The norm of one example's gradient to the power of p."""
+    """The norm of one example's gradient to the power of p, `[4, 2]`."""
     if leaf in tape.leaves:
-        return _squares.power(tape.leaves[leaf], plan.ord)
-    total = jnp.zeros((), dtype(plan))
+        return _scales.power(tape.leaves[leaf], plan.ord)
+    total = jnp.zeros((_scales.SCALES, 2), dtype(plan))
     for places in by_region(plan.uses[leaf]):
         (site, part), *_ = places
         if site.number in tape.formed:
             formed = _part(site, part, tape.formed[site.number])
-            found = _squares.power(formed, plan.ord)
+            found = _scales.power(formed, plan.ord)
         else:
             some = [(s, p, tape.operand(s), tape.deltas[s.tap]) for s, p in places]
             found = _of_region(some, plan.ord)
@@ -226,8 +245,15 @@ def _of_region(places: list, ord: int) -> jax.Array:
     """From all uses of one region of a leaf, each with what was recorded there."""
     site = places[0][0]
     if site.kind in _sites.ADD:
-        parts = [_factors.direct(s, p, d).reshape(-1) for s, p, _, d in places]
-        return _squares.power(functools.reduce(jnp.add, parts), ord)
+        parts = [_factors.direct(s, p, d) for s, p, _, d in places]
+        rows = [rows.reshape(rows.shape[0], -1) for _, rows in parts]
+        found = functools.reduce(jnp.add, [x.reshape(-1) for x, _ in parts])
+        found = _scales.power(found, ord)
+        if sum(len(x) for x in rows) == 1:
+            return found
+        # What positions add up to may cancel.
+        each = [_scales.power(x, ord)[:, :1] for x in rows]
+        return jnp.concatenate([found[:, :1], functools.reduce(jnp.add, each)], 1)
     factors = [_factors.factors(*place) for place in places]
     precision = site.eqn.params.get("precision")
     return _squares.power_of_products(factors, precision, ord)

@@ -1,0 +1,133 @@
+"""Examples that the others' ways of measuring do not fit, one after the other.
+
+Where the gradients of an example's positions cancel, rounding is what is left of sums
+of outer products, and the norm and the sum would be of different roundings. Where a
+factor is enormous or tiny, products leave the range of their dtype. The gradient of
+such an example is formed, by itself, and measured, bounded and added up as any
+gradient is. There are few: the loop usually does not turn.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clipfx import _compat
+from clipfx._norms import Norms
+from clipfx._tree import times, widen
+from clipfx.per_example import _run, _scales, _sums, _tape
+from clipfx.per_example._batch import Call
+from clipfx.per_example._tape import Tape
+
+
+class Found(NamedTuple):
+    """What the loop finds out.
+
+    Attributes:
+      norms: `[B, G]`.
+      factor: `[B, G]`.
+      sums: By leaf.
+    """
+
+    norms: Norms
+    factor: jax.Array
+    sums: list[jax.Array]
+
+
+def each(
+    call: Call, tape: Tape, todo: jax.Array, found: Found, group: Callable, bound: Any
+) -> Found:
+    """Measures some examples anew, and adds them up.
+
+    Args:
+      call: The loss and its inputs.
+      tape: From `record`.
+      todo: bool `[B]`, which.
+      found: What is known so far; entries of these examples are replaced, their
+        contributions are added to the sums.
+      group: From powers by leaf `[1, L, 4, 2]` to `Norms` `[1, G]`.
+      bound: `bound(gradient, norms, row) -> contributions, factor [1, G]` for the
+        gradient by leaf of one example, `row` picking what is the example's from arrays
+        `[B, ...]`; None to measure only.
+    """
+    split = call.split
+    number = jnp.arange(call.size, dtype=jnp.int32)
+
+    def body(state: tuple) -> tuple:
+        _, todo, found = state
+        i = jnp.argmax(_compat.whole(todo)).astype(jnp.int32)
+        row = lambda x: _row(x, i)
+        gradient = _gradient(call, tape, row)
+        power = lambda x: _scales.power(x, call.program.plan.ord)[None]
+        powers = [_tape.over(power(x), axes)
+                  for x, axes in zip(gradient, split, strict=True)]  # fmt: skip
+        norms = group(jnp.stack(powers, 1))
+        here = _compat.as_like(number == i, todo)
+
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            new = jnp.broadcast_to(new.astype(old.dtype), old.shape)
+            return jnp.where(here[:, None], _compat.as_like(new, old), old)
+
+        norms = Norms(*map(put, found.norms, norms))
+        todo = todo & ~here
+        left = jnp.where(todo, 1.0, 0.0).sum()
+        if bound is None:
+            return left, todo, found._replace(norms=norms)
+        parts, factor = bound(gradient, jax.tree.map(row, norms), row)
+        sums = [
+            x + _compat.as_like(y.astype(x.dtype), x)
+            for x, y in zip(found.sums, parts, strict=True)
+        ]
+        return left, todo, Found(norms, put(found.factor, factor), sums)
+
+    with jax.named_scope("out_of_range"):
+        # A sum of numbers: one all-reduce with those of the gradients.
+        left = jnp.where(todo, 1.0, 0.0).sum()
+        state = (left, todo, found)
+        return jax.lax.while_loop(lambda state: state[0] > 0, body, state)[2]
+
+
+def _gradient(call: Call, tape: Tape, row: Callable) -> list[jax.Array]:
+    """The gradient of one example by leaf, in float32 or wider."""
+    program, plan = call.program, call.program.plan
+    if tape.powers is None:
+        one = jax.tree.map(row, tape)
+        ones = jnp.ones((1, 1), _tape.dtype(plan))
+        index = [0] * len(program.params)
+        return _sums.weighted_sum(program, call.inputs, one, ones, index, None)
+    # Nothing was kept of a program that rematerializes.
+    pairs = zip(call.inputs, program.mapped, strict=True)
+    values = [row(x)[0] if mapped else x for x, mapped in pairs]
+
+    def loss(params: list) -> jax.Array:
+        filled = list(values)
+        for k, x in zip(program.params, params, strict=True):
+            filled[k] = x
+        return _run.run(plan.root, filled, {}, {})[0][0]
+
+    value, pull = jax.vjp(loss, [values[k] for k in program.params])
+    return [widen(x) for x in pull(jnp.ones_like(value))[0]]
+
+
+def scaled(x: jax.Array, factors: tuple[jax.Array, jax.Array], group: int) -> jax.Array:
+    """A leaf times the two factors `[1, G]` of its group."""
+    for factor in factors:
+        x = times(x, factor[0, group])
+    return x
+
+
+def _row(x: jax.Array, i: jax.Array) -> jax.Array:
+    """Row i of `[B, ...]` as `[1, ...]`."""
+    spec = _compat.explicit_spec(x)
+    if not spec or spec[0] is None:
+        return jax.lax.dynamic_index_in_dim(x, i, 0)
+    # What is split over devices cannot be indexed: all others are left out of a sum.
+    raw = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    here = jax.lax.broadcasted_iota(jnp.int32, raw.shape, 0) == i
+    here = _compat.as_like(here, raw)
+    picked = jnp.where(here, raw, jnp.zeros_like(raw))
+    found = picked.any(0) if raw.dtype == jnp.bool_ else picked.sum(0, dtype=raw.dtype)
+    if raw is not x:
+        found = jax.random.wrap_key_data(found, impl=jax.random.key_impl(x))
+    return found[None]
