@@ -43,7 +43,7 @@ def params_of(dtype="float32"):
 def batch_of(size=SIZE, dtype="float32", seed=1):
     """Populations differ: half of the first has small gradients."""
     rng = np.random.default_rng(seed)
-    small = np.where(np.arange(size) == 0, 0.02, 1)
+    small = np.where(np.arange(size) == 0, 0.002, 1)
     return (jnp.asarray(2 * small[:, None] * rng.normal(size=(size, 5)), dtype),
             jnp.asarray(3 * small * rng.normal(size=size), dtype))  # fmt: skip
 

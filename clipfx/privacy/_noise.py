@@ -74,7 +74,8 @@ def add_gaussian_noise(
       stddev: :math:`\sigma` >= 0, or an Optax schedule.
       key: From `jax.random.key`, of a seed that nobody can guess, for this alone: two
         transforms, runs or `dp_grad` of one key draw the same noise, which anybody
-        can subtract. Nothing prints it, and what holds it cannot be pickled.
+        can subtract. Nothing prints it, and what holds it cannot be pickled. Under
+        `optax.inject_hyperparams` pass `static_args="key"`, or the state holds it.
       axis_name: Mesh axes that *all* updates are split over, for `pmap` and
         `shard_map(check_vma=False)`: each part draws its own noise. Under `jit`, and
         in `shard_map`, which knows what varies, this happens by itself; in `shard_map`
