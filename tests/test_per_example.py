@@ -404,12 +404,12 @@ def test_norms_that_cancel_bound_all_the_same(fun, dtype, shape):
         grads = jax.vmap(lambda w, *e: jax.grad(fun)(w, e), (None, *[0] * len(batch)))(
             *exact
         )
+        terms = np.asarray(jax.vmap(lambda *e: magnitude(fun, w, e))(*exact[1:]))
     size = lambda g: np.linalg.norm(np.asarray(g, np.float64), axis=(-2, -1))
     norm, true = np.asarray(info.norm[:, 0, 0], np.float64), size(grads)
     assert np.isfinite(norm).all() and (norm > limit).mean() > 0.9
     assert (size(sums) <= limit * (1 + 1e-6)).all()
     # Of what cancels the gradient itself is rounded; the floor that was is gone.
-    terms = jax.vmap(lambda *e: magnitude(fun, w, e))(*exact[1:])
     assert (np.abs(norm - true) <= 1e-6 * true + 4 * 2.0**-24 * terms).all()
 
 
@@ -492,7 +492,9 @@ def test_stacked_gradients(reduce, groups):
 
 def test_stacked_updates_without_a_gradient():
     tx = per_example.clip_per_example(1.0)
-    updates, state = tx.update({"n": jnp.ones((3, 2), int)}, tx.init({"n": jnp.ones(2, int)}))
+    updates, state = tx.update(
+        {"n": jnp.ones((3, 2), int)}, tx.init({"n": jnp.ones(2, int)})
+    )
     np.testing.assert_array_equal(updates["n"], [0, 0])
     assert state.metrics.norm.shape == (0,)
 
