@@ -182,8 +182,8 @@ def clipped_grad(
 
     No gradient of a single example is formed where it can be helped: the loss is
     traced once, norms come from what each equation that uses a parameter has seen and
-    from the gradient of its output, and sums from the same. Right for every loss that
-    JAX can differentiate; `explain` tells which road each parameter takes.
+    from the gradient of its output, and sums from the same. Right for every loss of one
+    example that JAX can differentiate; `explain` tells which road each parameter takes.
 
     The result is a *sum*, in float32 or wider whatever the dtype of the parameters:
     rounded to bfloat16 it would have no provable sensitivity. Divide it, cast it, pass
