@@ -8,6 +8,7 @@ import optax
 
 from clipfx._checks import check_number, is_known
 from clipfx._export import exportable
+from clipfx._range import reciprocal_power_of_two
 from clipfx._tree import divide
 
 # What rules answer that have no threshold yet: a state and what it is made of hold no
@@ -101,7 +102,7 @@ def hypot(a: jax.Array, b: jax.Array) -> jax.Array:
 def shares(x: jax.Array) -> jax.Array:
     """A vector >= 0 over its 2-norm, whatever its size, with a derivative at 0."""
     peak = jax.lax.stop_gradient(jnp.max(x, initial=0.0))
-    unit = x / jnp.where(peak > 0, peak, 1)
+    unit = x * reciprocal_power_of_two(peak)  # 1 / 3e38 is no normal number
     total = jnp.sum(unit * unit)
     return divide(unit, jnp.sqrt(jnp.where(total > 0, total, 1)))
 

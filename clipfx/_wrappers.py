@@ -13,6 +13,7 @@ from clipfx._combine import apart, axes_apart
 from clipfx._export import exportable
 from clipfx._match import check_state, places, put, take
 from clipfx._norms import measure_together
+from clipfx._range import reciprocal_power_of_two
 from clipfx._statistics import (
     LARGEST,
     Window,
@@ -168,9 +169,8 @@ def skip_spikes(
 def _edge(window: Window, num_std: Any, min_steps: Any) -> jax.Array:
     """Mean and `num_std` sample deviations above it, of the rows seen."""
     known = rows_seen(window)
-    size = jnp.max(jnp.abs(window.rows), axis=0)
-    size = jnp.where(size > 0, size, 1)
-    rows = window.rows / size[None]  # squares stay in range
+    scale = reciprocal_power_of_two(jnp.max(jnp.abs(window.rows), axis=0))
+    rows = window.rows * scale[None]  # squares stay in range
     number = jnp.sum(known).astype(jnp.float32)
     mean = jnp.sum(rows, axis=0) / jnp.maximum(number, 1)
     gaps = jnp.where(known, rows - mean[None], 0)
@@ -178,7 +178,7 @@ def _edge(window: Window, num_std: Any, min_steps: Any) -> jax.Array:
     # What is constant up to rounding has no spikes.
     edge = mean + multiple(num_std, std) + 2.0**-20 * jnp.abs(mean)
     ready = number >= jnp.asarray(min_steps).astype(jnp.float32)
-    return jnp.where(ready, multiple(size, edge), LARGEST)
+    return jnp.where(ready, multiple(1 / scale, edge), LARGEST)
 
 
 @exportable("clipfx.ErrorFeedbackState")
@@ -332,7 +332,9 @@ def per_stacked_layer(
         if not any(
             isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)
         ):
-            return jax.vmap(tx.init)(params)
+            split = next(jnp.asarray(x) for x in jax.tree.leaves(params))
+            state = jax.vmap(tx.init)(params)
+            return jax.tree.map(lambda x: _compat.lead_like(x, split), state)
         one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
         repeat = lambda x: jnp.broadcast_to(x, (size, *jnp.shape(x)))
         return jax.tree.map(repeat, tx.init(jax.tree.map(one, params)))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from sequences import LARGEST, Oracle, assert_follows, norms, run
 
@@ -114,6 +115,13 @@ def test_quantile_clip_never_falls_below_its_bound_and_recovers_from_zero():
     again = np.concatenate([zeros, np.full((50, 1), 2.0)])
     _, after, _, _ = run(clipfx.quantile_clip(), again)
     assert after[50] == pytest.approx(2.0)
+
+
+def test_quantile_clip_stays_finite_at_any_rate():
+    values = np.array([[0.0], [1e38], [0.0], [1e-30], [0.0], [1.0]])
+    _, after, limits, state = run(clipfx.quantile_clip(rate=1e6), values)
+    assert np.isfinite([after, limits]).all()
+    assert np.isfinite(state.threshold).all()
 
 
 # ------------------------------------------------------------------------------ zclip
@@ -230,3 +238,21 @@ def test_zclip_survives_norms_whose_squares_overflow():
     poisoned = np.concatenate([np.full((5, 1), 1e30), lognormal(0.1, 2000)])
     _, _, limits, _ = run(clipfx.zclip(warmup_steps=5, decay=0.9), poisoned)
     assert limits[-1] < 3  # forgotten, not infinite for good
+
+
+def test_zclip_learns_nothing_at_a_spike_under_injection_too():
+    values = np.concatenate([lognormal(0.1, 60), [[50.0]]])
+    tx = optax.inject_hyperparams(clipfx.zclip)(learn_spikes=False)
+    state = tx.init({"w": jnp.ones(1)})
+    before = state
+    for value in values:
+        before, (_, state) = state, tx.update({"w": jnp.float32(value)}, state)
+    old, new = before.inner_state.threshold, state.inner_state.threshold
+    assert float(old.mean[0]) == float(new.mean[0])
+
+
+def test_a_share_for_a_percentage_is_asked_about():
+    with pytest.warns(UserWarning, match="percentile should be in percent"):
+        clipfx.autoclip(0.9)
+    for percent in (0, 0.0, 1, 1.0, 50):  # warnings are errors here
+        clipfx.autoclip(percent)

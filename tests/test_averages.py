@@ -106,6 +106,12 @@ def band_oracle(low, high, decay, min_norm):
     [
         (0.5, 2.0, 0.9, 0.0),
         (0.9, 1.1, 0.5, 0.2),
+        (
+            0.5,
+            1.1,
+            0.9,
+            3.0,
+        ),  # often above the band: what exceeds it is cut all the same
         (0.0, lambda count: 4.0 - 0.01 * count, 0.99, 0.0),
     ],
 )
@@ -144,3 +150,17 @@ def test_norm_stabilizer_does_not_see_the_scale():
     np.testing.assert_allclose(small, large, rtol=1e-4)
     steady = run(clipfx.norm_stabilizer(), np.full((50, 1), 7.0))[1]
     np.testing.assert_allclose(steady, 1.0, rtol=1e-5)
+
+
+def test_adagc_warms_up_unclipped_beside_a_silent_tensor():
+    values = np.array([[2.0, 0.0], [3.0, 0.0]])
+    _, after, _, state = run(clipfx.adagc(max_norm=np.inf), values)
+    np.testing.assert_allclose(after, values, rtol=1e-6)
+    np.testing.assert_allclose(state.threshold.norm, [2, -1], rtol=1e-6)
+
+
+def test_adagc_warms_up_at_every_magnitude():
+    """The norm of all tensors together overflows; their shares of it do not."""
+    values = np.full((1, 4), 3e38)
+    _, after, _, _ = run(clipfx.adagc(max_norm=1.0), values)
+    np.testing.assert_allclose(after, 0.5, rtol=1e-5)

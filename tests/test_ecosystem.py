@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from jax import export
 from trees import assert_close, assert_same
 
 import clipfx
@@ -596,3 +597,143 @@ def test_methods_with_params_work_masked_and_partitioned():
         out, state = jax.jit(tx.update)(GRADS, state, PARAMS)
     np.testing.assert_allclose(out["enc"]["w"], [0.0, 1.2], rtol=1e-6)
     np.testing.assert_allclose(out["dec"]["b"], 0.3, rtol=1e-6)
+
+
+# Whatever remembers, or asks for, something of every leaf.
+PER_LEAF = {
+    "agc": clipfx.agc(0.1),
+    "clip_by_params": clipfx.clip_by_params(0.1, 1e-3),
+    "clip_by_params_element": clipfx.clip_by_params(0.1, 1e-3, per="element"),
+    "clip_by_curvature": clipfx.clip_by_curvature(1.0, max_factor=4.0),
+    "error_feedback": clipfx.error_feedback(clipfx.clip_by_global_norm(0.1)),
+    "spam_clip": clipfx.spam_clip(0.5, warmup_steps=1),
+}
+
+
+class Counted(eqx.Module):
+    steps: jax.Array
+    name: str
+    scale: jax.Array
+    linear: eqx.nn.Linear
+    act: object = jax.nn.relu
+
+    def __call__(self, x):
+        return self.scale * self.act(self.linear(x))
+
+
+@pytest.mark.parametrize("name", PER_LEAF)
+def test_leaves_of_equinox_modules_are_matched_by_path(name):
+    """Integers, strings and functions are where gradients have nothing."""
+    tx, linear = PER_LEAF[name], eqx.nn.Linear(2, 2, key=jax.random.key(0))
+    model = Counted(jnp.array(0), "net", jnp.array(1.0), linear)
+    bare = lambda m: {
+        "bias": m.linear.bias,
+        "scale": m.scale,
+        "weight": m.linear.weight,
+    }
+    loss = lambda m: jnp.sum(m(jnp.array([1.0, -2.0])) ** 2)
+    state, plain = tx.init(eqx.filter(model, eqx.is_array)), tx.init(bare(model))
+    for _ in range(2):
+        grads = eqx.filter_grad(loss)(model)
+        out, state = tx.update(grads, state, model)  # the whole module as params
+        want, plain = tx.update(bare(grads), plain, bare(model))
+        assert jax.tree.structure(out) == jax.tree.structure(grads)
+        assert_close(bare(out), want)
+        model = eqx.apply_updates(model, scaled(out, -0.1))
+
+
+@pytest.mark.parametrize("name", PER_LEAF)
+def test_leaves_of_flax_models_are_matched_by_path(name):
+    model, optimizer = nnx_training(optax.chain(PER_LEAF[name], optax.sgd(0.1)))
+    tx = optax.chain(PER_LEAF[name], optax.sgd(0.1))
+    bare = lambda: nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    state, loss = tx.init(bare()), lambda model: jnp.mean((model(X) - Y) ** 2)
+    for _ in range(2):
+        grads, before = nnx.grad(loss)(model), jax.tree.map(jnp.array, bare())
+        out, state = tx.update(nnx.to_pure_dict(grads), state, before)
+        optimizer.update(model, grads)
+        want = jax.tree.map(lambda p, u: p + u, before, out)
+        assert_close(bare(), want, rtol=1e-6, atol=1e-7)
+
+
+def test_an_exported_step_runs_elsewhere():
+    pytest.importorskip("flatbuffers")
+    clips = optax.chain(
+        clipfx.zclip(warmup_steps=1), clipfx.adagc(1.5), clipfx.agc(0.1, axis=0),
+        clipfx.clip_by_curvature(0.1), clipfx.spam_clip(),
+    )  # fmt: skip
+    tx = clipfx.skip_spikes(clipfx.error_feedback(clips), min_steps=2)
+    step = jax.jit(tx.update)
+    _, state = step(PARAMS, tx.init(PARAMS), PARAMS)
+    grads = scaled(PARAMS, 2.0)
+    written = export.export(step)(grads, state, PARAMS).serialize()
+    there = export.deserialize(written).call(grads, state, PARAMS)
+    assert_close(there, step(grads, state, PARAMS))
+
+
+FACTORIES = {
+    **{f: {} for f in (
+        clipfx.adagc, clipfx.agc, clipfx.autoclip, clipfx.band_by_history,
+        clipfx.clip_by_params, clipfx.clip_spikes, clipfx.grad_power,
+        clipfx.norm_stabilizer, clipfx.normalize_by_norm, clipfx.quantile_clip,
+        clipfx.spam_clip, clipfx.spamp, clipfx.zclip,
+    )},
+    clipfx.clip_by_block_rms: {"max_rms": 0.1},
+    clipfx.clip_by_curvature: {"learning_rate": 0.1},
+    clipfx.clip_by_global_norm: {"max_norm": 0.1},
+    clipfx.clip_by_snr: {"max_norm": 0.1},
+    clipfx.clip_by_value: {"max_abs": 0.1},
+    clipfx.clip_group_ratio: {"max_ratio": 1.0, "groups": "layer"},
+    clipfx.clip_per_layer: {"max_norm": 0.1},
+    clipfx.error_feedback: {"clip": clipfx.clip_by_global_norm(0.1)},
+    clipfx.skip_spikes: {"inner": clipfx.clip_by_global_norm(0.1)},
+    clipfx.smooth_norm: {"l0": 1.0, "l1": 1.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", FACTORIES, ids=lambda make: make.__name__)
+def test_every_factory_may_be_injected_with_its_defaults(make):
+    """Whose numbers injection makes arrays of, whether they may change or not."""
+    given = FACTORIES[make]
+    extra = {"snr": 7.0} if make is clipfx.clip_by_snr else {}
+    injected, plain = optax.inject_hyperparams(make)(**given), make(**given)
+    state, expected = injected.init(PARAMS), plain.init(PARAMS)
+    for factor in (0.1, 1.0):
+        out, state = injected.update(scaled(GRADS, factor), state, PARAMS, **extra)
+        want, expected = plain.update(scaled(GRADS, factor), expected, PARAMS, **extra)
+        assert_close(out, want, rtol=2e-6)
+
+
+def test_counts_may_be_numbers_of_numpy():
+    eight = np.int64(8)
+    for tx in (
+        clipfx.autoclip(50.0, window=eight),
+        clipfx.skip_spikes(optax.identity(), window=eight, min_steps=np.int32(2)),
+        clipfx.zclip(warmup_steps=eight),
+        clipfx.adagc(warmup_steps=np.int16(8)),
+        clipfx.spam_clip(warmup_steps=np.uint8(8)),
+        clipfx.agc(axis=np.int64(-1)),
+        clipfx.agc(axis=(np.int64(0),)),
+    ):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    assert clipfx.snr.cosine(np.int64(20)).shape == (20,)
+    assert clipfx.snr.ddpm_linear(np.int32(20)).shape == (20,)
+
+
+def test_a_clip_of_what_is_trained_does_not_count_what_is_frozen():
+    """What docs/choose.md says of frozen parameters."""
+    grads = {**GRADS, "enc": {"w": jnp.array([0.0, 1e6])}}
+    labels = {"dec": "train", "enc": "frozen"}
+    parts = {
+        "train": optax.chain(clipfx.clip_by_global_norm(1.0), optax.sgd(1.0)),
+        "frozen": optax.set_to_zero(),
+    }
+    tx = optax.partition(parts, labels)
+    out, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+    assert_close(out["dec"], scaled(GRADS["dec"], -0.2))
+    trained = {"dec": True, "enc": False}
+    tx = optax.chain(
+        optax.masked(clipfx.clip_by_global_norm(1.0), trained),
+        optax.partition({"train": optax.sgd(1.0), "frozen": parts["frozen"]}, labels),
+    )
+    assert_close(tx.update(grads, tx.init(PARAMS), PARAMS)[0], out)

@@ -95,6 +95,16 @@ def test_agc_axes_by_path():
     )
 
 
+def test_agc_axes_by_a_function_of_the_path():
+    grads, params = tree_of(0), tree_of(1)
+    along = {"attention": {"out": (0, 1)}, "embed": np.int64(1)}
+    by_dict = clip(clipfx.agc(axis=along), grads, params)
+    of = lambda path: {"out": (0, 1), "embed": 1}.get(path[-1].key)
+    assert_same(clip(clipfx.agc(axis=of), grads, params), by_dict)
+    nested = {"attention": lambda path: (0, 1), "embed": lambda path: 1}
+    assert_same(clip(clipfx.agc(axis=nested), grads, params), by_dict)
+
+
 def test_agc_leaves_out_the_classifier():
     params = {"body": jnp.ones((4, 4)), "head": jnp.ones((4, 4))}
     not_head = lambda params: {name: name != "head" for name in params}

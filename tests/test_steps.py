@@ -81,6 +81,28 @@ def test_curvature_learns_nothing_where_nothing_moved_or_is_bad():
     assert_same(after.threshold, state.threshold)
 
 
+def test_curvature_counts_the_secants_of_each_group():
+    """A group that begins to move late learns as one that has just begun."""
+    tx = clipfx.clip_by_curvature(1.0, groups="leaf", decay=0.9)
+    at = lambda a, b: {"a": jnp.full(2, a), "b": jnp.full(2, b)}
+    state = tx.init(at(0.0, 0.0))
+    for k in range(4):  # curvature 3 along a, 5 along b, which moves but once
+        late = float(k == 3)
+        _, state = tx.update(at(3.0 * k, 5 * late), state, at(1.0 * k, late))
+    assert state.threshold.secants.tolist() == [3, 1]
+    np.testing.assert_allclose(state.threshold.curvature, [3.0, 5.0], rtol=1e-5)
+
+
+def test_curvature_remembers_what_half_precision_cannot_hold():
+    tx = clipfx.clip_by_curvature(1.0)
+    params, grads = {"w": jnp.ones(3, jnp.float16)}, {"w": jnp.full(3, 1e6)}
+    _, state = tx.update(grads, tx.init(params), params)
+    assert_same(state.threshold.updates["w"], jnp.full(3, 65504, jnp.float16))
+    bad = {"w": jnp.array([jnp.inf, 1, 1], jnp.float16)}
+    _, after = tx.update(grads, state, bad)
+    assert_same(after.threshold, state.threshold)
+
+
 # --------------------------------------------------------------- weight_decay_balance
 
 

@@ -110,6 +110,13 @@ def test_a_constant_loss_is_no_spike():
     assert moved.all()
 
 
+def test_infinitely_many_deviations_skip_nothing():
+    tx = clipfx.skip_spikes(optax.scale(-1.0), min_steps=2, window=4, num_std=np.inf)
+    moved, state = run(tx, np.array([0.3] * 6 + [1e9], np.float32))
+    assert moved.all()
+    assert np.isfinite(state.clip.metrics.threshold).all()
+
+
 def test_skip_spikes_shows_its_counters():
     tx = clipfx.skip_spikes(optax.sgd(1.0), min_steps=2, window=8)
     norms, losses = np.ones(10), np.ones(10)
@@ -211,6 +218,18 @@ def test_error_feedback_does_not_play_a_spike_back_for_long():
         assert moving.sum() == pytest.approx(steps, abs=2)
 
 
+def test_error_feedback_is_clean_after_a_bad_step_that_its_clip_drops():
+    clip = clipfx.clip_by_global_norm(1.0, nonfinite="zero")
+    tx = clipfx.error_feedback(clip, max_ratio=np.inf)
+    tree = {"w": jnp.array([3.0, 4.0])}
+    _, state = tx.update(tree, tx.init(tree))
+    for bad in (jnp.nan, jnp.inf):
+        out, after = tx.update({"w": jnp.array([bad, 1.0])}, state)
+        assert out["w"].tolist() == [0, 0]
+        assert_same(after.error, state.error)
+    np.testing.assert_allclose(state.error["w"], [2.4, 3.2], rtol=1e-6)
+
+
 def test_error_feedback_keeps_what_half_precision_rounds_off():
     tx = clipfx.error_feedback(clipfx.clip_by_global_norm(1.0), max_ratio=np.inf)
     tree = {"w": jnp.full(5, 0.3, jnp.bfloat16), "n": jnp.arange(3)}
@@ -221,3 +240,24 @@ def test_error_feedback_keeps_what_half_precision_rounds_off():
     np.testing.assert_allclose(total, np.float64(tree["w"][0]), rtol=1e-6)
     assert_same(out["n"], tree["n"])
     assert_close(state.error["n"], jnp.zeros(0))
+
+
+# ------------------------------------------------------------------ per_stacked_layer
+
+
+def test_states_of_stacked_layers_are_mapped():
+    layers = {"w": jnp.ones((3, 2)), "v": jnp.ones(3)}
+    for inner in (clipfx.clip_per_layer(1.0, groups="leaf"), optax.adam(0.1)):
+        tx = optax.chain(clipfx.per_stacked_layer(inner), optax.trace(0.9))
+        state = tx.init(layers)
+        assert_same(optax.tree.map_params(tx, lambda x: x, state), state)
+        seen = []
+        optax.tree.map_params(tx, lambda x, seen=seen: seen.append(x.shape), state)
+        assert set(seen) == {(3, 2), (3,)}
+
+
+def test_a_stack_without_leaves_passes():
+    tx = clipfx.per_stacked_layer(clipfx.clip_by_global_norm(1.0))
+    tree = {"w": optax.MaskedNode(), "v": None}
+    out, _ = tx.update(tree, tx.init(tree))
+    assert out == tree
