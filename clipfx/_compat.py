@@ -166,6 +166,12 @@ def as_like(x: jax.Array, like: jax.Array) -> jax.Array:
     return reshard(x, spec)
 
 
+def lead_whole(x: jax.Array) -> jax.Array:
+    """`x` with its first dimension not split, on a mesh with Explicit axes."""
+    spec = explicit_spec(x)
+    return reshard(x, spec and (None, *spec[1:]))
+
+
 def whole(x: jax.Array) -> jax.Array:
     """`x` with no dimension split, on a mesh with Explicit axes; mapped ones may be."""
     return reshard(x, explicit_spec(x) and (None,) * x.ndim)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipfx import responses
+from clipfx import _compat, responses
 from clipfx._checks import (
     check_count,
     check_number,
@@ -154,6 +154,7 @@ def clip_fair_groups(
         wide = [widen(x) for x in counted]
         if axis_name is not None:
             wide = [jax.lax.psum(x, axis_name) for x in wide]
+        wide = [_compat.lead_whole(x) for x in wide]
         rows = [[x[k] for x in wide] for k in range(num_groups)]
         present = _check_present(present, num_groups)
         scales, norm, limit, averages = bound(

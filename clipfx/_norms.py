@@ -139,7 +139,7 @@ def _norms_of(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
 
 @_measure.defjvp
 def _measure_jvp(layout, ord, primals, tangents):
-    norms = _again(*primals, layout, ord)
+    norms = _again(primals[0], layout, ord)
     inverse = jnp.unstack(_inverse(norms.value))
     scales = jnp.unstack(norms.scale)
     # The unit vector dual to x, |u| <= 1: the derivative is its inner product.

@@ -107,14 +107,15 @@ def is_counted(leaf: Any, path: tuple | None = None) -> bool:
     Raises:
       TypeError: If it is no array and no number; at `path`, if that is known.
     """
-    array = hasattr(leaf, "dtype") and not isinstance(leaf, type)
-    if not array and not isinstance(leaf, complex | float | int):
+    if hasattr(leaf, "dtype") and not isinstance(leaf, type):
+        return jnp.issubdtype(leaf.dtype, jnp.inexact)
+    if not isinstance(leaf, complex | float | int):
         place = "" if path is None else f" at {name_of(words(path))!r}"
         raise TypeError(
             f"leaves of a tree must be arrays, got a {type(leaf).__name__}{place}; "
             "take it out, as eqx.filter(model, eqx.is_inexact_array) does in Equinox."
         )
-    return jnp.issubdtype(leaf.dtype if array else jnp.result_type(leaf), jnp.inexact)
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def counted_leaves(tree: Any, groups: Groups) -> list[tuple[jax.Array, int]]:

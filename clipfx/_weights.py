@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from clipfx._checks import helpful
 from clipfx._tree import divide
 
 Response = Callable[[jax.Array, jax.Array], jax.Array]
@@ -18,6 +19,7 @@ def bounded(response: Any) -> Response:
     return response
 
 
+@helpful
 def auto_s(stability: float = 0.01) -> Response:
     r"""Makes the response :math:`c\,n/(n + \gamma)`, automatic clipping.
 
@@ -53,6 +55,7 @@ def auto_s(stability: float = 0.01) -> Response:
     return bounded(respond)
 
 
+@helpful
 def psac(stability: float = 0.1) -> Response:
     r"""Makes the response :math:`c\,n / (n + r/(n + r))` of DP-PSAC.
 

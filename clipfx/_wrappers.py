@@ -332,9 +332,7 @@ def per_stacked_layer(
         if not any(
             isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)
         ):
-            split = next(jnp.asarray(x) for x in jax.tree.leaves(params))
-            state = jax.vmap(tx.init)(params)
-            return jax.tree.map(lambda x: _compat.lead_like(x, split), state)
+            return jax.vmap(tx.init)(params)
         one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
         repeat = lambda x: jnp.broadcast_to(x, (size, *jnp.shape(x)))
         return jax.tree.map(repeat, tx.init(jax.tree.map(one, params)))

@@ -43,6 +43,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from clipfx._checks import helpful
 from clipfx._tree import divide
 from clipfx._weights import Response, auto_s, bounded, psac
 
@@ -203,6 +204,7 @@ def log(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     return _curve(curve, norm, threshold)
 
 
+@helpful
 def power(exponent: float) -> Response:
     r"""Makes the response :math:`c\,(n/c)^a`, which leaves a norm of c alone.
 
@@ -285,6 +287,7 @@ def reject(norm: jax.Array, threshold: jax.Array) -> jax.Array:
     return jnp.where(norm > threshold, jnp.zeros_like(norm), norm)
 
 
+@helpful
 def band(low: float) -> Response:
     r"""Makes the response :math:`\min(\max(n, low\,c), c)`, which also lifts.
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipfx._checks import is_known, is_number
+from clipfx._checks import helpful, is_known, is_number
 from clipfx._tree import Groups, widest
 
 __all__ = ["Threshold", "as_threshold", "constant", "schedule"]
@@ -52,6 +52,7 @@ class Threshold(NamedTuple):
     update: Callable[..., tuple[Any, Any]]
 
 
+@helpful
 def constant(limit: Any) -> Threshold:
     """Makes a rule that always answers the same.
 
@@ -86,6 +87,7 @@ def constant(limit: Any) -> Threshold:
     return Threshold(init, update)
 
 
+@helpful
 def schedule(fn: optax.Schedule) -> Threshold:
     """Makes a rule from an Optax schedule.
 
@@ -112,6 +114,7 @@ def schedule(fn: optax.Schedule) -> Threshold:
     return Threshold(init, update)
 
 
+@helpful
 def as_threshold(threshold: Any) -> Threshold:
     """Makes a rule from whatever a user may pass as a threshold.
 
