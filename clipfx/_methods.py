@@ -145,7 +145,9 @@ def clip_by_block_rms(
 
     def update(norm, state, *, groups, updates, **extra):
         limit, state = rule.update(norm, state, groups=groups, updates=updates, **extra)
-        return limit * jnp.sqrt(group_sizes(updates, groups, axis_name)), state
+        limit = jnp.asarray(limit)
+        sizes = group_sizes(updates, groups, axis_name).astype(limit.dtype)
+        return multiple(jnp.sqrt(sizes), limit), state
 
     return clip_by_norm(
         Threshold(rule.init, update),
@@ -349,7 +351,8 @@ def clip_by_snr(
         ratio = jnp.maximum(_check_snr(snr), 0)
         factor = rule(ratio) if rule else min_snr(ratio, gamma)
         factor = jnp.clip(jnp.asarray(factor).astype(jnp.float32), low, high)
-        return multiple(limit, factor), state
+        limit = jnp.asarray(limit)
+        return multiple(limit, factor.astype(limit.dtype)), state
 
     return clip_by_norm(
         Threshold(limits.init, update),
