@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
 import optax
 
 import clipfx
@@ -19,37 +20,63 @@ def before(clip: Callable[[float], optax.GradientTransformation]) -> Clipper:
     return lambda max_norm, rate, tx: optax.chain(clip(max_norm), tx)
 
 
+def guarded(clip: Callable[[], optax.GradientTransformation]) -> Clipper:
+    """A clip that learns what is usual, and for 100 steps the threshold behind it.
+
+    On the first steps such a method knows nothing yet, and lets pass what would throw
+    the run out.
+    """
+
+    def make(max_norm, rate, tx):
+        guard = lambda count: jnp.where(count < 100, max_norm, math.inf)
+        return optax.chain(clip(), clipfx.clip_by_global_norm(guard), tx)
+
+    return make
+
+
+def bounded(clip: Callable[[], optax.GradientTransformation]) -> Clipper:
+    """A method that changes the direction, and the threshold behind it."""
+    return before(
+        lambda max_norm: optax.chain(clip(), clipfx.clip_by_global_norm(max_norm))
+    )
+
+
 # `none` has an infinite threshold: it changes nothing, and counts all the same. Those
 # that ignore the threshold find their own.
 CLIPPERS: dict[str, Clipper] = {
     "none": before(lambda max_norm: clipfx.clip_by_global_norm(math.inf)),
     "global": before(clipfx.clip_by_global_norm),
     "layer": before(clipfx.clip_per_layer),
-    "value": before(clipfx.clip_by_value),
-    "rms": before(clipfx.clip_by_block_rms),
+    # Of single elements: 300 is the root of some 100,000.
+    "value": before(lambda max_norm: clipfx.clip_by_value(max_norm / 300)),
+    "rms": before(lambda max_norm: clipfx.clip_by_block_rms(max_norm / 300)),
     "normalize": before(clipfx.normalize_by_norm),
     "smooth_norm": before(lambda max_norm: clipfx.smooth_norm(1.0, 1 / max_norm)),
     "error_feedback": before(
         lambda max_norm: clipfx.error_feedback(clipfx.clip_by_global_norm(max_norm))
     ),
-    "autoclip": before(lambda _: clipfx.autoclip()),
-    "quantile": before(lambda _: clipfx.quantile_clip()),
-    "zclip": before(lambda _: clipfx.zclip()),
+    "autoclip": guarded(clipfx.autoclip),
+    "quantile": guarded(clipfx.quantile_clip),
+    "zclip": before(lambda max_norm: clipfx.zclip(max_norm=max_norm)),
     "adagc": before(lambda max_norm: clipfx.adagc(max_norm=max_norm)),
-    "band": before(lambda _: clipfx.band_by_history()),
+    "band": guarded(clipfx.band_by_history),
     "group_ratio": before(lambda _: clipfx.clip_group_ratio(2.0, groups="layer")),
     "spamp": before(lambda _: clipfx.spamp()),
-    "grad_power": before(lambda _: clipfx.grad_power()),
+    "grad_power": bounded(clipfx.grad_power),
     "stabilizer": before(lambda _: clipfx.norm_stabilizer()),
-    "spikes": before(lambda _: clipfx.clip_spikes()),
-    "spam": before(lambda _: clipfx.spam_clip()),
+    "spikes": before(
+        lambda _: optax.chain(clipfx.clip_spikes(), clipfx.norm_stabilizer())
+    ),
+    "spam": bounded(clipfx.spam_clip),
     # A unit of the embedding is a row, that of the linear layers a column.
     "agc": before(lambda _: clipfx.agc(axis={"embed": {"embedding": 1}})),
     "curvature": lambda max_norm, rate, tx: optax.chain(
         clipfx.clip_by_curvature(rate), tx
     ),
     "params": lambda max_norm, rate, tx: optax.chain(tx, clipfx.clip_by_params()),
-    "skip_spikes": lambda max_norm, rate, tx: optax.chain(clipfx.skip_spikes(tx)),
+    "skip_spikes": lambda max_norm, rate, tx: optax.chain(
+        clipfx.skip_spikes(optax.chain(clipfx.clip_by_global_norm(max_norm), tx))
+    ),
 }
 
 

@@ -44,7 +44,7 @@ def test_char_rnn_end_to_end(tmp_path, text_file, capsys):
         (clip, step) for clip in char_rnn.DEFAULT for step in range(3)
     ]
     assert {"loss", "norm", "ms"} < rows[0].keys()
-    assert rows[0]["clip0/threshold/global"] is None
+    assert rows[0]["clip0/threshold/global"] > 3e38  # none
     assert rows[3]["clip0/threshold/global"] == 1.0
     assert "clip0/factor/recurrent" in rows[-1]
     table = capsys.readouterr().out.splitlines()
