@@ -38,6 +38,7 @@ def places(tree: Any, updates: Any, groups: Groups, name: str) -> list[int | Non
       ValueError: If a counted leaf has none of its shape there.
     """
     leaves, wanted = jax.tree.leaves(tree), jax.tree.leaves(updates)
+    found: list[int | None]
     if jax.tree.structure(tree) == jax.tree.structure(updates):
         found = [*range(len(leaves))]
     else:
