@@ -13,7 +13,12 @@ any loss, at the price of an ordinary one; `privacy` adds noise to such sums.
 
 from clipfx import metrics, per_example, privacy, responses, snr, thresholds
 from clipfx._adaptive import autoclip, quantile_clip, zclip
-from clipfx._averages import adagc, band_by_history, norm_stabilizer
+from clipfx._averages import (
+    adagc,
+    band_by_history,
+    clip_group_ratio,
+    norm_stabilizer,
+)
 from clipfx._clip import ClipMetrics, ClipState, clip_by_norm, global_norm, tree_clip
 from clipfx._elementwise import clip_by_value
 from clipfx._fair import clip_fair_groups
@@ -26,7 +31,7 @@ from clipfx._methods import (
     smooth_norm,
 )
 from clipfx._power import grad_power, spamp
-from clipfx._relative import agc, clip_by_params, clip_group_ratio
+from clipfx._relative import agc, clip_by_params
 from clipfx._spikes import clip_spikes, spam_clip
 from clipfx._steps import WeightDecayBalance, clip_by_curvature, weight_decay_balance
 from clipfx._wrappers import (
