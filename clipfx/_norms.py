@@ -19,6 +19,7 @@ from clipfx._combine import (
     varying,
 )
 from clipfx._range import (
+    add_up,
     in_range,
     largest,
     raised,
@@ -108,7 +109,7 @@ def _norms_of(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
         # scales of full size, shared by leaves of one shape.
         x, *scales = jax.lax.optimization_barrier((x, *scales))
         x = functools.reduce(times, scales, widen(x, layout.dtype))
-        return jnp.sum(raised(x, ord))
+        return add_up(raised(x, ord))
 
     peak_of = lambda xs: combine(jnp.maximum, [largest(x) for x in xs], layout)
 
@@ -133,7 +134,7 @@ def _norms_of(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
         parts = [part(x, *(row[i] for row in rows)) for x, i in pairs]
         return root(combine(jnp.add, parts, layout), ord) * near, scale
 
-    sums = combine(jnp.add, [jnp.sum(raised(x, ord)) for x in wide], layout)
+    sums = combine(jnp.add, [add_up(raised(x, ord)) for x in wide], layout)
     return Norms(*in_range(sums, root(sums, ord), around_largest, layout))
 
 

@@ -296,3 +296,13 @@ def test_reverse_over_reverse_equals_optax():
     got, want = (jax.grad(jax.grad(trained))(0.05, clip) for clip in (
         clipfx.clip_by_global_norm(0.5), optax.clip_by_global_norm(0.5)))  # fmt: skip
     assert float(got) == pytest.approx(float(want), rel=1e-4, abs=0)
+
+
+@pytest.mark.parametrize("shape", [(31, 31), (3, 3, 16, 16), (30, 30, 4), (16, 16)])
+@pytest.mark.parametrize("value", [0.77, 1.1, 1.3, 1.9])
+def test_equal_numbers_in_small_arrays_are_added_up_well(shape, value):
+    """XLA:CPU adds them one after the other, and rounds each time in one direction."""
+    tree = {"w": jnp.full(shape, value, jnp.float32)}
+    clipped = jax.jit(lambda tree: clipfx.tree_clip(tree, 0.5)[0])(tree)
+    size = np.linalg.norm(np.asarray(clipped["w"], np.float64).ravel())
+    assert abs(size / 0.5 - 1) <= 1e-6

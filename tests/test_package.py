@@ -22,9 +22,9 @@ LAYERS = ["_compat", "_export", "_checks", "_paths", "_tree", "_match", "_combin
           "snr", "_clip", "_elementwise", "_methods", "_adaptive", "_averages",
           "_power", "_spikes", "_relative", "_steps", "_wrappers", "_fair",
           "metrics", *(f"per_example._{name}" for name in (
-              "views", "sites", "factors", "scales", "squares", "roads", "plan", "run", "tape",
-              "sums", "batch", "alone", "bounded", "limits", "parts", "grad", "groups",
-              "measures", "between", "fair", "stacked", "explain")),
+              "views", "sites", "factors", "scales", "squares", "roads", "plan", "run",
+              "tape", "sums", "batch", "alone", "bounded", "limits", "parts", "grad",
+              "groups", "measures", "between", "fair", "stacked", "explain")),
           *(f"privacy._{name}" for name in (
               "noise", "rules", "accounting", "step", "dp_grad"))]  # fmt: skip
 FOLDERS = {"clipfx", "clipfx.per_example", "clipfx.privacy"}

@@ -530,6 +530,15 @@ W, X = jnp.ones(2), jnp.ones((3, 2))
 clipped = per_example.clipped_grad
 
 
+def ragged(w, e):  # JAX has no rule to map it over examples
+    x, sizes = e
+    return jax.lax.ragged_dot(x, w, sizes).sum()
+
+
+EXPERTS = jnp.ones((2, 3, 2))
+SHARES = jnp.ones((4, 5, 3)), jnp.full((4, 2), 2, jnp.int32)
+
+
 ERRORS = [
     (lambda: clipped(3, 1.0), TypeError, "fun must be"),
     (lambda: clipped(SIMPLE, -1.0), ValueError, "max_norm must be >= 0"),
@@ -597,6 +606,42 @@ ERRORS = [
         lambda: per_example.clip_per_example(1.0, reduce="max"),
         ValueError,
         "reduce must be",
+    ),
+    (
+        lambda: clipped(SIMPLE, 1.0)(W, X, mask=jnp.ones(3, bool)),
+        TypeError,
+        "did you mean where",
+    ),
+    (lambda: clipped(SIMPLE, l2_norm_clip=1.0), TypeError, "did you mean max_norm"),
+    (
+        lambda: clipped(lambda w, x, y: (w @ x - y) ** 2, 1.0)(W, X, jnp.ones(3)),
+        TypeError,
+        r"did you mean batch_argnums=\(1, 2\)",
+    ),
+    (
+        lambda: clipped(lambda w, x: (w * x).sum(axis=1).mean(), 1.0)(W, X),
+        ValueError,
+        "failed .axis 1 is out of bounds .*without the axis of examples",
+    ),
+    (lambda: clipped(SIMPLE, 1.0)(W, [1.0, 2.0]), ValueError, "jnp.asarray"),
+    (
+        lambda: clipped(SIMPLE, {"global": 1.0, "globe": 2.0})(W, X),
+        ValueError,
+        "got .'globe'.; did you mean 'global'",
+    ),
+    (lambda: clipped(ragged, 1.0)(EXPERTS, SHARES), NotImplementedError, "size=1"),
+    (
+        lambda: clipped(lambda w, x: jax.lax.pmean(w @ x, "batch"), 1.0)(W, X),
+        ValueError,
+        "group or layer normalization",
+    ),
+    (
+        lambda: per_example.clip_per_example(1.0).update(
+            {"w": jnp.ones((3, 2))},
+            per_example.clip_per_example(1.0).init({"w": jnp.ones((3, 2))}),
+        ),
+        ValueError,
+        "updates must have an axis of examples",
     ),
     (lambda: responses.auto_s(0), ValueError, "stability must be"),
     (lambda: responses.psac(math.inf), ValueError, "stability must be"),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from clipfx import _compat, responses
 from clipfx._clip import factors, reported
 from clipfx._norms import Norms
+from clipfx._range import far
 from clipfx._tree import Groups
 from clipfx.per_example import _alone, _scales, _sums, _tape
 from clipfx.per_example._batch import Call
@@ -72,6 +73,7 @@ def bounded_sum(
     before, factor = factors(norms, limit, response, "zero")
     both = before * factor
     usual = (factor == 0) | ((both >= 1 / _FAR) & (both <= _FAR))
+    usual &= norms.value <= far(dtype) * norms.scale  # or elements may be infinite
     alone |= good & keep & ~usual.all(1)
     both = jnp.where((good & keep)[:, None], both, 0)
     some = jnp.where(alone[:, None], jnp.zeros_like(both), both)
@@ -80,10 +82,9 @@ def bounded_sum(
     def bound(gradient: list, norms: Norms, row: Callable) -> tuple[list, jax.Array]:
         pair = factors(norms, row(limit), response, "zero")
         finite = jnp.isfinite(norms.value).all()
-        parts = [
-            jnp.where(finite, _alone.scaled(x, pair, i), jnp.zeros_like(x))
-            for x, i in zip(gradient, index, strict=True)
-        ]
+        scaled = [_alone.scaled(x, pair, i or 0)
+                  for x, i in zip(gradient, index, strict=True)]  # fmt: skip
+        parts = [jnp.where(finite, x, jnp.zeros_like(x)) for x in scaled]
         return parts, jnp.where(finite, pair[0] * pair[1], 0)
 
     found = _alone.each(call, tape, alone, _alone.Found(norms, both, sums), only, bound)

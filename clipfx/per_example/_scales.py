@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from clipfx._norms import Norms
+from clipfx._range import add_up
 from clipfx._tree import times, widen
 
 SCALES = 4
@@ -74,7 +75,7 @@ def power(x: jax.Array, p: int) -> jax.Array:
     """The sum of powers of all elements of `x`, `[4, 2]`."""
     x = widen(x)
     n = exponent(jnp.max(jnp.abs(x), initial=0))
-    total = raised(times(x, two_to(-n, jnp.finfo(x.dtype).dtype)), p).sum()
+    total = add_up(raised(times(x, two_to(-n, jnp.finfo(x.dtype).dtype)), p))
     return spread(total, total, p * n)
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from clipfx import _compat
+from clipfx._range import add_up
 from clipfx._tree import widest
 from clipfx.per_example import _scales
 from clipfx.per_example._factors import Factors
@@ -47,6 +48,7 @@ def power_of_products(
     raised = functools.partial(_scales.raised, p=ord)
     total = terms = jnp.zeros((), dtype)
     top = largest = jnp.asarray(_scales.NOTHING, jnp.int32)
+    left = right = moved = total
     if dense is not None:
         left, right, top = _scales.pair_to_one(dense.left, dense.right)
     if rows is not None:
@@ -56,19 +58,18 @@ def power_of_products(
     scale = jnp.where(scale == _scales.NOTHING, 0, scale)
     if dense is not None:
         right = right * _scales.two_to(jnp.minimum(top - scale, 0), dtype)
-        terms += (raised(left).sum(-1) * raised(right).sum(-1)).sum()
+        terms += add_up(raised(left).sum(-1) * raised(right).sum(-1))
         total = _gram(left, right, precision) if right.shape[1] > 1 else terms
     if rows is not None:
         moved = _to_scale(rows.right, -scale)
-        terms += raised(moved).sum()
-        total += raised(_sum_rows(rows.left, moved)).sum()
+        terms += add_up(raised(moved))
+        total += add_up(raised(_sum_rows(rows.left, moved)))
     if dense is not None and rows is not None:
         take = functools.partial(jnp.take_along_axis, axis=2)
         ids = jnp.broadcast_to(
             rows.left[:, None], (*left.shape[:2], rows.left.shape[1])
         )
-        inner = _matmul(right, moved, precision)
-        total += 2 * (take(left, ids) * inner).sum()
+        total += 2 * add_up(take(left, ids) * _matmul(right, moved, precision))
     return _scales.spread(jnp.maximum(total, 0), terms, ord * scale)
 
 
@@ -140,7 +141,7 @@ def _gram(
 def _inner(a: tuple, b: tuple, precision: jax.lax.PrecisionLike) -> jax.Array:
     """The sum over pairs of positions of products of inner products."""
     (u, v), (x, y) = a, b
-    return (_matmul(u, x, precision) * _matmul(v, y, precision)).sum()
+    return add_up(_matmul(u, x, precision) * _matmul(v, y, precision))
 
 
 def _sum_rows(ids: jax.Array, rows: jax.Array) -> jax.Array:

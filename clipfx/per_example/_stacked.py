@@ -23,7 +23,7 @@ from clipfx._clip import (
 from clipfx._combine import Layout, axes_apart, combine
 from clipfx._norms import Norms
 from clipfx._paths import check_stacked, ranks
-from clipfx._range import largest, raised, reciprocal_power_of_two
+from clipfx._range import add_up, largest, raised, reciprocal_power_of_two
 from clipfx._tree import (
     Groups,
     counted_leaves,
@@ -158,7 +158,7 @@ def _norms(updates: Any, members: Groups, axes: frozenset) -> Norms:
     scale = reciprocal_power_of_two(combine(jnp.maximum, peaks, layout))
 
     def squares(x: jax.Array, scale: jax.Array) -> jax.Array:
-        return raised(times(widen(x, dtype), scale), 2).sum()
+        return add_up(raised(times(widen(x, dtype), scale), 2))
 
     rows = [jax.vmap(squares)(x, scale[i]) for x, i in pairs]
     total = combine(jnp.add, rows, layout)
