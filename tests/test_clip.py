@@ -190,3 +190,16 @@ def test_groups_may_be_a_function_of_the_tree():
     hidden = optax.masked(tx, {"decoder": False, "encoder": True})
     hidden.update(tree, hidden.init(tree))
     optax.tree.map_params(tx, lambda x: x, state)
+
+
+def test_bound_where_norm_and_threshold_are_the_largest_numbers():
+    limit = float(np.nextafter(np.float32(np.finfo(np.float32).max), np.float32(0)))
+    out, _ = clipfx.tree_clip({"w": jnp.full(16, 3e38)}, limit)
+    assert limit * (1 - 1e-6) <= norm(out) <= limit * (1 + 1e-6)
+
+
+def test_a_threshold_that_is_no_number_leaves_the_state_finite():
+    tree = {"w": jnp.ones(3)}
+    out, state = step(clipfx.clip_by_norm(lambda count: jnp.float32(math.nan)), tree)
+    assert np.isnan(out["w"]).all()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
