@@ -103,10 +103,13 @@ def add_up(x: jax.Array) -> jax.Array:
     if not known or x.size <= 64 or max(x.shape) >= 32:
         return jnp.sum(x)
     while x.ndim > 1:
-        x = jnp.sum(x, axis=-1)
-        # The same number, but XLA does not see that, and makes no one sum of the sums.
-        x = jnp.maximum(x, 0) + jnp.minimum(x, 0)
+        x = summed(jnp.sum(x, axis=-1))
     return jnp.sum(x)
+
+
+def summed(x: jax.Array) -> jax.Array:
+    """`x`, but XLA does not see that, and keeps a sum of sums apart."""
+    return jnp.maximum(x, 0) + jnp.minimum(x, 0)
 
 
 def largest(x: jax.Array) -> jax.Array:

@@ -8,14 +8,13 @@ is only the case of one position, :math:`|u|_p^p |v|_p^p`.
 """
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from clipfx import _compat
-from clipfx._range import add_up
+from clipfx._range import add_up, summed
 from clipfx._tree import widest
 from clipfx.per_example import _scales
 from clipfx.per_example._factors import Factors
@@ -59,7 +58,10 @@ def power_of_products(
     if dense is not None:
         right = right * _scales.two_to(jnp.minimum(top - scale, 0), dtype)
         terms += add_up(raised(left).sum(-1) * raised(right).sum(-1))
-        total = _gram(left, right, precision) if right.shape[1] > 1 else terms
+        total = terms
+        if right.shape[1] > 1:
+            total, rounding = _gram(left, right, precision)
+            terms = jnp.maximum(terms, rounding)
     if rows is not None:
         moved = _to_scale(rows.right, -scale)
         terms += add_up(raised(moved))
@@ -122,26 +124,29 @@ def _matmul(a: jax.Array, b: jax.Array, precision: jax.lax.PrecisionLike) -> jax
 
 def _gram(
     left: jax.Array, right: jax.Array, precision: jax.lax.PrecisionLike
-) -> jax.Array:
-    """The sum over pairs of positions, in tiles below the diagonal and on it."""
+) -> tuple[jax.Array, jax.Array]:
+    """The sum over pairs of positions, in tiles; and some 2^20 times its rounding.
+
+    By position: where gradients cancel the sum of a row does, that of a tile does not.
+    """
     length = left.shape[1]
-    if length <= TILE:
-        return _inner((left, right), (left, right), precision)
     count = -(-length // TILE)
     edges = [length * k // count for k in range(count + 1)]
-    total = jnp.zeros((), left.dtype)
-    for low, high in itertools.pairwise(edges):
-        some = left[:, low:high], right[:, low:high]
-        total += _inner(some, some, precision)
-        if low:
-            total += 2 * _inner(some, (left[:, :low], right[:, :low]), precision)
-    return total
-
-
-def _inner(a: tuple, b: tuple, precision: jax.lax.PrecisionLike) -> jax.Array:
-    """The sum over pairs of positions of products of inner products."""
-    (u, v), (x, y) = a, b
-    return add_up(_matmul(u, x, precision) * _matmul(v, y, precision))
+    part = lambda k: tuple(x[:, edges[k] : edges[k + 1]] for x in (left, right))
+    rows: list[list[jax.Array]] = [[] for _ in range(count)]
+    for k in range(count):
+        for j in range(k + 1):
+            (u, v), (x, y) = part(k), part(j)
+            tile = _matmul(u, x, precision) * _matmul(v, y, precision)
+            rows[k].append(tile.sum((0, 2)))
+            if j < k:
+                rows[j].append(tile.sum((0, 1)))
+    add = lambda xs: functools.reduce(jnp.add, xs)
+    total = jnp.concatenate([summed(add(row)) for row in rows]).sum()
+    if count == 1:
+        return total, jnp.zeros_like(total)
+    sizes = jnp.concatenate([add(map(jnp.abs, row)) for row in rows])
+    return total, jnp.sqrt((sizes * sizes).sum())
 
 
 def _sum_rows(ids: jax.Array, rows: jax.Array) -> jax.Array:
