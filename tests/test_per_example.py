@@ -350,6 +350,11 @@ def product(w, e):
     return jnp.sum((x @ w) * d)
 
 
+def wave(w, e):
+    """Positions that cancel in the whole, but not in any stretch of time."""
+    return product(w, e)
+
+
 def table_and_head(w, e):
     """Rows of a table, and the products that take them away again."""
     x, d, ids = e
@@ -367,10 +372,15 @@ def magnitude(fun, w, e):
 SPREADS = 10.0 ** -np.arange(8.0)
 
 
-def cancelling(fun, length, wide, narrow, draws=32):
+def cancelling(fun, length, wide, narrow):
     """Examples whose gradients over time leave these shares; the weight first."""
+    draws = 4 if fun is wave else 32
     normal = lambda *s: np.random.default_rng(0).normal(size=(draws, len(SPREADS), *s))
     spread = SPREADS[:, None, None]
+    if fun is wave:
+        time = np.sin(2 * np.pi * np.arange(length) / length)[:, None]
+        noisy = lambda n: normal(1, n) * (1 + 0.3 * normal(length, n))
+        return np.zeros((wide, narrow)), noisy(wide), noisy(narrow) * time
     if fun is product:  # a softmax's gradients add up to nothing
         d = normal(length, narrow)
         x = normal(1, wide) * (1 + spread * normal(length, wide))
@@ -387,6 +397,7 @@ def cancelling(fun, length, wide, narrow, draws=32):
         (product, "float32", (64, 8, 6)),
         (product, "bfloat16", (8, 16, 4)),
         (product, "float16", (8, 16, 4)),
+        (wave, "float32", (300, 8, 6)),
         (table_and_head, "float32", (8, 6, 5)),
         (table_and_head, "bfloat16", (8, 6, 5)),
     ],
