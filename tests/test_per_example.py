@@ -463,6 +463,15 @@ def test_arguments_and_aux():
     np.testing.assert_array_equal(info.aux["seen"], x)
 
 
+def test_complex_parameters_count_with_both_parts():
+    fun = lambda w, x: (jnp.vdot(w, x.astype(jnp.complex64)) * (0.6 + 0.8j)).real
+    w, x = jnp.array([1 + 2j, 3 - 1j]), jnp.array([[3.0, 4.0], [0.0, 0.5]])
+    sums, info = per_example.clipped_grad(fun, 1.0)(w, x)
+    np.testing.assert_allclose(info.norm[:, 0], [5, 0.5], rtol=1e-6)
+    right = [jax.grad(fun)(w, row) * f for row, f in zip(x, (0.2, 1), strict=True)]
+    np.testing.assert_allclose(sums, sum(right), rtol=2e-6)
+
+
 def test_one_trace_for_many_calls():
     traces = []
 
