@@ -420,6 +420,7 @@ def test_norms_that_cancel_bound_all_the_same(fun, dtype, shape):
     norm, true = np.asarray(info.norm[:, 0, 0], np.float64), size(grads)
     assert np.isfinite(norm).all() and (norm > limit).mean() > 0.9
     assert (size(sums) <= limit * (1 + 1e-6)).all()
+    assert (size(sums) >= np.minimum(norm, limit) * (1 - 4e-6)).all()
     # Of what cancels the gradient itself is rounded; the floor that was is gone.
     assert (np.abs(norm - true) <= 1e-6 * true + 4 * 2.0**-24 * terms).all()
 
