@@ -1,10 +1,9 @@
 """Examples that the others' ways of measuring do not fit, one after the other.
 
 Where the gradients of an example's positions cancel, rounding is what is left of sums
-of outer products, and the norm and the sum would be of different roundings. Where a
-factor is enormous or tiny, products leave the range of their dtype. The gradient of
-such an example is formed, by itself, and measured, bounded and added up as any
-gradient is. There are few: the loop usually does not turn.
+of outer products, and the norm and the sum would be of different roundings. The
+gradient of such an example is formed, by itself, and measured, bounded and added up as
+any gradient is. There are few: the loop usually does not run.
 """
 
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 
 from clipfx import _compat
 from clipfx._norms import Norms
-from clipfx._tree import times, widen
+from clipfx._tree import widen
 from clipfx.per_example import _run, _scales, _sums, _tape
 from clipfx.per_example._batch import Call
 from clipfx.per_example._tape import Tape
@@ -36,7 +35,7 @@ class Found(NamedTuple):
 
 
 def each(
-    call: Call, tape: Tape, todo: jax.Array, found: Found, group: Callable, bound: Any
+    call: Call, tape: Tape, todo: jax.Array, group: Callable, found: Found, bound: Any
 ) -> Found:
     """Measures some examples anew, and adds them up.
 
@@ -44,14 +43,14 @@ def each(
       call: The loss and its inputs.
       tape: From `record`.
       todo: bool `[B]`, which.
+      group: From powers by leaf `[1, L, 4, 2]` to `Norms` `[1, G]`.
       found: What is known so far; entries of these examples are replaced, their
         contributions are added to the sums.
-      group: From powers by leaf `[1, L, 4, 2]` to `Norms` `[1, G]`.
       bound: `bound(gradient, norms, row) -> contributions, factor [1, G]` for the
         gradient by leaf of one example, `row` picking what is the example's from arrays
         `[B, ...]`; None to measure only.
     """
-    split = call.split
+    plan, split = call.program.plan, call.split
     number = jnp.arange(call.size, dtype=jnp.int32)
 
     def body(state: tuple) -> tuple:
@@ -59,10 +58,8 @@ def each(
         i = jnp.argmax(_compat.whole(todo)).astype(jnp.int32)
         row = lambda x: _row(x, i)
         gradient = _gradient(call, tape, row)
-        power = lambda x: _scales.power(x, call.program.plan.ord)[None]
-        powers = [_tape.over(power(x), axes)
-                  for x, axes in zip(gradient, split, strict=True)]  # fmt: skip
-        norms = group(jnp.stack(powers, 1))
+        powers = [[_scales.power(x, plan.ord)] for x in gradient]
+        norms = group(_tape.spread(plan, powers, split)[None])
         here = _compat.as_like(number == i, todo)
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -108,13 +105,6 @@ def _gradient(call: Call, tape: Tape, row: Callable) -> list[jax.Array]:
 
     value, pull = jax.vjp(loss, [values[k] for k in program.params])
     return [widen(x) for x in pull(jnp.ones_like(value))[0]]
-
-
-def scaled(x: jax.Array, factors: tuple[jax.Array, jax.Array], group: int) -> jax.Array:
-    """A leaf times the two factors `[1, G]` of its group."""
-    for factor in factors:
-        x = times(x, factor[0, group])
-    return x
 
 
 def _row(x: jax.Array, i: jax.Array) -> jax.Array:

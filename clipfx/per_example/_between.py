@@ -71,20 +71,25 @@ def _of_products(run: Pass, leaf: int) -> jax.Array:
     inner = jnp.matmul(both, member, precision="highest")
     squares = jnp.maximum((member * inner).sum(0), 0)
     terms = (member * both.diagonal()[:, None]).sum(0)
-    return jax.vmap(_scales.spread, (0, 0, None))(squares, terms, 2 * top)
+    return _at_scale(squares, terms, 2 * top)
 
 
 def _of_rows(run: Pass, leaf: int) -> jax.Array:
     """Squares of norms `[K + 1, 4, 2]`."""
     ids, rows, member = _positions(run, leaf)
     top = _scales.exponent(jnp.max(jnp.abs(rows), initial=0))
-    rows = rows * _scales.two_to(-top, rows.dtype)
+    rows = rows * _scales.inverse_of(top, rows.dtype)
     number = member.argmax(1)
     each = _squared_sums(ids[0], number, rows[0])
     own = [jnp.where(number == k, each, 0).sum() for k in range(member.shape[1])]
     whole = _squared_sums(ids[0], jnp.zeros_like(number), rows[0]).sum()
     squares = jnp.stack([*own, whole])
-    return jax.vmap(_scales.spread, (0, 0, None))(squares, squares, 2 * top)
+    return _at_scale(squares, squares, 2 * top)
+
+
+def _at_scale(squares: jax.Array, terms: jax.Array, n: jax.Array) -> jax.Array:
+    pairs = jnp.stack([squares, terms], 1)
+    return _scales.spread_pairs(pairs, jnp.broadcast_to(n, squares.shape))
 
 
 def _positions(run: Pass, leaf: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from clipfx import _compat, responses
-from clipfx._clip import factors, reported
+from clipfx._clip import factors
 from clipfx._norms import Norms
-from clipfx._range import far
-from clipfx._tree import Groups
+from clipfx._tree import Groups, times
 from clipfx.per_example import _alone, _scales, _sums, _tape
 from clipfx.per_example._batch import Call
 
@@ -55,50 +54,56 @@ def bounded_sum(
     Returns:
       The sum by leaf, and what is known of every example.
     """
-    inputs, index = call.inputs, members.index
+    inputs, index, plan = call.inputs, members.index, call.program.plan
     outs, tape = _tape.record(call.program, inputs, norms=True)
     group = functools.partial(_grouped, call, members)
-    norms, trusted = group(_tape.powers(call.program.plan, tape, call.size, call.split))
-    good = jnp.isfinite(norms.value).all(1)
+    norms, trusted = group(_tape.powers(plan, tape, call.size, call.split))
+    good = jnp.isfinite(norms.value / norms.scale).all(1)
     keep = jnp.ones_like(good) if where is None else _compat.as_like(where, good)
     alone = good & keep & ~trusted.all(1)
-    only = lambda sums: group(sums)[0]
+    each = functools.partial(_alone.each, call, tape, alone, lambda x: group(x)[0])
     if callable(limit):
-        start = _alone.Found(norms, jnp.zeros_like(norms.value), [])
-        norms = _alone.each(call, tape, alone, start, only, None).norms
+        if plan.adds_up:
+            start = _alone.Found(norms, jnp.zeros_like(norms.value), [])
+            norms = each(start, None).norms
         limit = limit(_shown(norms, keep), keep)
-    dtype = norms.value.dtype
-    limit = jnp.broadcast_to(lowered(limit.astype(dtype)), norms.value.shape)
+    limit = jnp.broadcast_to(
+        lowered(limit.astype(norms.value.dtype)), norms.value.shape
+    )
     limit = _compat.as_like(limit, norms.value)
-    before, factor = factors(norms, limit, response, "zero")
-    both = before * factor
-    usual = (factor == 0) | ((both >= 1 / _FAR) & (both <= _FAR))
-    usual &= norms.value <= far(dtype) * norms.scale  # or elements may be infinite
-    alone |= good & keep & ~usual.all(1)
-    both = jnp.where((good & keep)[:, None], both, 0)
-    some = jnp.where(alone[:, None], jnp.zeros_like(both), both)
+
+    def factor_of(norms: Norms, limit: jax.Array) -> jax.Array:
+        """0 where a product with it would leave the range, for cuts and lifts alike."""
+        before, factor = factors(norms, limit, response, "zero")
+        both = before * factor
+        return jnp.where((both >= _LEAST) & (both <= _MOST), both, jnp.zeros_like(both))
+
+    factor = jnp.where((good & keep)[:, None], factor_of(norms, limit), 0)
+    if not plan.adds_up:
+        sums = _sums.weighted_sum(call.program, inputs, tape, factor, index, good)
+        return total(call, sums), known(call, outs, keep, _shown(norms, keep), factor)
+    some = jnp.where(alone[:, None], jnp.zeros_like(factor), factor)
     sums = _sums.weighted_sum(call.program, inputs, tape, some, index, good)
 
     def bound(gradient: list, norms: Norms, row: Callable) -> tuple[list, jax.Array]:
-        pair = factors(norms, row(limit), response, "zero")
-        finite = jnp.isfinite(norms.value).all()
-        scaled = [_alone.scaled(x, pair, i or 0)
+        finite = jnp.isfinite(norms.value / norms.scale).all()
+        factor = jnp.where(finite, factor_of(norms, row(limit)), 0)
+        scaled = [times(x, factor[0, i or 0])
                   for x, i in zip(gradient, index, strict=True)]  # fmt: skip
-        parts = [jnp.where(finite, x, jnp.zeros_like(x)) for x in scaled]
-        return parts, jnp.where(finite, pair[0] * pair[1], 0)
+        return [jnp.where(finite, x, jnp.zeros_like(x)) for x in scaled], factor
 
-    found = _alone.each(call, tape, alone, _alone.Found(norms, both, sums), only, bound)
+    found = each(_alone.Found(norms, factor, sums), bound)
     shown = _shown(found.norms, keep)
     return total(call, found.sums), known(call, outs, keep, shown, found.factor)
 
 
-# Products with factors beyond these may leave the range of float32.
-_FAR = 2.0**40
+# Factors beyond these are no normal numbers, or their products are not.
+_LEAST, _MOST = 2.0**-120, 2.0**64
 
 
 def _shown(norms: Norms, keep: jax.Array) -> jax.Array:
     """Norms `[B, G]` as plain numbers, 0 for padding."""
-    norm = reported(norms, norms.value.dtype)
+    norm = norms.value / norms.scale
     return jnp.where(keep[:, None], norm, jnp.zeros_like(norm))
 
 
@@ -152,9 +157,11 @@ def measure(call: Call, members: Groups, where: jax.Array | None) -> PerExample:
     norms, trusted = group(_tape.powers(call.program.plan, tape, call.size, call.split))
     keep = jnp.ones_like(outs[0], bool) if where is None else where
     keep = _compat.as_like(keep, outs[0])
-    alone = jnp.isfinite(norms.value).all(1) & keep & ~trusted.all(1)
-    start = _alone.Found(norms, jnp.zeros_like(norms.value), [])
-    norms = _alone.each(call, tape, alone, start, lambda x: group(x)[0], None).norms
+    if call.program.plan.adds_up:
+        alone = jnp.isfinite(norms.value / norms.scale).all(1) & keep & ~trusted.all(1)
+        start = _alone.Found(norms, jnp.zeros_like(norms.value), [])
+        one = lambda x: group(x)[0]
+        norms = _alone.each(call, tape, alone, one, start, None).norms
     return known(call, outs, keep, _shown(norms, keep), None)
 
 

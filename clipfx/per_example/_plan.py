@@ -99,6 +99,20 @@ class Plan(NamedTuple):
     dtypes: list
     ord: int
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether there are norms of sums over positions, unformed, that may cancel."""
+
+        def direct(places: list) -> bool:
+            site = places[0][0]
+            repeats = site.repeats and site.number not in self.formed
+            return len(places) > 1 or repeats
+
+        return any(
+            road in SQUARED or (road == "direct" and direct(places))
+            for road, places in zip(self.roads, self.uses, strict=True)
+        )
+
 
 class _Walk:
     """State of the walk: numbers given out, uses seen."""

@@ -11,7 +11,8 @@ several positions cancel it is much more than the first, and tells that rounding
 is left.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,24 +28,44 @@ CANCELLED = 1 / 16
 
 
 def exponent(x: jax.Array) -> jax.Array:
-    """The least n with `x <= 2**n`, kept so that `2**n` and `2**-n` are normal."""
-    limit = jnp.finfo(x.dtype).maxexp - 2
-    usual = jnp.isfinite(x) & (x > 0)
-    return jnp.clip(jnp.frexp(jnp.where(usual, x, 1))[1], -limit, limit)
+    """The least n with `x < 2**n`, kept so that `2**n` and `2**-n` are normal."""
+    info, whole = jnp.finfo(x.dtype), _whole(x.dtype)
+    limit = info.maxexp - 2
+    bits = jax.lax.bitcast_convert_type(x, whole)
+    n = ((bits >> info.nmant) & (2 * info.maxexp - 1)).astype(jnp.int32)
+    n = jnp.where(jnp.isfinite(x), n - limit, 0)
+    return jnp.clip(n, -limit, limit)
 
 
 def two_to(n: jax.Array, dtype: Any) -> jax.Array:
-    """`2**n`, exactly."""
-    return jnp.ldexp(jnp.ones_like(n, dtype), n)
+    """`2**n`, exactly, 0 and infinite where that is no normal number."""
+    info, whole = jnp.finfo(dtype), _whole(dtype)
+    bits = (jnp.clip(n, -info.maxexp + 1, info.maxexp) + (info.maxexp - 1)).astype(
+        whole
+    )
+    return jax.lax.bitcast_convert_type(bits << info.nmant, dtype)
 
 
-def rows_to_one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def inverse_of(n: jax.Array, dtype: Any) -> jax.Array:
+    """`2**-n` for n from `exponent`, or 0 where that is too small.
+
+    A division: XLA computes it once, and what is cheaper again for every element.
+    """
+    return 1 / two_to(jnp.minimum(n, jnp.finfo(dtype).maxexp - 1), dtype)
+
+
+def _whole(dtype: Any) -> Any:
+    return jnp.int64 if jnp.finfo(dtype).bits == 64 else jnp.int32
+
+
+def rows_to_one(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rows `[..., K]` over powers of two, so that none exceeds 1; and the exponents.
 
-    Rows of zeros, and such that are not finite, stay as they are.
+    And which are not zero.
     """
-    n = exponent(jnp.max(jnp.abs(x), axis=-1, initial=0))
-    return x * two_to(-n, x.dtype)[..., None], n
+    peak = jnp.max(jnp.abs(x), axis=-1, initial=0)
+    n = exponent(peak)
+    return x * inverse_of(n, x.dtype)[..., None], n, peak != 0
 
 
 NOTHING = -(10**6)  # the exponent of zero
@@ -56,12 +77,12 @@ def pair_to_one(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     Products of all rows stay as they are but for one power of two, whose exponent is
     returned last. What vanishes does not matter beside the largest.
     """
-    u, n = rows_to_one(u)
-    v, m = rows_to_one(v)
-    here = jnp.any(u != 0, -1) & jnp.any(v != 0, -1)
-    size = jnp.where(here, n + m, NOTHING)
+    (u, n, some), (v, m, more) = rows_to_one(u), rows_to_one(v)
+    size = jnp.where(some & more, n + m, NOTHING)
+    if size.size == 1:
+        return u, v, size.reshape(())
     top = jnp.max(size, initial=NOTHING)
-    return u, v * two_to(jnp.minimum(size - top, 0), v.dtype)[..., None], top
+    return u, v * inverse_of(jnp.maximum(top - size, 0), v.dtype)[..., None], top
 
 
 def raised(x: jax.Array, p: int) -> jax.Array:
@@ -71,47 +92,67 @@ def raised(x: jax.Array, p: int) -> jax.Array:
     return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
 
 
-def power(x: jax.Array, p: int) -> jax.Array:
-    """The sum of powers of all elements of `x`, `[4, 2]`."""
+class Power(NamedTuple):
+    """A sum of powers, `value * 2**n`.
+
+    Attributes:
+      value: Of what is measured.
+      terms: Of what was added up to it, in the same units.
+      n: int32.
+    """
+
+    value: jax.Array
+    terms: jax.Array
+    n: jax.Array
+
+
+def power(x: jax.Array, p: int) -> Power:
+    """The sum of powers of all elements of `x`."""
     x = widen(x)
     n = exponent(jnp.max(jnp.abs(x), initial=0))
-    total = add_up(raised(times(x, two_to(-n, jnp.finfo(x.dtype).dtype)), p))
-    return spread(total, total, p * n)
+    total = add_up(raised(times(x, inverse_of(n, jnp.finfo(x.dtype).dtype)), p))
+    return Power(total, total, p * n)
 
 
-def spread(value: jax.Array, terms: jax.Array, n: jax.Array) -> jax.Array:
-    """`value * 2**n` and `terms * 2**n`, scalars, as `[4, 2]`."""
-    width = _width(value.dtype)
-    k = jnp.clip((n + 2 * width) // width, 0, SCALES - 1)
-    pair = jnp.stack([value, terms]) * two_to(n - _centre(k, width), value.dtype)
-    at = k == jnp.arange(SCALES, dtype=jnp.int32)
-    return jnp.where(at[:, None], pair[None], jnp.zeros_like(pair)[None])
+def spread(powers: Sequence[Power], dtype: Any) -> jax.Array:
+    """Each at the scale that serves it, `[len(powers), 4, 2]`."""
+    pair = jnp.stack([jnp.stack([x.value, x.terms]).astype(dtype) for x in powers])
+    return spread_pairs(pair, jnp.stack([x.n for x in powers]))
+
+
+def spread_pairs(pair: jax.Array, n: jax.Array) -> jax.Array:
+    """`[K, 4, 2]` from values and their terms `[K, 2]`, to be multiplied by `2**n`."""
+    bits = _bits(pair.dtype)
+    k = jnp.clip((n >> bits) + SCALES // 2, 0, SCALES - 1)
+    pair = pair * two_to(n - _centre(k, bits), pair.dtype)[:, None]
+    at = k[:, None] == jnp.arange(SCALES, dtype=jnp.int32)[None]
+    return jnp.where(at[:, :, None], pair[:, None], jnp.zeros_like(pair)[:, None])
 
 
 def norms(sums: jax.Array, p: int) -> tuple[Norms, jax.Array]:
     """Norms `[...]` from `[..., 4, 2]`, and whether their terms did not cancel."""
-    dtype, width = sums.dtype, _width(sums.dtype)
+    dtype, bits = sums.dtype, _bits(sums.dtype)
     limit = jnp.finfo(dtype).maxexp - 2
-    value, terms = sums[..., 0], sums[..., 1]
-    centre = _centre(
-        jax.lax.broadcasted_iota(jnp.int32, terms.shape, terms.ndim - 1), width
-    )
-    size = exponent(terms) + centre
-    top = jnp.where(terms > 0, size, -10 * width).max(-1, keepdims=True)
-    top = -(-top // p) * p
-    unit = two_to(jnp.clip(centre - top, -4 * width, limit), dtype)
-    value, terms = (value * unit).sum(-1), (terms * unit).sum(-1)
+    terms = sums[..., 1]
+    k = jax.lax.broadcasted_iota(jnp.int32, terms.shape, terms.ndim - 1)
+    centre = _centre(k, bits)
+    top = jnp.where(terms > 0, exponent(terms) + centre, NOTHING)
+    top = top.max(-1, keepdims=True)
+    top = top + (top & 1) if p == 2 else top
+    unit = two_to(jnp.minimum(centre - top, limit), dtype)
+    total = (sums * unit[..., None]).sum(-2)
+    value, terms = total[..., 0], total[..., 1]
     root = jnp.sqrt(value) if p == 2 else value
-    n = jnp.where(value > 0, top[..., 0] // p, 0)
+    n = jnp.where(value > 0, top[..., 0] >> (p - 1), 0)
     near = jnp.clip(n, -limit, limit)
     found = Norms(root * two_to(n - near, dtype), two_to(-near, dtype))
     return found, ~(value < CANCELLED * terms)
 
 
-def _width(dtype: Any) -> int:
-    """How many exponents each of the scales serves: 140 of float32."""
-    return 140 * jnp.finfo(dtype).maxexp // 128
+def _bits(dtype: Any) -> int:
+    """Each of the scales serves this power of two of exponents, 128 of float32."""
+    return int(jnp.finfo(dtype).maxexp).bit_length() - 1
 
 
-def _centre(k: jax.Array, width: int) -> jax.Array:
-    return (2 * k - SCALES + 1) * width // 2
+def _centre(k: jax.Array, bits: int) -> jax.Array:
+    return (2 * k - SCALES + 1) << (bits - 1)

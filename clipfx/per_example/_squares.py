@@ -18,6 +18,7 @@ from clipfx._range import add_up, summed
 from clipfx._tree import widest
 from clipfx.per_example import _scales
 from clipfx.per_example._factors import Factors
+from clipfx.per_example._scales import Power
 
 # More positions than this are taken in tiles, half of which symmetry saves.
 TILE = 256
@@ -25,8 +26,8 @@ TILE = 256
 
 def power_of_products(
     factors: list[Factors], precision: jax.lax.PrecisionLike = None, ord: int = 2
-) -> jax.Array:
-    """The norm of a sum of outer products, of one example, to the power of p, `[4, 2]`.
+) -> Power:
+    """The norm of a sum of outer products, of one example, to the power of p.
 
     Args:
       factors: All of the same leaf or the same region of it, aligned.
@@ -56,7 +57,8 @@ def power_of_products(
     scale = jnp.maximum(top, largest)
     scale = jnp.where(scale == _scales.NOTHING, 0, scale)
     if dense is not None:
-        right = right * _scales.two_to(jnp.minimum(top - scale, 0), dtype)
+        if rows is not None:
+            right = right * _scales.inverse_of(jnp.maximum(scale - top, 0), dtype)
         terms += add_up(raised(left).sum(-1) * raised(right).sum(-1))
         total = terms
         if right.shape[1] > 1:
@@ -72,7 +74,7 @@ def power_of_products(
             rows.left[:, None], (*left.shape[:2], rows.left.shape[1])
         )
         total += 2 * add_up(take(left, ids) * _matmul(right, moved, precision))
-    return _scales.spread(jnp.maximum(total, 0), terms, ord * scale)
+    return Power(jnp.maximum(total, 0), terms, ord * scale)
 
 
 def _to_scale(x: jax.Array, n: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ from clipfx._tree import widen, widest
 from clipfx.per_example import _factors, _run, _scales, _sites, _squares
 from clipfx.per_example._plan import Plan
 from clipfx.per_example._roads import by_region
+from clipfx.per_example._scales import Power
 from clipfx.per_example._sites import Site
 from clipfx.per_example._views import Part
 
@@ -186,18 +187,16 @@ def powers(
       size: B.
       split: Per leaf the mesh axes of `jax.shard_map` that it is split over.
     """
-
-    def one(tape: Tape) -> jax.Array:
-        found = [_of_leaf(plan, leaf, tape).astype(dtype(plan)) for leaf in leaves]
-        return jnp.stack([over(x, axes) for x, axes in zip(found, split, strict=True)])
-
     leaves = range(len(plan.roads))
     if tape.powers is None:
+        one = lambda tape: spread(
+            plan, [_of_leaf(plan, k, tape) for k in leaves], split
+        )
         return jax.vmap(one, axis_size=size)(tape)
     found = tape.powers.astype(dtype(plan))
-    power = functools.partial(_scales.power, p=plan.ord)
+    power = lambda x: _scales.spread([_scales.power(x, plan.ord)], dtype(plan))[0]
     for leaf, x in tape.leaves.items():
-        found = found.at[:, leaf].add(jax.vmap(power)(x).astype(found.dtype))
+        found = found.at[:, leaf].add(jax.vmap(power)(x))
     every = frozenset().union(*split)
     if not every:
         return found
@@ -212,21 +211,38 @@ def over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     return jax.lax.psum(x, tuple(sorted(axes))) if axes else x
 
 
-def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> jax.Array:
-    """The norm of one example's gradient to the power of p, `[4, 2]`."""
+def spread(
+    plan: Plan, powers: Sequence[list[Power]], split: Sequence[frozenset[str]]
+) -> jax.Array:
+    """Powers by leaf, any number of each, as `[L, 4, 2]`, added up over a mesh."""
+    every = [x for some in powers for x in some]
+    if len(every) == len(powers) and not any(split):
+        return _scales.spread(every, dtype(plan))
+    rows = []
+    for some, axes in zip(powers, split, strict=True):
+        row = _scales.spread(some, dtype(plan)).sum(0) if some else _nothing(plan)
+        rows.append(over(row, axes))
+    return jnp.stack(rows)
+
+
+def _nothing(plan: Plan) -> jax.Array:
+    return jnp.zeros((_scales.SCALES, 2), dtype(plan))
+
+
+def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> list[Power]:
+    """The norm of one example's gradient to the power of p, in parts to add up."""
     if leaf in tape.leaves:
-        return _scales.power(tape.leaves[leaf], plan.ord)
-    total = jnp.zeros((_scales.SCALES, 2), dtype(plan))
+        return [_scales.power(tape.leaves[leaf], plan.ord)]
+    found = []
     for places in by_region(plan.uses[leaf]):
         (site, part), *_ = places
         if site.number in tape.formed:
             formed = _part(site, part, tape.formed[site.number])
-            found = _scales.power(formed, plan.ord)
+            found.append(_scales.power(formed, plan.ord))
         else:
             some = [(s, p, tape.operand(s), tape.deltas[s.tap]) for s, p in places]
-            found = _of_region(some, plan.ord)
-        total += found.astype(total.dtype)
-    return total
+            found += _of_region(some, plan.ord)
+    return found
 
 
 def _part(site: Site, part: Part, formed: jax.Array) -> jax.Array:
@@ -241,7 +257,7 @@ def _part(site: Site, part: Part, formed: jax.Array) -> jax.Array:
     return formed.sum([k for k, loop in enumerate(loops) if loop not in stacks])
 
 
-def _of_region(places: list, ord: int) -> jax.Array:
+def _of_region(places: list, ord: int) -> list[Power]:
     """From all uses of one region of a leaf, each with what was recorded there."""
     site = places[0][0]
     if site.kind in _sites.ADD:
@@ -250,13 +266,14 @@ def _of_region(places: list, ord: int) -> jax.Array:
         found = functools.reduce(jnp.add, [x.reshape(-1) for x, _ in parts])
         found = _scales.power(found, ord)
         if sum(len(x) for x in rows) == 1:
-            return found
+            return [found]
         # What positions add up to may cancel.
-        each = [_scales.power(x, ord)[:, :1] for x in rows]
-        return jnp.concatenate([found[:, :1], functools.reduce(jnp.add, each)], 1)
+        zero = jnp.zeros_like(found.value)
+        each = [_scales.power(x, ord)._replace(value=zero) for x in rows]
+        return [found._replace(terms=zero), *each]
     factors = [_factors.factors(*place) for place in places]
     precision = site.eqn.params.get("precision")
-    return _squares.power_of_products(factors, precision, ord)
+    return [_squares.power_of_products(factors, precision, ord)]
 
 
 def _probe(
@@ -278,7 +295,7 @@ def _probe(
         turn = site._replace(loops=())
         for part in parts:
             x = _of_region([(turn, part._replace(stack=()), data, delta)], plan.ord)
-            found = found.at[part.leaf].add(x.astype(found.dtype))
+            found = found.at[part.leaf].add(_scales.spread(x, found.dtype).sum(0))
         return None, delta, found
 
     probe.defvjp(lambda data, out, found: (out, data), backward)
