@@ -425,6 +425,24 @@ def test_norms_that_cancel_bound_all_the_same(fun, dtype, shape):
     assert (np.abs(norm - true) <= 1e-6 * true + 4 * 2.0**-24 * terms).all()
 
 
+@pytest.mark.parametrize("length", [1, 5])
+def test_no_contribution_exceeds_its_threshold_by_a_rounding(length):
+    """Of what is stored, in float64: not by a bit, and it is hardly below."""
+    rng = np.random.default_rng(length)
+    x = jnp.float32(rng.normal(size=(256, length, 7)))
+    d = jnp.float32(rng.normal(size=(256, length, 3)))
+    limit, w = 0.1, jnp.zeros((7, 3))
+    grad = per_example.clipped_grad(product, limit)
+    sums, _ = jax.jit(jax.vmap(lambda x, d: grad(w, (x[None], d[None]))))(x, d)
+    tx = per_example.clip_per_example(limit, reduce="sum")
+    grads = jax.vmap(lambda x, d: jax.grad(product)(w, (x, d)))(x, d)
+    one = lambda g: tx.update(g[None], tx.init(w))[0]
+    for found in (sums, jax.jit(jax.vmap(one))(grads)):
+        size = np.linalg.norm(np.asarray(found, np.float64), axis=(1, 2))
+        assert (size <= np.float32(limit)).all()
+        assert (size >= limit * (1 - 2e-6)).all()
+
+
 def test_sums_by_group():
     group = jnp.array([0, 2, 0, 2, 2, 0])
     grad = jax.jit(per_example.group_grad(loss, 3))
