@@ -355,6 +355,12 @@ def wave(w, e):
     return product(w, e)
 
 
+def table(w, e):
+    """One row again and again."""
+    _, d, ids = e
+    return jnp.sum(w[ids] * d)
+
+
 def table_and_head(w, e):
     """Rows of a table, and the products that take them away again."""
     x, d, ids = e
@@ -381,6 +387,10 @@ def cancelling(fun, length, wide, narrow):
         time = np.sin(2 * np.pi * np.arange(length) / length)[:, None]
         noisy = lambda n: normal(1, n) * (1 + 0.3 * normal(length, n))
         return np.zeros((wide, narrow)), noisy(wide), noisy(narrow) * time
+    if fun is table:
+        d = normal(length, wide)
+        d = d - d.mean(-2, keepdims=True) + spread * normal(1, wide)
+        return np.zeros((narrow, wide)), d, d, np.ones(d.shape[:3], int)
     if fun is product:  # a softmax's gradients add up to nothing
         d = normal(length, narrow)
         x = normal(1, wide) * (1 + spread * normal(length, wide))
@@ -398,6 +408,7 @@ def cancelling(fun, length, wide, narrow):
         (product, "bfloat16", (8, 16, 4)),
         (product, "float16", (8, 16, 4)),
         (wave, "float32", (300, 8, 6)),
+        (table, "float32", (64, 6, 5)),
         (table_and_head, "float32", (8, 6, 5)),
         (table_and_head, "bfloat16", (8, 6, 5)),
     ],
