@@ -166,9 +166,10 @@ def test_padding_contributes_nothing_whatever_it_holds():
     for rest in (0.3, math.nan, math.inf, 1e38):
         padded = (tokens, jnp.where(keep, weight, rest))
         sums, got = grad(PARAMS, padded, where=keep)
-        jax.tree.map(
-            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), sums, few
-        )
+        for x, y in zip(jax.tree.leaves(sums), jax.tree.leaves(few), strict=True):
+            # Beside what is not finite examples are added up one by one.
+            most = float(jnp.abs(y).max())
+            np.testing.assert_allclose(x, y, rtol=1e-6, atol=2e-7 * most)
         np.testing.assert_allclose(got.norm[:4], info.norm, rtol=1e-6)
         for x in got[:3]:
             assert (np.asarray(x[4:]) == 0).all()

@@ -35,7 +35,13 @@ class Found(NamedTuple):
 
 
 def each(
-    call: Call, tape: Tape, todo: jax.Array, group: Callable, found: Found, bound: Any
+    call: Call,
+    tape: Tape,
+    todo: jax.Array,
+    group: Callable,
+    found: Found,
+    bound: Callable | None,
+    anew: Any = False,
 ) -> Found:
     """Measures some examples anew, and adds them up.
 
@@ -49,12 +55,13 @@ def each(
       bound: `bound(gradient, norms, row) -> contributions, factor [1, G]` for the
         gradient by leaf of one example, `row` picking what is the example's from arrays
         `[B, ...]`; None to measure only.
+      anew: Whether to forget the sums, and to do all examples.
     """
     plan, split = call.program.plan, call.split
     number = jnp.arange(call.size, dtype=jnp.int32)
 
     def body(state: tuple) -> tuple:
-        _, todo, found = state
+        _, todo, found, forget = state
         i = jnp.argmax(_compat.whole(todo)).astype(jnp.int32)
         row = lambda x: _row(x, i)
         gradient = _gradient(call, tape, row)
@@ -70,18 +77,21 @@ def each(
         todo = todo & ~here
         left = jnp.where(todo, 1.0, 0.0).sum()
         if bound is None:
-            return left, todo, found._replace(norms=norms)
+            return left, todo, found._replace(norms=norms), forget
         parts, factor = bound(gradient, jax.tree.map(row, norms), row)
         sums = [
-            x + _compat.as_like(y.astype(x.dtype), x)
+            jnp.where(forget, jnp.zeros_like(x), x)
+            + _compat.as_like(y.astype(x.dtype), x)
             for x, y in zip(found.sums, parts, strict=True)
         ]
-        return left, todo, Found(norms, put(found.factor, factor), sums)
+        factor = put(found.factor, factor)
+        return left, todo, Found(norms, factor, sums), jnp.zeros_like(forget)
 
     with jax.named_scope("out_of_range"):
         # A sum of numbers: one all-reduce with those of the gradients.
+        todo |= anew
         left = jnp.where(todo, 1.0, 0.0).sum()
-        state = (left, todo, found)
+        state = (left, todo, found, jnp.asarray(anew))
         return jax.lax.while_loop(lambda state: state[0] > 0, body, state)[2]
 
 
@@ -90,9 +100,8 @@ def _gradient(call: Call, tape: Tape, row: Callable) -> list[jax.Array]:
     program, plan = call.program, call.program.plan
     if tape.powers is None:
         one = jax.tree.map(row, tape)
-        ones = jnp.ones((1, 1), _tape.dtype(plan))
         index = [0] * len(program.params)
-        return _sums.weighted_sum(program, call.inputs, one, ones, index, None)
+        return _sums.weighted_sum(program, call.inputs, one, None, index, None)
     # Nothing was kept of a program that rematerializes.
     pairs = zip(call.inputs, program.mapped, strict=True)
     values = [row(x)[0] if mapped else x for x, mapped in pairs]

@@ -83,16 +83,21 @@ def bounded_sum(
         sums = _sums.weighted_sum(call.program, inputs, tape, factor, index, good)
         return total(call, sums), known(call, outs, keep, _shown(norms, keep), factor)
     some = jnp.where(alone[:, None], jnp.zeros_like(factor), factor)
-    sums = _sums.weighted_sum(call.program, inputs, tape, some, index, good)
+    kept = None if tape.powers is None else good
+    sums = _sums.weighted_sum(call.program, inputs, tape, some, index, kept)
+    # A factor of 0 is not enough for what is not finite, 0 times NaN is NaN: then all
+    # others are added up anew, one by one.
+    anew = jnp.zeros((), bool) if kept is not None else ~good.all()
+    counts = good & keep
 
     def bound(gradient: list, norms: Norms, row: Callable) -> tuple[list, jax.Array]:
-        finite = jnp.isfinite(norms.value / norms.scale).all()
+        finite = jnp.isfinite(norms.value / norms.scale).all() & row(counts).all()
         factor = jnp.where(finite, factor_of(norms, row(limit)), 0)
         scaled = [times(x, factor[0, i or 0])
                   for x, i in zip(gradient, index, strict=True)]  # fmt: skip
         return [jnp.where(finite, x, jnp.zeros_like(x)) for x in scaled], factor
 
-    found = each(_alone.Found(norms, factor, sums), bound)
+    found = each(_alone.Found(norms, factor, sums), bound, anew)
     shown = _shown(found.norms, keep)
     return total(call, found.sums), known(call, outs, keep, shown, found.factor)
 

@@ -11,6 +11,7 @@ several positions cancel it is much more than the first, and tells that rounding
 is left.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,13 +29,16 @@ CANCELLED = 1 / 16
 
 
 def exponent(x: jax.Array) -> jax.Array:
-    """The least n with `x < 2**n`, kept so that `2**n` and `2**-n` are normal."""
+    """The least n with `x < 2**n`, kept so that `2**n` and `2**-n` are normal.
+
+    0 for what is 0 or not finite.
+    """
     info, whole = jnp.finfo(x.dtype), _whole(x.dtype)
     limit = info.maxexp - 2
     bits = jax.lax.bitcast_convert_type(x, whole)
     n = ((bits >> info.nmant) & (2 * info.maxexp - 1)).astype(jnp.int32)
-    n = jnp.where(jnp.isfinite(x), n - limit, 0)
-    return jnp.clip(n, -limit, limit)
+    n = jnp.where(jnp.isfinite(x) & (x > 0), n - limit, 0)
+    return jnp.clip(n, 1 - limit, limit)
 
 
 def two_to(n: jax.Array, dtype: Any) -> jax.Array:
@@ -83,6 +87,35 @@ def pair_to_one(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
         return u, v, size.reshape(())
     top = jnp.max(size, initial=NOTHING)
     return u, v * inverse_of(jnp.maximum(top - size, 0), v.dtype)[..., None], top
+
+
+def peaks(x: jax.Array) -> jax.Array:
+    """The largest magnitude of every row, `[..., K]` to `[...]`."""
+    return jnp.max(jnp.abs(x), axis=-1, initial=0)
+
+
+def unusual(
+    size: jax.Array, rows: Sequence[jax.Array], count: int
+) -> tuple[jax.Array, jax.Array]:
+    """Whether squares may overflow; and what may vanish of them, to be added to terms.
+
+    Args:
+      size: Of every position, the product of the largest magnitudes of its rows.
+      rows: `[..., K]`, one array or a pair.
+      count: How many elements the gradient of a position has.
+    """
+    info = jnp.finfo(size.dtype)
+    high = 2.0 ** (info.maxexp // 4)  # 2^32: room for 2^60 elements
+    low = 2.0 ** (-info.maxexp * 3 // 8)  # 2^-48: what matters has normal squares
+    each = [peaks(x) for x in rows]
+    usual = functools.reduce(jnp.logical_and, [jnp.isfinite(x) for x in each])
+    large = functools.reduce(jnp.maximum, [*each, size])
+    small = functools.reduce(jnp.minimum, [*each, size])
+    some = functools.reduce(jnp.minimum, each) > 0
+    # Of vanishing rows 2^22 times their share, so that it is seen if it matters.
+    lost = jnp.where(some & (small < low), size, 0).sum() * (2.0**24 * count**0.5)
+    least = jnp.maximum(lost * lost, low * low)  # which may vanish itself
+    return jnp.any(usual & (large > high)), jnp.where(lost > 0, least, 0)
 
 
 def raised(x: jax.Array, p: int) -> jax.Array:
@@ -146,7 +179,7 @@ def norms(sums: jax.Array, p: int) -> tuple[Norms, jax.Array]:
     n = jnp.where(value > 0, top[..., 0] >> (p - 1), 0)
     near = jnp.clip(n, -limit, limit)
     found = Norms(root * two_to(n - near, dtype), two_to(-near, dtype))
-    return found, ~(value < CANCELLED * terms)
+    return found, value >= CANCELLED * terms
 
 
 def _bits(dtype: Any) -> int:

@@ -45,42 +45,47 @@ def power_of_products(
     dense = _join([f for f in factors if not f.by_index])
     rows = _join([f for f in factors if f.by_index])
     assert ord == 2 or sum(f.right.shape[1] for f in factors) == 1, ord
-    raised = functools.partial(_scales.raised, p=ord)
+    if sum(f.right.shape[1] for f in factors) == 1:
+        return _of_one_position(factors[0], ord)
+    assert ord == 2, ord
     total = terms = jnp.zeros((), dtype)
-    top = largest = jnp.asarray(_scales.NOTHING, jnp.int32)
-    left = right = moved = total
+    odd = jnp.zeros((), bool)
     if dense is not None:
-        left, right, top = _scales.pair_to_one(dense.left, dense.right)
+        total, terms = _gram(dense.left, dense.right, precision)
+        size = _scales.peaks(dense.left) * _scales.peaks(dense.right)
+        count = dense.left.shape[-1] * dense.right.shape[-1]
+        odd, rest = _scales.unusual(size, [dense.left, dense.right], count)
+        terms += rest
     if rows is not None:
-        largest = jnp.max(jnp.abs(rows.right), initial=0)
-        largest = jnp.where(largest == 0, top, _scales.exponent(largest))
-    scale = jnp.maximum(top, largest)
-    scale = jnp.where(scale == _scales.NOTHING, 0, scale)
-    if dense is not None:
-        if rows is not None:
-            right = right * _scales.inverse_of(jnp.maximum(scale - top, 0), dtype)
-        terms += add_up(raised(left).sum(-1) * raised(right).sum(-1))
-        total = terms
-        if right.shape[1] > 1:
-            total, rounding = _gram(left, right, precision)
-            terms = jnp.maximum(terms, rounding)
-    if rows is not None:
-        moved = _to_scale(rows.right, -scale)
-        terms += add_up(raised(moved))
-        total += add_up(raised(_sum_rows(rows.left, moved)))
+        total += add_up(_scales.raised(_sum_rows(rows.left, rows.right), 2))
+        terms += add_up(_scales.raised(rows.right, 2))
+        size = _scales.peaks(rows.right)
+        more, rest = _scales.unusual(size, [rows.right], rows.right.shape[-1])
+        odd, terms = odd | more, terms + rest
     if dense is not None and rows is not None:
         take = functools.partial(jnp.take_along_axis, axis=2)
         ids = jnp.broadcast_to(
-            rows.left[:, None], (*left.shape[:2], rows.left.shape[1])
+            rows.left[:, None], (*dense.left.shape[:2], rows.left.shape[1])
         )
-        total += 2 * add_up(take(left, ids) * _matmul(right, moved, precision))
-    return Power(jnp.maximum(total, 0), terms, ord * scale)
+        inner = _matmul(dense.right, rows.right, precision)
+        total += 2 * add_up(take(dense.left, ids) * inner)
+    # What cannot be measured so is not to be trusted, whatever came of it.
+    total = jnp.where(odd, 0, jnp.maximum(total, 0))
+    terms = jnp.where(odd, jnp.inf, terms)
+    n = _scales.exponent(jnp.maximum(total, terms))
+    unit = _scales.inverse_of(n, dtype)
+    return Power(total * unit, terms * unit, n)
 
 
-def _to_scale(x: jax.Array, n: jax.Array) -> jax.Array:
-    """`x * 2**n` in two steps, neither of which leaves the range."""
-    half = n // 2
-    return x * _scales.two_to(half, x.dtype) * _scales.two_to(n - half, x.dtype)
+def _of_one_position(f: Factors, ord: int) -> Power:
+    """Of one position, at any magnitude."""
+    raised = functools.partial(_scales.raised, p=ord)
+    if f.by_index:
+        return _scales.power(f.right, ord)
+    left, right, top = _scales.pair_to_one(f.left, f.right)
+    total = (raised(left).sum(-1) * raised(right).sum(-1)).sum()
+    top = jnp.where(top == _scales.NOTHING, 0, top)
+    return Power(total, total, ord * top)
 
 
 def fits(keys: list[tuple | None]) -> bool:
@@ -127,15 +132,17 @@ def _matmul(a: jax.Array, b: jax.Array, precision: jax.lax.PrecisionLike) -> jax
 def _gram(
     left: jax.Array, right: jax.Array, precision: jax.lax.PrecisionLike
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum over pairs of positions, in tiles; and some 2^20 times its rounding.
+    """The sum over pairs of positions, in tiles, and that of pairs of a position alone.
 
     By position: where gradients cancel the sum of a row does, that of a tile does not.
+    Of several tiles some 2^20 times the rounding of their sum counts like pairs.
     """
     length = left.shape[1]
     count = -(-length // TILE)
     edges = [length * k // count for k in range(count + 1)]
     part = lambda k: tuple(x[:, edges[k] : edges[k + 1]] for x in (left, right))
     rows: list[list[jax.Array]] = [[] for _ in range(count)]
+    terms = jnp.zeros((), left.dtype)
     for k in range(count):
         for j in range(k + 1):
             (u, v), (x, y) = part(k), part(j)
@@ -143,12 +150,14 @@ def _gram(
             rows[k].append(tile.sum((0, 2)))
             if j < k:
                 rows[j].append(tile.sum((0, 1)))
+            else:
+                terms += jnp.diagonal(tile, axis1=1, axis2=2).sum()
     add = lambda xs: functools.reduce(jnp.add, xs)
     total = jnp.concatenate([summed(add(row)) for row in rows]).sum()
-    if count == 1:
-        return total, jnp.zeros_like(total)
-    sizes = jnp.concatenate([add(map(jnp.abs, row)) for row in rows])
-    return total, jnp.sqrt((sizes * sizes).sum())
+    if count > 1:
+        sizes = jnp.concatenate([add(map(jnp.abs, row)) for row in rows])
+        terms = jnp.maximum(terms, jnp.sqrt((sizes * sizes).sum()))
+    return total, terms
 
 
 def _sum_rows(ids: jax.Array, rows: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ def weighted_sum(
     program: Program,
     inputs: Sequence[Any],
     tape: Tape,
-    factor: jax.Array,
+    factor: jax.Array | None,
     index: Sequence[int | None],
     good: jax.Array | None,
 ) -> list[jax.Array]:
@@ -29,7 +29,7 @@ def weighted_sum(
       program: The loss.
       inputs: As for `record`.
       tape: From `record`.
-      factor: `[B, G]`, 0 where an example is not good.
+      factor: `[B, G]`, 0 where an example is not good; None for 1.
       index: By leaf its group.
       good: bool `[B]`, which examples have only finite numbers on the tape; None if
         nothing has to be left out.
@@ -61,7 +61,7 @@ def weighted_sum(
             axis = _axis_of_weight(plan.sites[n])
             grads[n] = _mask(_scale(x, factor, groups[n], axis), good).sum(0)
     else:
-        assert good is not None
+        assert factor is not None and good is not None
         inputs = _stand_in(program, inputs, good)
         grads = _second_pass(program, inputs, found, factor, groups)
     like = lambda x, w: _compat.as_like(x.astype(common), w)
@@ -78,7 +78,7 @@ def _of_sites(
     plan: Plan,
     tape: Tape,
     found: dict,
-    factor: jax.Array,
+    factor: jax.Array | None,
     groups: dict,
     good: jax.Array | None,
 ) -> dict[int, jax.Array]:
@@ -163,8 +163,10 @@ def _axis_of_weight(site: Site) -> int | None:
     return None if axis is None else 1 + sum(site.sliced) + axis
 
 
-def _scale(x: Any, factor: jax.Array, groups: tuple, axis: int | None) -> Any:
+def _scale(x: Any, factor: jax.Array | None, groups: tuple, axis: int | None) -> Any:
     """Multiplies `[B, ...]` by factors `[B, G]`, those of the groups along `axis`."""
+    if factor is None:
+        return widen(x)
     if len(groups) == 1:
         row, shape = factor[:, groups[0][0]], (x.shape[0],) + (1,) * (x.ndim - 1)
     else:
