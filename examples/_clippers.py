@@ -60,7 +60,8 @@ CLIPPERS: dict[str, Clipper] = {
     "zclip": before(lambda max_norm: clipfx.zclip(max_norm=max_norm)),
     "adagc": before(lambda max_norm: clipfx.adagc(max_norm=max_norm)),
     "band": guarded(clipfx.band_by_history),
-    "group_ratio": before(lambda _: clipfx.clip_group_ratio(2.0, groups="layer")),
+    # Bounds groups by each other: where all of them explode it needs a threshold.
+    "group_ratio": bounded(lambda: clipfx.clip_group_ratio(2.0, groups="layer")),
     "spamp": before(lambda _: clipfx.spamp()),
     "grad_power": bounded(clipfx.grad_power),
     "stabilizer": before(lambda _: clipfx.norm_stabilizer()),
@@ -73,7 +74,10 @@ CLIPPERS: dict[str, Clipper] = {
     "curvature": lambda max_norm, rate, tx: optax.chain(
         clipfx.clip_by_curvature(rate), tx
     ),
-    "params": lambda max_norm, rate, tx: optax.chain(tx, clipfx.clip_by_params()),
+    # Behind the optimizer, whose momentum would go on with what has exploded.
+    "params": lambda max_norm, rate, tx: optax.chain(
+        clipfx.clip_by_global_norm(max_norm), tx, clipfx.clip_by_params()
+    ),
     "skip_spikes": lambda max_norm, rate, tx: optax.chain(
         clipfx.skip_spikes(optax.chain(clipfx.clip_by_global_norm(max_norm), tx))
     ),

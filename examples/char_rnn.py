@@ -267,7 +267,10 @@ def main(argv: Sequence[str]) -> None:
     print(
         f"The threshold is {settings.max_norm:g} for those that do not find their own. "
         "It guards autoclip,\nquantile and band for 100 steps and zclip always, and "
-        "stands behind grad_power and spam, which\nbound no norm."
+        "stands behind grad_power, spam and\ngroup_ratio, which bound no norm, and in "
+        "front of params, whose momentum would go on with what\nhas exploded. Slow "
+        "here, and rightly so: error_feedback, which gives what exploded back later, "
+        "and\ncurvature, which takes the noise of small batches for curvature."
     )
     _common.write_jsonl(out / "metrics.jsonl", (r for h in histories for r in h.rows))
     plot(histories, out / "char_rnn.png")
