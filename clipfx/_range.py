@@ -119,8 +119,11 @@ def largest(x: jax.Array) -> jax.Array:
 
 
 def reciprocal_power_of_two(x: jax.Array) -> jax.Array:
-    """A power of two within a factor of two of `1 / x`, kept a normal number."""
-    limit = jnp.finfo(x.dtype).maxexp - 2
+    """A power of two within a factor of two of `1 / x`, but for the ends of the range.
+
+    XLA:CPU may flush a quotient to 0 that is the least normal number.
+    """
+    limit = jnp.finfo(x.dtype).maxexp - 8
     exponent = jnp.frexp(jnp.where(jnp.isfinite(x) & (x > 0), x, 1))[1]
     # XLA computes a division once, and what is cheaper again for every leaf.
     return 1 / jnp.ldexp(jnp.ones_like(x), jnp.clip(exponent, -limit, limit))

@@ -48,7 +48,10 @@ def attended(p, e):
 
 
 def looked_up(p, e, mode=None):
-    rows = jnp.take(p["w"], e["ids"], axis=0, mode=mode)
+    if mode == "wrap":
+        rows = jnp.take(p["w"], e["ids"], axis=0, mode=mode)
+    else:
+        rows = p["w"].at[e["ids"]].get(mode=mode)
     return jnp.sum(rows * e["d"])
 
 

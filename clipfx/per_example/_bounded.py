@@ -82,6 +82,10 @@ def bounded_sum(
     if not plan.adds_up:
         sums = _sums.weighted_sum(call.program, inputs, tape, factor, index, good)
         return total(call, sums), known(call, outs, keep, _shown(norms, keep), factor)
+    # What is flushed to 0 of a sum may make it longer, not only shorter.
+    reached = factor * (norms.value / norms.scale)
+    alone |= good & keep & ((reached > 0) & (reached < _tiny(reached.dtype))).any(1)
+    each = functools.partial(_alone.each, call, tape, alone, lambda x: group(x)[0])
     some = jnp.where(alone[:, None], jnp.zeros_like(factor), factor)
     kept = None if tape.powers is None else good
     sums = _sums.weighted_sum(call.program, inputs, tape, some, index, kept)
@@ -104,6 +108,11 @@ def bounded_sum(
 
 # Factors beyond these are no normal numbers, or their products are not.
 _LEAST, _MOST = 2.0**-120, 2.0**64
+
+
+def _tiny(dtype: Any) -> float:
+    """The least normal number does not matter beside this, 2^-90 for float32."""
+    return 2.0 ** -(jnp.finfo(dtype).maxexp * 45 // 64)
 
 
 def _shown(norms: Norms, keep: jax.Array) -> jax.Array:

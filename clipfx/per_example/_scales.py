@@ -29,16 +29,17 @@ CANCELLED = 1 / 16
 
 
 def exponent(x: jax.Array) -> jax.Array:
-    """The least n with `x < 2**n`, kept so that `2**n` and `2**-n` are normal.
+    """The least n with `x < 2**n`, but for the ends of the range; 0 for 0 and infinity.
 
-    0 for what is 0 or not finite.
+    So far from the ends that a division by `2**n` does not touch them: XLA:CPU makes an
+    estimate of it, which is flushed to 0 where the quotient is the least normal number.
     """
     info, whole = jnp.finfo(x.dtype), _whole(x.dtype)
     limit = info.maxexp - 2
     bits = jax.lax.bitcast_convert_type(x, whole)
     n = ((bits >> info.nmant) & (2 * info.maxexp - 1)).astype(jnp.int32)
     n = jnp.where(jnp.isfinite(x) & (x > 0), n - limit, 0)
-    return jnp.clip(n, 1 - limit, limit)
+    return jnp.clip(n, -_far(x.dtype), _far(x.dtype))
 
 
 def two_to(n: jax.Array, dtype: Any) -> jax.Array:
@@ -56,6 +57,11 @@ def inverse_of(n: jax.Array, dtype: Any) -> jax.Array:
     A division: XLA computes it once, and what is cheaper again for every element.
     """
     return 1 / two_to(jnp.minimum(n, jnp.finfo(dtype).maxexp - 1), dtype)
+
+
+def _far(dtype: Any) -> int:
+    """The largest exponent, 120 for float32."""
+    return jnp.finfo(dtype).maxexp - 8
 
 
 def _whole(dtype: Any) -> Any:
@@ -177,7 +183,7 @@ def norms(sums: jax.Array, p: int) -> tuple[Norms, jax.Array]:
     value, terms = total[..., 0], total[..., 1]
     root = jnp.sqrt(value) if p == 2 else value
     n = jnp.where(value > 0, top[..., 0] >> (p - 1), 0)
-    near = jnp.clip(n, -limit, limit)
+    near = jnp.clip(n, -_far(dtype), _far(dtype))
     found = Norms(root * two_to(n - near, dtype), two_to(-near, dtype))
     return found, value >= CANCELLED * terms
 
