@@ -215,9 +215,8 @@ def spread(
     plan: Plan, powers: Sequence[list[Power]], split: Sequence[frozenset[str]]
 ) -> jax.Array:
     """Powers by leaf, any number of each, as `[L, 4, 2]`, added up over a mesh."""
-    every = [x for some in powers for x in some]
-    if len(every) == len(powers) and not any(split):
-        return _scales.spread(every, dtype(plan))
+    if all(len(some) == 1 for some in powers) and not any(split):
+        return _scales.spread([x for (x,) in powers], dtype(plan))
     rows = []
     for some, axes in zip(powers, split, strict=True):
         row = _scales.spread(some, dtype(plan)).sum(0) if some else _nothing(plan)
