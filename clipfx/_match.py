@@ -1,12 +1,11 @@
 """Leaves of parameters and states that belong to those of updates, found by path."""
 
-import collections
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from clipfx._paths import leaves_with_path, name_of, words
+from clipfx._paths import by_place, name_of
 from clipfx._tree import Groups, is_counted
 
 
@@ -42,13 +41,13 @@ def places(tree: Any, updates: Any, groups: Groups, name: str) -> list[int | Non
     if jax.tree.structure(tree) == jax.tree.structure(updates):
         found = [*range(len(leaves))]
     else:
-        at = {key: k for k, key in enumerate(_keys(tree))}
-        found = [at.get(key) for key in _keys(updates)]
+        at = {key: k for k, key in enumerate(by_place(tree))}
+        found = [at.get(key) for key in by_place(updates)]
     for number, (k, x, i) in enumerate(zip(found, wanted, groups.index, strict=True)):
         if i is None:
             found[number] = None
         elif k is None or not _is_like(leaves[k], x):
-            path = name_of(_keys(updates)[number][0])
+            path = name_of([*by_place(updates)][number][0])
             got = "none" if k is None else f"one of {_kind(leaves[k])}"
             raise ValueError(
                 f"{name} must have a leaf of floating dtype and shape {jnp.shape(x)} "
@@ -72,17 +71,6 @@ def put(tree: Any, at: list[int | None], new: list[Any]) -> Any:
         if k is not None:
             leaves[k] = x
     return treedef.unflatten(leaves)
-
-
-def _keys(tree: Any) -> list[tuple[tuple[str, ...], int]]:
-    """Per leaf its path, and its number in a box that holds several."""
-    seen = collections.Counter[tuple[str, ...]]()
-    keys = []
-    for path, _ in leaves_with_path(tree):
-        place = words(path)
-        keys.append((place, seen[place]))
-        seen[place] += 1
-    return keys
 
 
 def _is_like(leaf: Any, x: Any) -> bool:

@@ -1,6 +1,6 @@
 """Paths of leaves: their names, what is looked up by them, and how many axes."""
 
-import itertools
+import collections
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -115,7 +115,7 @@ def prefix_lookup(prefix: Any, is_leaf: Callable | None = None) -> Callable:
 
 def ranks(params: Any) -> Any:
     """The number of dimensions of each leaf as structure of a state."""
-    places = _by_place(params)
+    places = by_place(params)
     named = zip(_places(places), places.values(), strict=True)
     return structure_of(params, [f"{name}:{jnp.ndim(x)}" for name, x in named])
 
@@ -137,9 +137,9 @@ def check_stacked(
     Raises:
       ValueError: If a leaf is not stacked.
     """
-    wanted = {} if params is None else _by_place(params)
+    wanted = {} if params is None else by_place(params)
     rank = dict(key.rsplit(":", 1) for key in known) if isinstance(known, dict) else {}
-    places = _by_place(updates)
+    places = by_place(updates)
     for name, (place, leaf) in zip(_places(places), places.items(), strict=True):
         shape = jnp.shape(leaf)
         if place in wanted:
@@ -171,11 +171,12 @@ def _places(places: Iterable[tuple]) -> list[str]:
     return names_of([(*keys, *([str(k)] if k else [])) for keys, k in places])
 
 
-def _by_place(tree: Any) -> dict[tuple, Any]:
+def by_place(tree: Any) -> dict[tuple, Any]:
     """Leaves in order by path, and number in their box."""
     places: dict[tuple, Any] = {}
+    seen = collections.Counter[tuple[str, ...]]()
     for path, leaf in leaves_with_path(tree):
         keys = words(path)
-        k = next(k for k in itertools.count() if (keys, k) not in places)
-        places[keys, k] = leaf
+        places[keys, seen[keys]] = leaf
+        seen[keys] += 1
     return places

@@ -61,11 +61,11 @@ def bounded_sum(
     good = jnp.isfinite(norms.value / norms.scale).all(1)
     keep = jnp.ones_like(good) if where is None else _compat.as_like(where, good)
     alone = good & keep & ~trusted.all(1)
-    each = functools.partial(_alone.each, call, tape, alone, lambda x: group(x)[0])
+    each = functools.partial(_alone.each, call, tape, group=lambda x: group(x)[0])
     if callable(limit):
         if plan.adds_up:
             start = _alone.Found(norms, jnp.zeros_like(norms.value), [])
-            norms = each(start, None).norms
+            norms = each(alone, found=start, bound=None).norms
         limit = limit(_shown(norms, keep), keep)
     limit = jnp.broadcast_to(
         lowered(limit.astype(norms.value.dtype)), norms.value.shape
@@ -85,7 +85,6 @@ def bounded_sum(
     # What is flushed to 0 of a sum may make it longer, not only shorter.
     reached = factor * (norms.value / norms.scale)
     alone |= good & keep & ((reached > 0) & (reached < _tiny(reached.dtype))).any(1)
-    each = functools.partial(_alone.each, call, tape, alone, lambda x: group(x)[0])
     some = jnp.where(alone[:, None], jnp.zeros_like(factor), factor)
     kept = None if tape.powers is None else good
     sums = _sums.weighted_sum(call.program, inputs, tape, some, index, kept)
@@ -101,7 +100,8 @@ def bounded_sum(
                   for x, i in zip(gradient, index, strict=True)]  # fmt: skip
         return [jnp.where(finite, x, jnp.zeros_like(x)) for x in scaled], factor
 
-    found = each(_alone.Found(norms, factor, sums), bound, anew)
+    start = _alone.Found(norms, factor, sums)
+    found = each(alone, found=start, bound=bound, anew=anew)
     shown = _shown(found.norms, keep)
     return total(call, found.sums), known(call, outs, keep, shown, found.factor)
 

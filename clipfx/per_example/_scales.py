@@ -12,6 +12,7 @@ is left.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from clipfx._norms import Norms
-from clipfx._range import add_up
+from clipfx._range import add_up, raised
 from clipfx._tree import times, widen
 
 SCALES = 4
@@ -68,12 +69,17 @@ def _whole(dtype: Any) -> Any:
     return jnp.int64 if jnp.finfo(dtype).bits == 64 else jnp.int32
 
 
+def peaks(x: jax.Array) -> jax.Array:
+    """The largest magnitude of every row, `[..., K]` to `[...]`."""
+    return jnp.max(jnp.abs(x), axis=-1, initial=0)
+
+
 def rows_to_one(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rows `[..., K]` over powers of two, so that none exceeds 1; and the exponents.
 
     And which are not zero.
     """
-    peak = jnp.max(jnp.abs(x), axis=-1, initial=0)
+    peak = peaks(x)
     n = exponent(peak)
     return x * inverse_of(n, x.dtype)[..., None], n, peak != 0
 
@@ -95,25 +101,18 @@ def pair_to_one(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     return u, v * inverse_of(jnp.maximum(top - size, 0), v.dtype)[..., None], top
 
 
-def peaks(x: jax.Array) -> jax.Array:
-    """The largest magnitude of every row, `[..., K]` to `[...]`."""
-    return jnp.max(jnp.abs(x), axis=-1, initial=0)
-
-
-def unusual(
-    size: jax.Array, rows: Sequence[jax.Array], count: int
-) -> tuple[jax.Array, jax.Array]:
+def unusual(*rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Whether squares may overflow; and what may vanish of them, to be added to terms.
 
     Args:
-      size: Of every position, the product of the largest magnitudes of its rows.
-      rows: `[..., K]`, one array or a pair.
-      count: How many elements the gradient of a position has.
+      *rows: `[..., K]`, one array or a pair, whose outer products are added up.
     """
+    each = [peaks(x) for x in rows]
+    size = functools.reduce(jnp.multiply, each)
+    count = math.prod(x.shape[-1] for x in rows)  # elements of a position's gradient
     info = jnp.finfo(size.dtype)
     high = 2.0 ** (info.maxexp // 4)  # 2^32: room for 2^60 elements
     low = 2.0 ** (-info.maxexp * 3 // 8)  # 2^-48: what matters has normal squares
-    each = [peaks(x) for x in rows]
     usual = functools.reduce(jnp.logical_and, [jnp.isfinite(x) for x in each])
     large = functools.reduce(jnp.maximum, [*each, size])
     small = functools.reduce(jnp.minimum, [*each, size])
@@ -122,13 +121,6 @@ def unusual(
     lost = jnp.where(some & (small < low), size, 0).sum() * (2.0**24 * count**0.5)
     least = jnp.maximum(lost * lost, low * low)  # which may vanish itself
     return jnp.any(usual & (large > high)), jnp.where(lost > 0, least, 0)
-
-
-def raised(x: jax.Array, p: int) -> jax.Array:
-    """`|x|**p`, real."""
-    if p == 1:
-        return jnp.abs(x)
-    return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
 
 
 class Power(NamedTuple):

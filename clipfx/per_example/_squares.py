@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from clipfx import _compat
-from clipfx._range import add_up, summed
+from clipfx._range import add_up, raised, summed
 from clipfx._tree import widest
 from clipfx.per_example import _scales
 from clipfx.per_example._factors import Factors
@@ -44,7 +44,6 @@ def power_of_products(
         ]
     dense = _join([f for f in factors if not f.by_index])
     rows = _join([f for f in factors if f.by_index])
-    assert ord == 2 or sum(f.right.shape[1] for f in factors) == 1, ord
     if sum(f.right.shape[1] for f in factors) == 1:
         return _of_one_position(factors[0], ord)
     assert ord == 2, ord
@@ -52,15 +51,12 @@ def power_of_products(
     odd = jnp.zeros((), bool)
     if dense is not None:
         total, terms = _gram(dense.left, dense.right, precision)
-        size = _scales.peaks(dense.left) * _scales.peaks(dense.right)
-        count = dense.left.shape[-1] * dense.right.shape[-1]
-        odd, rest = _scales.unusual(size, [dense.left, dense.right], count)
+        odd, rest = _scales.unusual(dense.left, dense.right)
         terms += rest
     if rows is not None:
-        total += add_up(_scales.raised(_sum_rows(rows.left, rows.right), 2))
-        terms += add_up(_scales.raised(rows.right, 2))
-        size = _scales.peaks(rows.right)
-        more, rest = _scales.unusual(size, [rows.right], rows.right.shape[-1])
+        total += add_up(raised(_sum_rows(rows.left, rows.right), 2))
+        terms += add_up(raised(rows.right, 2))
+        more, rest = _scales.unusual(rows.right)
         odd, terms = odd | more, terms + rest
     if dense is not None and rows is not None:
         take = functools.partial(jnp.take_along_axis, axis=2)
@@ -79,11 +75,10 @@ def power_of_products(
 
 def _of_one_position(f: Factors, ord: int) -> Power:
     """Of one position, at any magnitude."""
-    raised = functools.partial(_scales.raised, p=ord)
     if f.by_index:
         return _scales.power(f.right, ord)
     left, right, top = _scales.pair_to_one(f.left, f.right)
-    total = (raised(left).sum(-1) * raised(right).sum(-1)).sum()
+    total = (raised(left, ord).sum(-1) * raised(right, ord).sum(-1)).sum()
     top = jnp.where(top == _scales.NOTHING, 0, top)
     return Power(total, total, ord * top)
 
