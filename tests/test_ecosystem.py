@@ -239,7 +239,8 @@ def test_clip_by_norm_is_injected_with_static_ord_and_response():
     )
     tx = make(threshold=0.5, **choice)
     assert set(tx.init(PARAMS).hyperparams) == {"threshold"}
-    assert_same(
+    # The compiler knows one of the two thresholds, so a tanh may end in other bits.
+    assert_close(
         three_steps(tx, GRADS), three_steps(clipfx.clip_by_norm(0.5, **choice), GRADS)
     )
 

@@ -58,16 +58,16 @@ def each(
       anew: Whether to forget the sums, and to do all examples.
     """
     plan, split = call.program.plan, call.split
-    number = jnp.arange(call.size, dtype=jnp.int32)
+    number = _compat.as_like(jnp.arange(call.size, dtype=jnp.int32), todo)
 
     def body(state: tuple) -> tuple:
         _, todo, found, forget = state
-        i = jnp.argmax(_compat.whole(todo)).astype(jnp.int32)
+        i = jnp.where(todo, number, call.size).min()
         row = lambda x: _row(x, i)
         gradient = _gradient(call, tape, row)
         powers = [[_scales.power(x, plan.ord)] for x in gradient]
         norms = group(_tape.spread(plan, powers, split)[None])
-        here = _compat.as_like(number == i, todo)
+        here = number == i
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
             new = jnp.broadcast_to(new.astype(old.dtype), old.shape)
@@ -118,15 +118,8 @@ def _gradient(call: Call, tape: Tape, row: Callable) -> list[jax.Array]:
 
 def _row(x: jax.Array, i: jax.Array) -> jax.Array:
     """Row i of `[B, ...]` as `[1, ...]`."""
+    # A gather: of what is split over devices each then adds its part, which is none but
+    # for one. Of a slice XLA would hand all rows to every device, and before the loop.
     spec = _compat.explicit_spec(x)
-    if not spec or spec[0] is None:
-        return jax.lax.dynamic_index_in_dim(x, i, 0)
-    # What is split over devices cannot be indexed: all others are left out of a sum.
-    raw = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-    here = jax.lax.broadcasted_iota(jnp.int32, raw.shape, 0) == i
-    here = _compat.as_like(here, raw)
-    picked = jnp.where(here, raw, jnp.zeros_like(raw))
-    found = picked.any(0) if raw.dtype == jnp.bool_ else picked.sum(0, dtype=raw.dtype)
-    if raw is not x:
-        found = jax.random.wrap_key_data(found, impl=jax.random.key_impl(x))
-    return found[None]
+    out = _compat.sharding(x, (None, *spec[1:])) if spec else None
+    return x.at[i[None]].get(mode="promise_in_bounds", out_sharding=out)
