@@ -23,8 +23,8 @@ from absl import app, flags
 
 from benchmarks import _opacus
 from clipfx import per_example
-from clipfx._tree import group_leaves
-from clipfx.per_example import _batch, _bounded
+from clipfx._core.groups import group_leaves
+from clipfx.per_example.engine import clip, trace
 
 _TURNS = flags.DEFINE_integer("turns", 15, "Timed calls of each variant.")
 _WORKLOADS = flags.DEFINE_list("workloads", None, "Names; by default all.")
@@ -239,10 +239,10 @@ def forced(road: str) -> Callable:
         grad = per_example.clipped_grad(work.loss, 1.0)
 
         def run(params, batch):
-            call = _batch.prepare(grad.signature, (params, batch), {}, force=road)
+            call = trace.prepare(grad.signature, (params, batch), {}, force=road)
             members = group_leaves("global", params)
             limit = jnp.ones((1, 1))
-            return _bounded.bounded_sum(call, members, limit, grad.response, None)
+            return clip.bounded_sum(call, members, limit, grad.response, None)
 
         return run
 

@@ -12,35 +12,34 @@ any loss, at the price of an ordinary one; `privacy` adds noise to such sums.
 """
 
 from clipfx import metrics, per_example, privacy, responses, snr, thresholds
-from clipfx._adaptive import autoclip, quantile_clip, zclip
-from clipfx._averages import (
-    adagc,
-    band_by_history,
-    clip_group_ratio,
-    norm_stabilizer,
-)
-from clipfx._clip import ClipMetrics, ClipState, clip_by_norm, global_norm, tree_clip
-from clipfx._elementwise import clip_by_value
-from clipfx._fair import clip_fair_groups
-from clipfx._methods import (
-    clip_by_block_rms,
-    clip_by_global_norm,
-    clip_by_snr,
-    clip_per_layer,
-    normalize_by_norm,
-    smooth_norm,
-)
-from clipfx._power import grad_power, spamp
-from clipfx._relative import agc, clip_by_params
-from clipfx._spikes import clip_spikes, spam_clip
-from clipfx._steps import WeightDecayBalance, clip_by_curvature, weight_decay_balance
-from clipfx._wrappers import (
-    ErrorFeedbackState,
-    SkipState,
-    error_feedback,
-    per_stacked_layer,
-    skip_spikes,
-)
+from clipfx._core.state import ClipMetrics, ClipState
+from clipfx.methods.adagc import adagc
+from clipfx.methods.agc import agc
+from clipfx.methods.autoclip import autoclip
+from clipfx.methods.band_by_history import band_by_history
+from clipfx.methods.clip_by_block_rms import clip_by_block_rms
+from clipfx.methods.clip_by_curvature import clip_by_curvature
+from clipfx.methods.clip_by_global_norm import clip_by_global_norm
+from clipfx.methods.clip_by_norm import clip_by_norm, global_norm, tree_clip
+from clipfx.methods.clip_by_params import clip_by_params
+from clipfx.methods.clip_by_snr import clip_by_snr
+from clipfx.methods.clip_by_value import clip_by_value
+from clipfx.methods.clip_fair_groups import clip_fair_groups
+from clipfx.methods.clip_group_ratio import clip_group_ratio
+from clipfx.methods.clip_per_layer import clip_per_layer
+from clipfx.methods.clip_spikes import clip_spikes
+from clipfx.methods.grad_power import grad_power
+from clipfx.methods.norm_stabilizer import norm_stabilizer
+from clipfx.methods.normalize_by_norm import normalize_by_norm
+from clipfx.methods.quantile_clip import quantile_clip
+from clipfx.methods.smooth_norm import smooth_norm
+from clipfx.methods.spam_clip import spam_clip
+from clipfx.methods.spamp import spamp
+from clipfx.methods.weight_decay_balance import WeightDecayBalance, weight_decay_balance
+from clipfx.methods.zclip import zclip
+from clipfx.wrappers.error_feedback import ErrorFeedbackState, error_feedback
+from clipfx.wrappers.per_stacked_layer import per_stacked_layer
+from clipfx.wrappers.skip_spikes import SkipState, skip_spikes
 
 __version__ = "0.1.0"
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipfx import _compat
-from clipfx._checks import helpful
-from clipfx._clip import ClipMetrics, ClipState
-from clipfx._paths import ordered
+from clipfx._core.checks import helpful
+from clipfx._core.paths import ordered
+from clipfx._core.state import ClipMetrics, ClipState
 
 __all__ = ["read"]
 

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipfx._checks import check_count, check_number, helpful, is_known
+from clipfx._core.checks import check_count, check_number, helpful, is_known
 
 __all__ = [
     "cosine",

@@ -26,8 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipfx._checks import helpful, is_known, is_number
-from clipfx._tree import Groups, widest
+from clipfx._core.checks import helpful, is_known, is_number
+from clipfx._core.groups import Groups
+from clipfx._core.leaves import widest
 
 __all__ = ["Threshold", "as_threshold", "constant", "schedule"]
 

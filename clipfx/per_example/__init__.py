@@ -9,18 +9,18 @@
 >>> sums, info = grad(params, batch)
 >>> mean = {k: v / 8 for k, v in sums.items()}  # to an optimizer
 
-`norms` measures only, `group_grad` sums by population, `fair_grad` bounds what each
-contributes, `clip_per_example` is a transform for gradients that are stacked already,
-and `explain` tells what each parameter costs.
+`norms` measures only, `population_grad` sums by population, `fair_grad` bounds what
+each contributes, `clip_per_example` is a transform for gradients that are stacked
+already, and `explain` tells what each parameter costs.
 """
 
-from clipfx.per_example._bounded import PerExample
-from clipfx.per_example._explain import explain
-from clipfx.per_example._fair import PerPopulation, fair_grad
-from clipfx.per_example._grad import ClippedGrad, clipped_grad
-from clipfx.per_example._groups import group_grad
-from clipfx.per_example._measures import norms
-from clipfx.per_example._stacked import clip_per_example
+from clipfx.per_example.clip_per_example import clip_per_example
+from clipfx.per_example.clipped_grad import ClippedGrad, clipped_grad
+from clipfx.per_example.engine.clip import PerExample
+from clipfx.per_example.explain import explain
+from clipfx.per_example.fair_grad import PerPopulation, fair_grad
+from clipfx.per_example.norms import norms
+from clipfx.per_example.population_grad import population_grad
 
 __all__ = [
     "ClippedGrad",
@@ -30,6 +30,6 @@ __all__ = [
     "clipped_grad",
     "explain",
     "fair_grad",
-    "group_grad",
     "norms",
+    "population_grad",
 ]

@@ -15,17 +15,17 @@ What a run costs is computed by dp-accounting, how batches are drawn is jax_priv
 affair; both come with the extra `privacy`.
 """
 
-from clipfx.privacy._accounting import epsilon, event, noise_multiplier_for
-from clipfx.privacy._dp_grad import dp_grad
-from clipfx.privacy._noise import NoiseState, add_gaussian_noise, add_laplace_noise
-from clipfx.privacy._rules import (
+from clipfx.privacy.accounting import epsilon, event, noise_multiplier_for
+from clipfx.privacy.dp_grad import dp_grad
+from clipfx.privacy.noise import NoiseState, add_gaussian_noise, add_laplace_noise
+from clipfx.privacy.step import DPGrad, DPState
+from clipfx.privacy.thresholds import (
     PrivateThreshold,
     dpsgd_f,
     dpsgd_global,
     dpsgd_global_adapt,
     quantile,
 )
-from clipfx.privacy._step import DPGrad, DPState
 
 __all__ = [
     "DPGrad",

@@ -1,0 +1,123 @@
+"""Trees cut into groups: which leaves share a norm, and scaling them by group.
+
+Shape letters: `G` groups, `[...]` a leaf. A *counted* leaf is of real or complex
+floating dtype; all others (integers, bools, keys, `float0`) pass through unseen.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clipfx._core.paths import (
+    check_sparse,
+    leaves_with_path,
+    name_of,
+    names_of,
+    ordered,
+    prefix_lookup,
+    words,
+)
+
+
+class Groups(NamedTuple):
+    """Which counted leaf belongs to which group.
+
+    Attributes:
+      names: One name per group, in alphabetical order, numbers as numbers.
+      index: Per leaf of the tree its group, or None where the leaf is not counted.
+    """
+
+    names: tuple[str, ...]
+    index: tuple[int | None, ...]
+
+
+def group_leaves(groups: Any, tree: Any) -> Groups:
+    """Resolves a `groups` argument against the tree in hand.
+
+    Done anew for every tree: `optax.masked` and `optax.partition` take leaves away.
+    Labels are looked up by path, so labels of the whole tree still fit a masked one.
+
+    Args:
+      groups: `"global"`, `"layer"` (the parent of each leaf), `"leaf"`, a tree prefix
+        of labels, or a function from the tree to one.
+      tree: Arrays or `ShapeDtypeStruct`.
+
+    Raises:
+      ValueError: On another string, or where a counted leaf has no label.
+    """
+    check_sparse(tree)
+    leaves = leaves_with_path(tree)
+    counted = [path for path, leaf in leaves if is_counted(leaf, path)]
+    if not isinstance(groups, str):
+        made = groups(tree) if leaves and is_function(groups) else groups
+        labels = _labels(made, counted)
+    elif groups in _PARENTS:
+        labels = names_of([words(path)[: _PARENTS[groups]] for path in counted])
+    elif groups == "global":
+        labels = ["global"] * len(counted)
+    else:
+        raise ValueError(
+            'groups must be "global", "layer", "leaf", a tree prefix of labels or a '
+            f"function that makes one, got {groups!r}; to put all leaves into one "
+            'group use "global".'
+        )
+    names = ordered(["global"] if groups == "global" else labels)
+    number = dict(zip(names, range(len(names)), strict=True))
+    following = iter(labels)
+    return Groups(
+        names,
+        tuple(number[next(following)] if is_counted(x) else None for _, x in leaves),
+    )
+
+
+_PARENTS = {"layer": -1, "leaf": None}  # where the path of a group ends
+
+
+def is_function(groups: Any) -> bool:
+    """Whether it makes labels; a module of labels may be callable, and is no function.
+
+    As in Optax: a function is no tree, or one of nothing but functions.
+    """
+    return callable(groups) and all(map(callable, jax.tree.leaves(groups)))
+
+
+def _labels(prefix: Any, paths: Sequence[tuple]) -> list[str]:
+    """The label of each path."""
+    labels = [*map(prefix_lookup(prefix), paths)]
+    lost = [path for path, x in zip(paths, labels, strict=True) if x is None]
+    if lost:
+        known = sorted(name_of(words(path)) for path, _ in leaves_with_path(prefix))
+        raise ValueError(
+            f"groups must label every leaf, got no label for "
+            f"{name_of(words(lost[0]))!r} (there are labels at {known}); label it or a "
+            "parent of it, or take it out with optax.masked."
+        )
+    return [*map(str, labels)]
+
+
+# ------------------------------------------------------------------- single leaves
+
+
+def is_counted(leaf: Any, path: tuple | None = None) -> bool:
+    """Whether a leaf is of real or complex floating dtype.
+
+    Raises:
+      TypeError: If it is no array and no number; at `path`, if that is known.
+    """
+    if hasattr(leaf, "dtype") and not isinstance(leaf, type):
+        return jnp.issubdtype(leaf.dtype, jnp.inexact)
+    if not isinstance(leaf, complex | float | int):
+        place = "" if path is None else f" at {name_of(words(path))!r}"
+        raise TypeError(
+            f"leaves of a tree must be arrays, got a {type(leaf).__name__}{place}; "
+            "take it out, as eqx.filter(model, eqx.is_inexact_array) does in Equinox."
+        )
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def counted_leaves(tree: Any, groups: Groups) -> list[tuple[jax.Array, int]]:
+    """The counted leaves as arrays, each with its group."""
+    pairs = zip(jax.tree.leaves(tree), groups.index, strict=True)
+    return [(jnp.asarray(leaf), i) for leaf, i in pairs if i is not None]

@@ -1,0 +1,177 @@
+"""A transform for those who have every example's gradient already."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipfx import _compat, responses
+from clipfx._core.checks import check_choice, helpful
+from clipfx._core.clip_factors import exceeds, factors, finite_norms
+from clipfx._core.groups import Groups, counted_leaves, group_leaves
+from clipfx._core.leaves import narrow, times, widen, widest
+from clipfx._core.norms import Norms
+from clipfx._core.paths import check_stacked, ranks
+from clipfx._core.reductions import Layout, axes_apart, combine
+from clipfx._core.safe_sums import abs_power, add_up, largest, reciprocal_power_of_two
+from clipfx._core.state import ClipMetrics, ClipState, check_same_groups, fresh_metrics
+from clipfx.per_example.engine.clip import with_rounding_margin
+from clipfx.per_example.engine.thresholds import check_limit, limits
+from clipfx.per_example.engine.trace import batch_size
+
+
+@helpful
+def clip_per_example(
+    max_norm: Any,
+    *,
+    groups: Any = "global",
+    response: responses.Response | None = None,
+    reduce: str = "mean",
+    axis_name: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Bounds each example's gradient in stacked updates, and reduces them to one.
+
+    With :math:`g_{b,k}` the gradient of example b with respect to group k, n its norm,
+    c the threshold and :math:`\psi` the response,
+
+    .. math:: \frac{1}{B} \sum_b g_{b,k} \, \psi_c(n_{b,k}) / n_{b,k} .
+
+    First in a chain, behind `jax.vmap(jax.grad(loss), (None, 0))`. Where the loss is at
+    hand `clipfx.per_example.clipped_grad` does the same without the stack. An example
+    with a norm that is not finite contributes zero.
+
+    In `jax.shard_map` sums, means and counts are of all examples on the mesh, and norms
+    those of whole gradients, where these are split too.
+
+    Args:
+      max_norm: :math:`c`: a number >= 0, `[G]`, or a dict by group name.
+      groups: Which leaves share a norm, see `clipfx.clip_by_norm`. Static.
+      response: From norms and thresholds to new norms, None for `hard`. Static.
+      reduce: `"mean"` over the B examples, dropped ones included, or `"sum"`. Static.
+      axis_name: The mesh axes that examples are split over, a name or a tuple of names,
+        `()` for none. Needed in `shard_map`, whose types do not tell these axes from
+        those that parameters are split over; and in `pmap` and under
+        `check_vma=False`, where nothing tells, and all but these are taken to hold the
+        same. Static.
+
+    Returns:
+      A transform from updates `[B, ...]` to updates like the parameters, of the same
+      dtypes, with `ClipState`: its metrics `[G]` show means over the finite examples of
+      a step, and count examples instead of steps.
+
+    Raises:
+      TypeError: If an argument is of the wrong kind.
+      ValueError: If a threshold is negative or does not fit the groups, `reduce` is
+        unknown, updates have no common axis of examples, or they are split in
+        `shard_map` and `axis_name` says nothing of it.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = optax.chain(clip_per_example(1.0, reduce="sum"), optax.sgd(1.0))
+      >>> params = {"w": jnp.zeros(2)}
+      >>> stacked = {"w": jnp.array([[3.0, 4.0], [0.0, 0.5]])}
+      >>> updates, _ = tx.update(stacked, tx.init(params), params)
+      >>> [f"{x:.2f}" for x in updates["w"]]
+      ['-0.60', '-1.30']
+
+    Reference: Abadi et al., `Deep learning with differential privacy
+    <https://arxiv.org/abs/1607.00133>`_, 2016.
+    """
+    check_limit(max_norm)
+    response = responses.hard if response is None else response
+    responses.check_response(response)
+    check_choice("reduce", reduce, ("mean", "sum"))
+
+    def init(params: Any) -> ClipState:
+        metrics = fresh_metrics(params, group_leaves(groups, params))
+        return ClipState(ranks(params), metrics)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, ClipState]:
+        del extra_args
+        members = group_leaves(groups, updates)
+        check_same_groups(state, members)
+        advice = "jax.vmap(jax.grad(loss), (None, 0)) makes such"
+        check_stacked(updates, params, state.rule_state, "examples", advice)
+        size = batch_size((updates,), (0,))
+        axes = axes_apart(updates, axis_name, "the examples of clip_per_example")
+        over = functools.partial(_add_up, axes=axes)
+        norms = _norms(updates, members, axes)
+        limit = limits(max_norm, members, size).astype(norms.value.dtype)
+        limit = jnp.broadcast_to(limit, norms.value.shape)
+        limit = _compat.as_like(limit, norms.value)
+        before, factor = factors(norms, with_rounding_margin(limit), response, "zero")
+        good = jnp.isfinite(norms.value).all(1)
+        count = 1
+        if reduce == "mean":
+            count = size * math.prod(jax.lax.psum(1, axis) for axis in axes)
+
+        def bound(x: Any, i: int | None) -> Any:
+            if i is None:  # no gradient
+                return jnp.zeros(jnp.shape(x)[1:], jnp.result_type(x))
+            row = lambda f: f[:, i].reshape((-1,) + (1,) * (x.ndim - 1))
+            wide = times(times(widen(x), row(before)), row(factor))
+            wide = jnp.where(good.reshape((-1,) + (1,) * (x.ndim - 1)), wide, 0)
+            return narrow(over(wide.sum(0)) / max(count, 1), x.dtype)
+
+        leaves, treedef = jax.tree.flatten(updates)
+        pairs = zip(leaves, members.index, strict=True)
+        clipped = treedef.unflatten([bound(x, i) for x, i in pairs])
+        return clipped, _next(state, norms, limit, before * factor, good, over)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _add_up(x: jax.Array, axes: frozenset) -> jax.Array:
+    return jax.lax.psum(x, tuple(sorted(axes, key=str))) if axes else x
+
+
+def _norms(updates: Any, members: Groups, axes: frozenset) -> Norms:
+    """Norms `[B, G]` of the examples here, the mesh axes of which are given."""
+    pairs = counted_leaves(updates, members)
+    dtype = widest(x.dtype for x, _ in pairs)
+    if not pairs:
+        nothing = jnp.zeros((batch_size((updates,), (0,)), 0), dtype)
+        return Norms(nothing, nothing)
+    index = tuple(i for _, i in pairs)
+    layout = Layout(index, len(members.names), dtype, (), axes)
+    peaks = [jax.vmap(largest)(widen(x)) for x, _ in pairs]
+    scale = reciprocal_power_of_two(combine(jnp.maximum, peaks, layout))
+
+    def squares(x: jax.Array, scale: jax.Array) -> jax.Array:
+        return add_up(abs_power(times(widen(x, dtype), scale), 2))
+
+    rows = [jax.vmap(squares)(x, scale[i]) for x, i in pairs]
+    total = combine(jnp.add, rows, layout)
+    return Norms(jnp.sqrt(total).T, scale.T)
+
+
+def _next(
+    state: ClipState,
+    norms: Norms,
+    limit: jax.Array,
+    factor: jax.Array,
+    good: jax.Array,
+    over: Callable,
+) -> ClipState:
+    seen, norm = state.metrics, finite_norms(norms)
+    finite, every = good[:, None], jnp.ones_like(norm, bool)
+    total = lambda x: over(jnp.where(finite, x.astype(jnp.float32), 0).sum(0))
+    count = lambda x: over(x.astype(jnp.int32).sum(0))
+    number = jnp.maximum(total(every), 1)
+    return state._replace(
+        metrics=ClipMetrics(
+            norm=total(norm) / number,
+            threshold=limit.max(0, initial=0).astype(jnp.float32),
+            factor=total(factor) / number,
+            steps=seen.steps + count(every),
+            clipped=seen.clipped + count(finite & exceeds(norm, limit)),
+            nonfinite=seen.nonfinite + count(~finite & every),
+            groups=seen.groups,
+        )
+    )

@@ -1,0 +1,309 @@
+"""What one pass over a batch leaves behind, and norms of gradients from it."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clipfx import _compat
+from clipfx._core.leaves import widen, widest
+from clipfx.per_example.engine import (
+    ghost_norm,
+    interpreter,
+    outer_products,
+    scaled_sums,
+    sites,
+)
+from clipfx.per_example.engine.cost_model import by_region
+from clipfx.per_example.engine.param_views import Part
+from clipfx.per_example.engine.plan import Plan
+from clipfx.per_example.engine.scaled_sums import Power
+from clipfx.per_example.engine.sites import Site
+
+
+class Program(NamedTuple):
+    """The loss of one example as a program of flat inputs.
+
+    Attributes:
+      plan: Decisions.
+      params: Which inputs are parameters.
+      mapped: Per input whether it has an axis of examples.
+    """
+
+    plan: Plan
+    params: tuple[int, ...]
+    mapped: tuple[bool, ...]
+
+
+class Tape(NamedTuple):
+    """What one pass over a batch leaves behind.
+
+    Attributes:
+      data: Recorded operands, `[B, loops..., ...]`, by number.
+      deltas: Gradients with respect to outputs, `[B, loops..., ...]`, by number of the
+        tap.
+      leaves: By leaf the gradient of each example, `[B, ...]`, where instantiated.
+      formed: By site the gradient of each example with respect to its weight.
+      powers: `[B, L, 4, 2]`, norms to the power of p by leaf, if measured on the way.
+    """
+
+    data: dict[int, jax.Array]
+    deltas: dict[int, jax.Array]
+    leaves: dict[int, jax.Array]
+    formed: dict[int, jax.Array]
+    powers: jax.Array | None
+
+    def operand(self, site: Site) -> Any:
+        """What was recorded for a site, None for an addition."""
+        return None if site.data is None else self.data[site.data]
+
+
+def record(
+    program: Program, inputs: Sequence[Any], *, norms: bool
+) -> tuple[list[jax.Array], Tape]:
+    """Runs forward and backward once.
+
+    Args:
+      program: The loss.
+      inputs: Its inputs, flat, those that are mapped `[B, ...]`.
+      norms: Whether norms will be asked for.
+
+    Returns:
+      Outputs `[B, ...]`, and the `Tape`.
+    """
+    plan = program.plan
+    direct = [k for k, road in enumerate(plan.roads) if road == "instantiated"]
+    params = [inputs[k] for k in program.params]
+    ghost = plan.remat and norms
+
+    def one(*example):
+        def loss(leaves, taps):
+            values = list(example)
+            for k, leaf in leaves.items():
+                values[program.params[k]] = leaf
+            visit = functools.partial(_probe, plan, taps) if ghost else None
+            outs, data = interpreter.run(
+                plan.root, values, plan.sites, {} if ghost else taps, visit
+            )
+            return outs[0], (outs[1:], data)
+
+        taps = _found(plan) if ghost else _taps(plan)
+        leaves = {k: params[k] for k in direct}
+        value, pull, (aux, data) = jax.vjp(loss, leaves, taps, has_aux=True)
+        leaves, deltas = pull(jnp.ones_like(value))
+        return [value, *aux], data, leaves, deltas
+
+    outs, data, leaves, deltas = over_examples(one, program.mapped, inputs)
+    outs, data, leaves, deltas = jax.tree.map(
+        _like_rows(program, inputs), (outs, data, leaves, deltas)
+    )
+    data, leaves, deltas = jax.tree.map(_settled, (data, leaves, deltas))
+    if ghost:
+        return outs, Tape({}, {}, leaves, {}, deltas)
+    formed = {}
+    for n in plan.formed if norms else ():
+        site = plan.sites[n]
+        form = lambda x, d, site=site: sites.weight_gradient(
+            site, x if x is None else x[None], widen(d)[None])  # fmt: skip
+        formed[n] = jax.vmap(form)(data.get(site.data), deltas[site.tap])
+    rest = [site for n, site in plan.sites.items() if n not in formed]
+    data = {site.data: data[site.data] for site in rest if site.data is not None}
+    deltas = {site.tap: deltas[site.tap] for site in rest}
+    return outs, Tape(data, deltas, leaves, formed, None)
+
+
+def over_examples(one: Callable, mapped: Sequence[bool], inputs: Sequence[Any]) -> Any:
+    """Maps a function of one example's inputs over the batch."""
+    axes = tuple(0 if m else None for m in mapped)
+    try:
+        return jax.vmap(one, axes)(*inputs)
+    except (NotImplementedError, ValueError) as error:
+        if isinstance(error, ValueError) and "vmap" not in str(error):
+            raise
+        pairs = list(zip(inputs, mapped, strict=True))
+        if any(x.shape[0] != 1 for x, m in pairs if m):
+            raise NotImplementedError(
+                "fun must be made of what JAX can map over examples, got "
+                f"{str(error).splitlines()[0].rstrip('.')!r}; pass microbatch_size=1, "
+                "which takes one example after the other."
+            ) from error
+    alone = one(*(x[0] if m else x for x, m in pairs))
+    return jax.tree.map(lambda x: x[None], alone)
+
+
+def _like_rows(program: Program, inputs: Sequence[Any]) -> Callable:
+    """Splits by example as the batch is; older JAX forgets it where axes are Auto."""
+    pairs = zip(inputs, program.mapped, strict=True)
+    specs = [_compat.explicit_spec(x) for x, mapped in pairs if mapped]
+    rows = next((spec[0] for spec in specs if spec), None)
+
+    def again(x: jax.Array) -> jax.Array:
+        spec = _compat.explicit_spec(x)
+        return x if rows is None or not spec else _compat.reshard(x, (rows, *spec[1:]))
+
+    return again
+
+
+def _settled(x: jax.Array) -> jax.Array:
+    """XLA may drop a rounding to half precision where it fuses, and keep it elsewhere.
+
+    The norm and the sum have to be of the same numbers.
+    """
+    half = jnp.issubdtype(x.dtype, jnp.inexact) and jnp.finfo(x.dtype).bits < 32
+    return jax.lax.optimization_barrier(x) if half else x
+
+
+def _found(plan: Plan) -> jax.Array:
+    """Where powers of norms are added up, `[L, 4, 2]`."""
+    value = plan.root.jaxpr.outvars[0].aval
+    shape = (len(plan.roads), scaled_sums.SCALES, 2)
+    return _zeros(shape, value).astype(dtype(plan))
+
+
+def _taps(plan: Plan) -> dict[int, jax.Array]:
+    def zeros(site: Site) -> jax.Array:
+        out = site.eqn.outvars[0].aval
+        return _zeros((*(n for _, n in site.loops), *out.shape), out)
+
+    return {site.tap: zeros(site) for site in plan.sites.values()}
+
+
+def _zeros(shape: tuple[int, ...], like: Any) -> jax.Array:
+    """Of the dtype of a type, varying over the same axes of `jax.shard_map`."""
+    return _compat.vary(jnp.zeros(shape, like.dtype), _compat.axes_of_type(like))
+
+
+def dtype(plan: Plan) -> Any:
+    """Of norms: float32, or wider where gradients are."""
+    found = [site.eqn.outvars[0].aval.dtype for site in plan.sites.values()]
+    found += [plan.root.jaxpr.outvars[0].aval.dtype, *plan.dtypes]
+    return widest(found)
+
+
+def powers(
+    plan: Plan, tape: Tape, size: int, split: Sequence[frozenset[str]]
+) -> jax.Array:
+    """Norms `[B, L, 4, 2]` of each example's gradient to the power of p, by leaf.
+
+    Args:
+      plan: Decisions.
+      tape: From `record`.
+      size: B.
+      split: Per leaf the mesh axes of `jax.shard_map` that it is split over.
+    """
+    leaves = range(len(plan.roads))
+    if tape.powers is None:
+        one = lambda tape: spread(
+            plan, [_of_leaf(plan, k, tape) for k in leaves], split
+        )
+        return jax.vmap(one, axis_size=size)(tape)
+    found = tape.powers.astype(dtype(plan))
+    one = lambda x: [scaled_sums.power(x, plan.ord)]
+    power = lambda x: scaled_sums.spread(one(x), dtype(plan))[0]
+    for leaf, x in tape.leaves.items():
+        found = found.at[:, leaf].add(jax.vmap(power)(x))
+    every = frozenset().union(*split)
+    if not every:
+        return found
+    # Together they count as varying over what one of them does.
+    same = lambda k: jax.lax.pmean(found[:, k], tuple(sorted(every - split[k])))
+    columns = [same(k) if every - split[k] else found[:, k] for k in leaves]
+    return jnp.stack([over(x, a) for x, a in zip(columns, split, strict=True)], 1)
+
+
+def over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """Adds up over mesh axes of `jax.shard_map`, if there are any."""
+    return jax.lax.psum(x, tuple(sorted(axes))) if axes else x
+
+
+def spread(
+    plan: Plan, powers: Sequence[list[Power]], split: Sequence[frozenset[str]]
+) -> jax.Array:
+    """Powers by leaf, any number of each, as `[L, 4, 2]`, added up over a mesh."""
+    if all(len(some) == 1 for some in powers) and not any(split):
+        return scaled_sums.spread([x for (x,) in powers], dtype(plan))
+    rows = []
+    for some, axes in zip(powers, split, strict=True):
+        row = scaled_sums.spread(some, dtype(plan)).sum(0) if some else _nothing(plan)
+        rows.append(over(row, axes))
+    return jnp.stack(rows)
+
+
+def _nothing(plan: Plan) -> jax.Array:
+    return jnp.zeros((scaled_sums.SCALES, 2), dtype(plan))
+
+
+def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> list[Power]:
+    """The norm of one example's gradient to the power of p, in parts to add up."""
+    if leaf in tape.leaves:
+        return [scaled_sums.power(tape.leaves[leaf], plan.ord)]
+    found = []
+    for places in by_region(plan.uses[leaf]):
+        (site, part), *_ = places
+        if site.number in tape.formed:
+            formed = _part(site, part, tape.formed[site.number])
+            found.append(scaled_sums.power(formed, plan.ord))
+        else:
+            some = [(s, p, tape.operand(s), tape.deltas[s.tap]) for s, p in places]
+            found += _of_region(some, plan.ord)
+    return found
+
+
+def _part(site: Site, part: Part, formed: jax.Array) -> jax.Array:
+    """The gradient of one part from that of a weight, `[loops that slice..., ...]`."""
+    if site.view.axis is not None:
+        axis = sum(site.sliced) + site.view.axis
+        formed = jax.lax.slice_in_dim(formed, part.start, part.stop, axis=axis)
+    stacks = dict(part.stack)
+    loops = [
+        loop for (loop, _), cut in zip(site.loops, site.sliced, strict=True) if cut
+    ]
+    return formed.sum([k for k, loop in enumerate(loops) if loop not in stacks])
+
+
+def _of_region(places: list, ord: int) -> list[Power]:
+    """From all uses of one region of a leaf, each with what was recorded there."""
+    site = places[0][0]
+    if site.kind in sites.ADD:
+        parts = [outer_products.direct(s, p, d) for s, p, _, d in places]
+        rows = [rows.reshape(rows.shape[0], -1) for _, rows in parts]
+        found = functools.reduce(jnp.add, [x.reshape(-1) for x, _ in parts])
+        found = scaled_sums.power(found, ord)
+        if sum(len(x) for x in rows) == 1:
+            return [found]
+        # What positions add up to may cancel.
+        zero = jnp.zeros_like(found.value)
+        each = [scaled_sums.power(x, ord)._replace(value=zero) for x in rows]
+        return [found._replace(terms=zero), *each]
+    factors = [outer_products.factors(*place) for place in places]
+    precision = site.eqn.params.get("precision")
+    return [ghost_norm.power_of_products(factors, precision, ord)]
+
+
+def _probe(
+    plan: Plan, found: jax.Array, site: Site, inputs: list, apply: Callable, _: Any
+) -> jax.Array:
+    """The output; its backward pass adds powers of norms to the gradient of `found`.
+
+    So nothing is kept, and rematerialization goes on saving memory.
+    """
+    direct = {k for k, road in enumerate(plan.roads) if road == "instantiated"}
+    parts = [p for p in site.view.parts if p.leaf not in (None, *direct)]
+
+    @jax.custom_vjp
+    def probe(data, out, found):
+        return out
+
+    def backward(data, delta):
+        found = _found(plan)
+        turn = site._replace(loops=())
+        for part in parts:
+            x = _of_region([(turn, part._replace(stack=()), data, delta)], plan.ord)
+            found = found.at[part.leaf].add(scaled_sums.spread(x, found.dtype).sum(0))
+        return None, delta, found
+
+    probe.defvjp(lambda data, out, found: (out, data), backward)
+    data = None if site.data is None else inputs[site.operand]
+    return probe(data, apply(*inputs), found)

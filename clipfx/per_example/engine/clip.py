@@ -1,0 +1,188 @@
+"""One batch: norms, factors, and the sum that no bad example can spoil."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clipfx import _compat, responses
+from clipfx._core.clip_factors import factors
+from clipfx._core.groups import Groups
+from clipfx._core.leaves import times
+from clipfx._core.norms import Norms
+from clipfx.per_example.engine import bookkeeping, one_by_one, scaled_sums
+from clipfx.per_example.engine.trace import Call
+from clipfx.per_example.engine.weighted_sum import weighted_sum
+
+
+class PerExample(NamedTuple):
+    """What is known of every example of a batch.
+
+    Attributes:
+      value: `[B]`, its loss; 0 for padding.
+      norm: `[B, G]` float32 or wider, the norm of its gradient by group, not finite
+        where the gradient is not, 0 for padding. None where norms were not asked for.
+      factor: `[B, G]`, what its gradient was multiplied with: 0 for padding and, in
+        all groups, for an example with a norm that is not finite.
+      aux: The second output of the loss, `[B, ...]`.
+
+    Reference: none.
+    """
+
+    value: jax.Array
+    norm: Any
+    factor: Any
+    aux: Any
+
+
+def bounded_sum(
+    call: Call,
+    members: Groups,
+    limit: jax.Array | Callable,
+    response: responses.Response,
+    where: jax.Array | None,
+) -> tuple[list[jax.Array], PerExample]:
+    """Bounds every example's gradient and adds up.
+
+    Args:
+      call: The loss and its inputs.
+      members: Of the leaves of the parameters.
+      limit: Thresholds `[B or 1, G]`, or from norms and a mask to them.
+      response: From norms and thresholds to new norms.
+      where: bool `[B]`, False for padding.
+
+    Returns:
+      The sum by leaf, and what is known of every example.
+    """
+    inputs, index, plan = call.inputs, members.index, call.program.plan
+    outs, tape = bookkeeping.record(call.program, inputs, norms=True)
+    group = functools.partial(_grouped, call, members)
+    norms, trusted = group(bookkeeping.powers(plan, tape, call.size, call.split))
+    good = jnp.isfinite(norms.value / norms.scale).all(1)
+    keep = jnp.ones_like(good) if where is None else _compat.as_like(where, good)
+    alone = good & keep & ~trusted.all(1)
+    each = functools.partial(one_by_one.each, call, tape, group=lambda x: group(x)[0])
+    if callable(limit):
+        if plan.adds_up:
+            start = one_by_one.Found(norms, jnp.zeros_like(norms.value), [])
+            norms = each(alone, found=start, bound=None).norms
+        limit = limit(_shown(norms, keep), keep)
+    limit = jnp.broadcast_to(
+        with_rounding_margin(limit.astype(norms.value.dtype)), norms.value.shape
+    )
+    limit = _compat.as_like(limit, norms.value)
+
+    def factor_of(norms: Norms, limit: jax.Array) -> jax.Array:
+        """0 where a product with it would leave the range, for cuts and lifts alike."""
+        before, factor = factors(norms, limit, response, "zero")
+        both = before * factor
+        return jnp.where((both >= _LEAST) & (both <= _MOST), both, jnp.zeros_like(both))
+
+    factor = jnp.where((good & keep)[:, None], factor_of(norms, limit), 0)
+    if not plan.adds_up:
+        sums = weighted_sum(call.program, inputs, tape, factor, index, good)
+        return total(call, sums), known(call, outs, keep, _shown(norms, keep), factor)
+    # What is flushed to 0 of a sum may make it longer, not only shorter.
+    reached = factor * (norms.value / norms.scale)
+    alone |= good & keep & ((reached > 0) & (reached < _tiny(reached.dtype))).any(1)
+    some = jnp.where(alone[:, None], jnp.zeros_like(factor), factor)
+    kept = None if tape.powers is None else good
+    sums = weighted_sum(call.program, inputs, tape, some, index, kept)
+    # A factor of 0 is not enough for what is not finite, 0 times NaN is NaN: then all
+    # others are added up anew, one by one.
+    anew = jnp.zeros((), bool) if kept is not None else ~good.all()
+    counts = good & keep
+
+    def bound(gradient: list, norms: Norms, row: Callable) -> tuple[list, jax.Array]:
+        finite = jnp.isfinite(norms.value / norms.scale).all() & row(counts).all()
+        factor = jnp.where(finite, factor_of(norms, row(limit)), 0)
+        scaled = [times(x, factor[0, i or 0])
+                  for x, i in zip(gradient, index, strict=True)]  # fmt: skip
+        return [jnp.where(finite, x, jnp.zeros_like(x)) for x in scaled], factor
+
+    start = one_by_one.Found(norms, factor, sums)
+    found = each(alone, found=start, bound=bound, anew=anew)
+    shown = _shown(found.norms, keep)
+    return total(call, found.sums), known(call, outs, keep, shown, found.factor)
+
+
+# Factors beyond these are no normal numbers, or their products are not.
+_LEAST, _MOST = 2.0**-120, 2.0**64
+
+
+def _tiny(dtype: Any) -> float:
+    """The least normal number does not matter beside this, 2^-90 for float32."""
+    return 2.0 ** -(jnp.finfo(dtype).maxexp * 45 // 64)
+
+
+def _shown(norms: Norms, keep: jax.Array) -> jax.Array:
+    """Norms `[B, G]` as plain numbers, 0 for padding."""
+    norm = norms.value / norms.scale
+    return jnp.where(keep[:, None], norm, jnp.zeros_like(norm))
+
+
+def _grouped(call: Call, members: Groups, powers: jax.Array) -> tuple[Norms, jax.Array]:
+    """Norms `[B, G]` from powers `[B, L, 4, 2]`, and whether they are to be trusted."""
+    sums = by_group(powers, members.index, len(members.names))
+    return scaled_sums.norms(sums, call.program.plan.ord)
+
+
+def known(
+    call: Call, outs: list, keep: jax.Array, norm: Any, factor: Any
+) -> PerExample:
+    """Puts together what is known; the loss of padding is 0."""
+    keep = _compat.as_like(keep, outs[0])
+    value = jnp.where(keep, outs[0], jnp.zeros_like(outs[0]))
+    return PerExample(value, norm, factor, jax.tree.unflatten(call.aux, outs[1:]))
+
+
+def empty(call: Call, groups: int) -> PerExample:
+    """What is known of no examples."""
+    nothing = jnp.zeros((0, groups), jnp.float32)
+    return known(call, _none(call), jnp.ones(0, bool), nothing, nothing)
+
+
+def total(call: Call, sums: Sequence[jax.Array]) -> list[jax.Array]:
+    """Adds up over the mesh axes that the batch varies over and parameters do not."""
+    sums = [bookkeeping.over(x, axes) for x, axes in zip(sums, call.axes, strict=True)]
+    return [_compat.reshard(x, spec) for x, spec in zip(sums, call.specs, strict=True)]
+
+
+def with_rounding_margin(limit: jax.Array) -> jax.Array:
+    """A little less than the threshold, or rounding would exceed it."""
+    wide = jnp.finfo(limit.dtype).bits > 32
+    return limit * (1 - 2.0 ** (-49 if wide else -20))
+
+
+def by_group(rows: jax.Array, index: Sequence[int | None], count: int) -> jax.Array:
+    """Adds up `[B, L, ...]` by group, `[B, G, ...]`."""
+    columns = [
+        sum((rows[:, k] for k, i in enumerate(index) if i == g),
+            jnp.zeros_like(rows[:, 0]))
+        for g in range(count)
+    ]  # fmt: skip
+    return jnp.stack(columns, axis=1)
+
+
+def measure(call: Call, members: Groups, where: jax.Array | None) -> PerExample:
+    """Norms alone."""
+    outs, tape = bookkeeping.record(call.program, call.inputs, norms=True)
+    group = functools.partial(_grouped, call, members)
+    norms, trusted = group(
+        bookkeeping.powers(call.program.plan, tape, call.size, call.split)
+    )
+    keep = jnp.ones_like(outs[0], bool) if where is None else where
+    keep = _compat.as_like(keep, outs[0])
+    if call.program.plan.adds_up:
+        alone = jnp.isfinite(norms.value / norms.scale).all(1) & keep & ~trusted.all(1)
+        start = one_by_one.Found(norms, jnp.zeros_like(norms.value), [])
+        one = lambda x: group(x)[0]
+        norms = one_by_one.each(call, tape, alone, one, start, None).norms
+    return known(call, outs, keep, _shown(norms, keep), None)
+
+
+def _none(call: Call) -> list[jax.Array]:
+    avals = [v.aval for v in call.program.plan.root.jaxpr.outvars]
+    return [jnp.zeros((call.size, *x.shape), x.dtype) for x in avals]

@@ -1,0 +1,73 @@
+"""What the uses of a leaf allow together, and what its norm costs."""
+
+import itertools
+from typing import Any
+
+from clipfx.per_example.engine import ghost_norm
+from clipfx.per_example.engine.outer_products import key, sizes
+from clipfx.per_example.engine.param_views import Part
+from clipfx.per_example.engine.sites import ADD, Site
+
+# Moving a word through memory costs as much as this many multiplications: a gradient
+# that is formed is written, read for its norm and read for the sum.
+WORDS = 256
+
+
+def unaligned(places: list[tuple[Site, Part]], remat: bool) -> str:
+    """Why several uses of a leaf cannot be measured together, empty if they can."""
+    if remat:
+        if len(places) > 1:
+            return "several uses, and remat"
+        ((site, part),) = places
+        return "" if len(part.stack) == len(site.loops) else "a loop, and remat"
+    for (s1, p1), (s2, p2) in itertools.combinations(places, 2):
+        if p1.region is None or p2.region is None:
+            return "several uses in different forms"
+        if p1.region != p2.region:
+            if not _apart(p1.region, p2.region):
+                return "uses that overlap"
+        elif not _measured_together((s1, p1), (s2, p2)):
+            return "several uses in different forms"
+    return ""
+
+
+def _measured_together(*places: tuple[Site, Part]) -> bool:
+    keys = [key(site, part) for site, part in places]
+    kinds = {site.kind in ADD for site, _ in places}
+    rows = all(site.kind == "gather" for site, _ in places)
+    same = keys[0] == keys[1] if rows else ghost_norm.fits(keys)
+    return same and len(kinds) == 1
+
+
+def _apart(a: tuple, b: tuple) -> bool:
+    return any(x[1] <= y[0] or y[1] <= x[0] for x, y in zip(a, b, strict=True))
+
+
+def by_region(places: list[tuple[Site, Part]]) -> list[list[tuple[Site, Part]]]:
+    """The uses of a leaf, together where they are of the same region of it."""
+    groups: dict[Any, list] = {}
+    for site, part in places:
+        # That of a scalar is (), known and the same for all.
+        region = site.number if part.region is None else part.region
+        groups.setdefault(region, []).append((site, part))
+    return list(groups.values())
+
+
+def factored_cost(places: list[tuple[Site, Part]]) -> tuple[str, int]:
+    """The road by outer products, and its cost in multiplications."""
+    cost, road = 0, "direct"
+    for region in by_region(places):
+        some = [(site.kind, *sizes(site, part)) for site, part in region]
+        if some[0][0] in ADD:
+            continue
+        road = "outer product" if road == "direct" else road
+        s, k, n = some[0][1], some[0][3], some[0][4]
+        dense = sum(t for kind, _, t, _, _ in some if kind != "gather")
+        rows = sum(t for kind, _, t, _, _ in some if kind == "gather")
+        cost += s * (dense + rows) * (k * (dense > 0) + n)
+        if dense + rows > 1:
+            road = "Gram" if dense else "segment sum"
+            cost += s * (dense * dense * (k + n) // 2 + dense * rows * n + rows * n)
+        if any(kind == "conv_general_dilated" for kind, *_ in some):
+            cost += 2 * WORDS * s * dense * k  # patches are copied together
+    return road, cost

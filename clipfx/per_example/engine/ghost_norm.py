@@ -1,0 +1,165 @@
+r"""Norms of sums of outer products to the power of p, without forming them.
+
+For :math:`G = \sum_t u_t v_t^T`, :math:`\|G\|^2 = \sum_{t,s} (u_t^T u_s)(v_t^T v_s)`:
+two small Gram matrices instead of one large G. With one position it is
+:math:`|u|^2 |v|^2`. Rows u may be one-hot, given as ids: their Gram matrix says which
+ids are equal, and that of one-hot and dense rows is a look-up. For other p than 2 there
+is only the case of one position, :math:`|u|_p^p |v|_p^p`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from clipfx import _compat
+from clipfx._core.leaves import widest
+from clipfx._core.safe_sums import abs_power, add_up, summed
+from clipfx.per_example.engine import scaled_sums
+from clipfx.per_example.engine.outer_products import Factors
+from clipfx.per_example.engine.scaled_sums import Power
+
+# More positions than this are taken in tiles, half of which symmetry saves.
+TILE = 256
+
+
+def power_of_products(
+    factors: list[Factors], precision: jax.lax.PrecisionLike = None, ord: int = 2
+) -> Power:
+    """The norm of a sum of outer products, of one example, to the power of p.
+
+    Args:
+      factors: All of the same leaf or the same region of it, aligned.
+      precision: Of the matrix products.
+      ord: p, 2 unless there is one position only.
+    """
+    dtype = widest(f.right.dtype for f in factors)
+    cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    factors = [Factors(cast(f.left), cast(f.right), f.key) for f in _align(factors)]
+    if any(f.by_index for f in factors):  # look-ups do not know about meshes
+        factors = [
+            Factors(_compat.whole(f.left), _compat.whole(f.right), f.key)
+            for f in factors
+        ]
+    dense = _join([f for f in factors if not f.by_index])
+    rows = _join([f for f in factors if f.by_index])
+    if sum(f.right.shape[1] for f in factors) == 1:
+        return _of_one_position(factors[0], ord)
+    assert ord == 2, ord
+    total = terms = jnp.zeros((), dtype)
+    odd = jnp.zeros((), bool)
+    if dense is not None:
+        total, terms = _gram(dense.left, dense.right, precision)
+        odd, rest = scaled_sums.unusual(dense.left, dense.right)
+        terms += rest
+    if rows is not None:
+        total += add_up(abs_power(_sum_rows(rows.left, rows.right), 2))
+        terms += add_up(abs_power(rows.right, 2))
+        more, rest = scaled_sums.unusual(rows.right)
+        odd, terms = odd | more, terms + rest
+    if dense is not None and rows is not None:
+        take = functools.partial(jnp.take_along_axis, axis=2)
+        ids = jnp.broadcast_to(
+            rows.left[:, None], (*dense.left.shape[:2], rows.left.shape[1])
+        )
+        inner = _matmul(dense.right, rows.right, precision)
+        total += 2 * add_up(take(dense.left, ids) * inner)
+    # What cannot be measured so is not to be trusted, whatever came of it.
+    total = jnp.where(odd, 0, jnp.maximum(total, 0))
+    terms = jnp.where(odd, jnp.inf, terms)
+    n = scaled_sums.exponent(jnp.maximum(total, terms))
+    unit = scaled_sums.inverse_of(n, dtype)
+    return Power(total * unit, terms * unit, n)
+
+
+def _of_one_position(f: Factors, ord: int) -> Power:
+    """Of one position, at any magnitude."""
+    if f.by_index:
+        return scaled_sums.power(f.right, ord)
+    left, right, top = scaled_sums.pair_to_one(f.left, f.right)
+    total = (abs_power(left, ord).sum(-1) * abs_power(right, ord).sum(-1)).sum()
+    top = jnp.where(top == scaled_sums.NOTHING, 0, top)
+    return Power(total, total, ord * top)
+
+
+def fits(keys: list[tuple | None]) -> bool:
+    """Whether sums of outer products with these keys can be measured together."""
+    known = [key for key in keys if key is not None]
+    if len(known) < len(keys):
+        return False
+    s, k, n = known[0]
+    return all(key in ((s, k, n), (s, n, k)) for key in keys)
+
+
+def _align(factors: list[Factors]) -> list[Factors]:
+    """Exchanges left and right where a leaf is used transposed; ids stay left."""
+    if len(factors) == 1:
+        return factors
+    base = next((f.key for f in factors if f.by_index), factors[0].key)
+
+    def turn(f: Factors) -> Factors:
+        if f.key == base:
+            return f
+        return Factors(f.right, f.left, base)
+
+    return [turn(f) for f in factors]
+
+
+def _join(factors: list[Factors]) -> Factors | None:
+    """One sum over the positions of all."""
+    if len(factors) < 2:
+        return factors[0] if factors else None
+    join = lambda xs: jnp.concatenate(xs, axis=1)
+    return Factors(
+        join([f.left for f in factors]), join([f.right for f in factors]), None
+    )
+
+
+def _matmul(a: jax.Array, b: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
+    """`[S, T, T']` from `[S, T, K]` and `[S, T', K]`."""
+    spec = _compat.explicit_spec(a)
+    spec = None if spec is None else _compat.sharding(a, (spec[0], None, None))
+    dims = (((2,), (2,)), ((0,), (0,)))
+    return lax.dot_general(a, b, dims, precision=precision, out_sharding=spec)
+
+
+def _gram(
+    left: jax.Array, right: jax.Array, precision: jax.lax.PrecisionLike
+) -> tuple[jax.Array, jax.Array]:
+    """The sum over pairs of positions, in tiles, and that of pairs of a position alone.
+
+    By position: where gradients cancel the sum of a row does, that of a tile does not.
+    Of several tiles some 2^20 times the rounding of their sum counts like pairs.
+    """
+    length = left.shape[1]
+    count = -(-length // TILE)
+    edges = [length * k // count for k in range(count + 1)]
+    part = lambda k: tuple(x[:, edges[k] : edges[k + 1]] for x in (left, right))
+    rows: list[list[jax.Array]] = [[] for _ in range(count)]
+    terms = jnp.zeros((), left.dtype)
+    for k in range(count):
+        for j in range(k + 1):
+            (u, v), (x, y) = part(k), part(j)
+            tile = _matmul(u, x, precision) * _matmul(v, y, precision)
+            rows[k].append(tile.sum((0, 2)))
+            if j < k:
+                rows[j].append(tile.sum((0, 1)))
+            else:
+                terms += jnp.diagonal(tile, axis1=1, axis2=2).sum()
+    add = lambda xs: functools.reduce(jnp.add, xs)
+    total = jnp.concatenate([summed(add(row)) for row in rows]).sum()
+    if count > 1:
+        sizes = jnp.concatenate([add(map(jnp.abs, row)) for row in rows])
+        terms = jnp.maximum(terms, jnp.sqrt((sizes * sizes).sum()))
+    return total, terms
+
+
+def _sum_rows(ids: jax.Array, rows: jax.Array) -> jax.Array:
+    """Adds up rows of equal id, `[S, T, N]`, each sum where its id comes first."""
+
+    def one(ids, rows):
+        first = jnp.argmax(ids[:, None] == ids[None, :], axis=1)
+        return jax.ops.segment_sum(rows, first, num_segments=ids.shape[0])
+
+    return jax.vmap(one)(ids, rows)

@@ -1,0 +1,126 @@
+"""Examples that the others' ways of measuring do not fit, one after the other.
+
+Where the gradients of an example's positions cancel, rounding is what is left of sums
+of outer products, and the norm and the sum would be of different roundings. The
+gradient of such an example is formed, by itself, and measured, bounded and added up as
+any gradient is. There are few: the loop usually does not run.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clipfx import _compat
+from clipfx._core.leaves import widen
+from clipfx._core.norms import Norms
+from clipfx.per_example.engine import bookkeeping, interpreter, scaled_sums
+from clipfx.per_example.engine.bookkeeping import Tape
+from clipfx.per_example.engine.trace import Call
+from clipfx.per_example.engine.weighted_sum import weighted_sum
+
+
+class Found(NamedTuple):
+    """What the loop finds out.
+
+    Attributes:
+      norms: `[B, G]`.
+      factor: `[B, G]`.
+      sums: By leaf.
+    """
+
+    norms: Norms
+    factor: jax.Array
+    sums: list[jax.Array]
+
+
+def each(
+    call: Call,
+    tape: Tape,
+    todo: jax.Array,
+    group: Callable,
+    found: Found,
+    bound: Callable | None,
+    anew: Any = False,
+) -> Found:
+    """Measures some examples anew, and adds them up.
+
+    Args:
+      call: The loss and its inputs.
+      tape: From `record`.
+      todo: bool `[B]`, which.
+      group: From powers by leaf `[1, L, 4, 2]` to `Norms` `[1, G]`.
+      found: What is known so far; entries of these examples are replaced, their
+        contributions are added to the sums.
+      bound: `bound(gradient, norms, row) -> contributions, factor [1, G]` for the
+        gradient by leaf of one example, `row` picking what is the example's from arrays
+        `[B, ...]`; None to measure only.
+      anew: Whether to forget the sums, and to do all examples.
+    """
+    plan, split = call.program.plan, call.split
+    number = _compat.as_like(jnp.arange(call.size, dtype=jnp.int32), todo)
+
+    def body(state: tuple) -> tuple:
+        _, todo, found, forget = state
+        i = jnp.where(todo, number, call.size).min()
+        row = lambda x: _row(x, i)
+        gradient = _gradient(call, tape, row)
+        powers = [[scaled_sums.power(x, plan.ord)] for x in gradient]
+        norms = group(bookkeeping.spread(plan, powers, split)[None])
+        here = number == i
+
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            new = jnp.broadcast_to(new.astype(old.dtype), old.shape)
+            return jnp.where(here[:, None], _compat.as_like(new, old), old)
+
+        norms = Norms(*map(put, found.norms, norms))
+        todo = todo & ~here
+        left = jnp.where(todo, 1.0, 0.0).sum()
+        if bound is None:
+            return left, todo, found._replace(norms=norms), forget
+        parts, factor = bound(gradient, jax.tree.map(row, norms), row)
+        sums = [
+            jnp.where(forget, jnp.zeros_like(x), x)
+            + _compat.as_like(y.astype(x.dtype), x)
+            for x, y in zip(found.sums, parts, strict=True)
+        ]
+        factor = put(found.factor, factor)
+        return left, todo, Found(norms, factor, sums), jnp.zeros_like(forget)
+
+    with jax.named_scope("out_of_range"):
+        # A sum of numbers: one all-reduce with those of the gradients.
+        todo |= anew
+        left = jnp.where(todo, 1.0, 0.0).sum()
+        state = (left, todo, found, jnp.asarray(anew))
+        return jax.lax.while_loop(lambda state: state[0] > 0, body, state)[2]
+
+
+def _gradient(call: Call, tape: Tape, row: Callable) -> list[jax.Array]:
+    """The gradient of one example by leaf, in float32 or wider."""
+    program, plan = call.program, call.program.plan
+    if tape.powers is None:
+        one = jax.tree.map(row, tape)
+        index = [0] * len(program.params)
+        return weighted_sum(program, call.inputs, one, None, index, None)
+    # Nothing was kept of a program that rematerializes.
+    pairs = zip(call.inputs, program.mapped, strict=True)
+    values = [row(x)[0] if mapped else x for x, mapped in pairs]
+
+    def loss(params: list) -> jax.Array:
+        filled = list(values)
+        for k, x in zip(program.params, params, strict=True):
+            filled[k] = x
+        return interpreter.run(plan.root, filled, {}, {})[0][0]
+
+    value, pull = jax.vjp(loss, [values[k] for k in program.params])
+    return [widen(x) for x in pull(jnp.ones_like(value))[0]]
+
+
+def _row(x: jax.Array, i: jax.Array) -> jax.Array:
+    """Row i of `[B, ...]` as `[1, ...]`."""
+    # A gather: of what is split over devices each then adds its part, which is none but
+    # for one. Of a slice XLA would hand all rows to every device, and before the loop.
+    spec = _compat.explicit_spec(x)
+    out = _compat.sharding(x, (None, *spec[1:])) if spec else None
+    return x.at[i[None]].get(mode="promise_in_bounds", out_sharding=out)

@@ -1,0 +1,189 @@
+"""Sums of powers of any magnitude, as four sums at four scales.
+
+Squares leave the range of a dtype long before what is squared does. So elements are
+brought to 1 by powers of two before they are raised to a power, and what comes of it is
+added up at one of four scales, which together reach from the smallest product of two
+numbers to the largest. Such sums, `[..., 4, 2]`, are added like any others: over
+leaves, over the turns of a loop, over devices.
+
+The second column adds up the powers of what was added up first. Where gradients of
+several positions cancel it is much more than the first, and tells that rounding is what
+is left.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clipfx._core.leaves import times, widen
+from clipfx._core.norms import Norms
+from clipfx._core.safe_sums import abs_power, add_up
+
+SCALES = 4
+# A power below this share of that of its terms is not trusted: rounding would change
+# the norm by 2^-20 or more.
+CANCELLED = 1 / 16
+
+
+def exponent(x: jax.Array) -> jax.Array:
+    """The least n with `x < 2**n`, but for the ends of the range; 0 for 0 and infinity.
+
+    So far from the ends that a division by `2**n` does not touch them: XLA:CPU makes an
+    estimate of it, which is flushed to 0 where the quotient is the least normal number.
+    """
+    info, whole = jnp.finfo(x.dtype), _whole(x.dtype)
+    limit = info.maxexp - 2
+    bits = jax.lax.bitcast_convert_type(x, whole)
+    n = ((bits >> info.nmant) & (2 * info.maxexp - 1)).astype(jnp.int32)
+    n = jnp.where(jnp.isfinite(x) & (x > 0), n - limit, 0)
+    return jnp.clip(n, -_far(x.dtype), _far(x.dtype))
+
+
+def two_to(n: jax.Array, dtype: Any) -> jax.Array:
+    """`2**n`, exactly, 0 and infinite where that is no normal number."""
+    info, whole = jnp.finfo(dtype), _whole(dtype)
+    bits = (jnp.clip(n, -info.maxexp + 1, info.maxexp) + (info.maxexp - 1)).astype(
+        whole
+    )
+    return jax.lax.bitcast_convert_type(bits << info.nmant, dtype)
+
+
+def inverse_of(n: jax.Array, dtype: Any) -> jax.Array:
+    """`2**-n` for n from `exponent`, or 0 where that is too small.
+
+    A division: XLA computes it once, and what is cheaper again for every element.
+    """
+    return 1 / two_to(jnp.minimum(n, jnp.finfo(dtype).maxexp - 1), dtype)
+
+
+def _far(dtype: Any) -> int:
+    """The largest exponent, 120 for float32."""
+    return jnp.finfo(dtype).maxexp - 8
+
+
+def _whole(dtype: Any) -> Any:
+    return jnp.int64 if jnp.finfo(dtype).bits == 64 else jnp.int32
+
+
+def peaks(x: jax.Array) -> jax.Array:
+    """The largest magnitude of every row, `[..., K]` to `[...]`."""
+    return jnp.max(jnp.abs(x), axis=-1, initial=0)
+
+
+def rows_to_one(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rows `[..., K]` over powers of two, so that none exceeds 1; and the exponents.
+
+    And which are not zero.
+    """
+    peak = peaks(x)
+    n = exponent(peak)
+    return x * inverse_of(n, x.dtype)[..., None], n, peak != 0
+
+
+NOTHING = -(10**6)  # the exponent of zero
+
+
+def pair_to_one(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rows `[S, T, K]` and `[S, T, N]`, so that no product of them exceeds 1.
+
+    Products of all rows stay as they are but for one power of two, whose exponent is
+    returned last. What vanishes does not matter beside the largest.
+    """
+    (u, n, some), (v, m, more) = rows_to_one(u), rows_to_one(v)
+    size = jnp.where(some & more, n + m, NOTHING)
+    if size.size == 1:
+        return u, v, size.reshape(())
+    top = jnp.max(size, initial=NOTHING)
+    return u, v * inverse_of(jnp.maximum(top - size, 0), v.dtype)[..., None], top
+
+
+def unusual(*rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whether squares may overflow; and what may vanish of them, to be added to terms.
+
+    Args:
+      *rows: `[..., K]`, one array or a pair, whose outer products are added up.
+    """
+    each = [peaks(x) for x in rows]
+    size = functools.reduce(jnp.multiply, each)
+    count = math.prod(x.shape[-1] for x in rows)  # elements of a position's gradient
+    info = jnp.finfo(size.dtype)
+    high = 2.0 ** (info.maxexp // 4)  # 2^32: room for 2^60 elements
+    low = 2.0 ** (-info.maxexp * 3 // 8)  # 2^-48: what matters has normal squares
+    usual = functools.reduce(jnp.logical_and, [jnp.isfinite(x) for x in each])
+    large = functools.reduce(jnp.maximum, [*each, size])
+    small = functools.reduce(jnp.minimum, [*each, size])
+    some = functools.reduce(jnp.minimum, each) > 0
+    # Of vanishing rows 2^22 times their share, so that it is seen if it matters.
+    lost = jnp.where(some & (small < low), size, 0).sum() * (2.0**24 * count**0.5)
+    least = jnp.maximum(lost * lost, low * low)  # which may vanish itself
+    return jnp.any(usual & (large > high)), jnp.where(lost > 0, least, 0)
+
+
+class Power(NamedTuple):
+    """A sum of powers, `value * 2**n`.
+
+    Attributes:
+      value: Of what is measured.
+      terms: Of what was added up to it, in the same units.
+      n: int32.
+    """
+
+    value: jax.Array
+    terms: jax.Array
+    n: jax.Array
+
+
+def power(x: jax.Array, p: int) -> Power:
+    """The sum of powers of all elements of `x`."""
+    x = widen(x)
+    n = exponent(jnp.max(jnp.abs(x), initial=0))
+    total = add_up(abs_power(times(x, inverse_of(n, jnp.finfo(x.dtype).dtype)), p))
+    return Power(total, total, p * n)
+
+
+def spread(powers: Sequence[Power], dtype: Any) -> jax.Array:
+    """Each at the scale that serves it, `[len(powers), 4, 2]`."""
+    pair = jnp.stack([jnp.stack([x.value, x.terms]).astype(dtype) for x in powers])
+    return spread_pairs(pair, jnp.stack([x.n for x in powers]))
+
+
+def spread_pairs(pair: jax.Array, n: jax.Array) -> jax.Array:
+    """`[K, 4, 2]` from values and their terms `[K, 2]`, to be multiplied by `2**n`."""
+    bits = _bits(pair.dtype)
+    k = jnp.clip((n >> bits) + SCALES // 2, 0, SCALES - 1)
+    pair = pair * two_to(n - _centre(k, bits), pair.dtype)[:, None]
+    at = k[:, None] == jnp.arange(SCALES, dtype=jnp.int32)[None]
+    return jnp.where(at[:, :, None], pair[:, None], jnp.zeros_like(pair)[:, None])
+
+
+def norms(sums: jax.Array, p: int) -> tuple[Norms, jax.Array]:
+    """Norms `[...]` from `[..., 4, 2]`, and whether their terms did not cancel."""
+    dtype, bits = sums.dtype, _bits(sums.dtype)
+    limit = jnp.finfo(dtype).maxexp - 2
+    terms = sums[..., 1]
+    k = jax.lax.broadcasted_iota(jnp.int32, terms.shape, terms.ndim - 1)
+    centre = _centre(k, bits)
+    top = jnp.where(terms > 0, exponent(terms) + centre, NOTHING)
+    top = top.max(-1, keepdims=True)
+    top = top + (top & 1) if p == 2 else top
+    unit = two_to(jnp.minimum(centre - top, limit), dtype)
+    total = (sums * unit[..., None]).sum(-2)
+    value, terms = total[..., 0], total[..., 1]
+    root = jnp.sqrt(value) if p == 2 else value
+    n = jnp.where(value > 0, top[..., 0] >> (p - 1), 0)
+    near = jnp.clip(n, -_far(dtype), _far(dtype))
+    found = Norms(root * two_to(n - near, dtype), two_to(-near, dtype))
+    return found, value >= CANCELLED * terms
+
+
+def _bits(dtype: Any) -> int:
+    """Each of the scales serves this power of two of exponents, 128 of float32."""
+    return int(jnp.finfo(dtype).maxexp).bit_length() - 1
+
+
+def _centre(k: jax.Array, bits: int) -> jax.Array:
+    return (2 * k - SCALES + 1) << (bits - 1)

@@ -1,0 +1,313 @@
+"""One step: what is released, what is bounded, and the noise in between."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clipfx import _compat
+from clipfx._core.checks import check_keywords, helpful, is_known
+from clipfx._core.export import exportable
+from clipfx._core.groups import Groups, group_leaves
+from clipfx.per_example.clipped_grad import ClippedGrad, check_bounded
+from clipfx.per_example.engine.bookkeeping import over
+from clipfx.per_example.engine.clip import PerExample
+from clipfx.per_example.engine.populations import membership
+from clipfx.per_example.engine.thresholds import limits
+from clipfx.per_example.engine.trace import mask_of, params_of, size_of
+from clipfx.privacy import accounting, noise
+from clipfx.privacy.thresholds import LEAST, PrivateThreshold, plain
+
+COUNTS = 2**32 - 1  # of the keys of a step, which leaves number from 0, that of counts
+
+
+@exportable("clipfx.privacy.DPState")
+class DPState(NamedTuple):
+    """State of `dp_grad`; nothing in it is secret, all of it is released.
+
+    Attributes:
+      step: int32 scalar, how many steps there were.
+      rule: What the threshold's rule needs for the next step.
+      threshold: float32 `[G]`, of the last step, the largest of all populations.
+      stddev: float32 `[G]`, of the last step's noise on the sum, for Laplace its scale.
+      counts: float32 `[Q]`, the noised counts of the last step.
+
+    Reference: none.
+    """
+
+    step: jax.Array
+    rule: Any
+    threshold: jax.Array
+    stddev: jax.Array
+    counts: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DPGrad:
+    """The function that `dp_grad` returns.
+
+    Attributes:
+      clipped: What bounds and sums.
+      rule: The threshold.
+      noise_multiplier: z, joint for gradient and counts: what accounting needs.
+      expected_batch_size: What sums are divided by.
+      key: Of all draws; `reveal()` returns it, nothing prints or pickles it.
+      allocation: How noise is divided between groups.
+
+    Reference: none.
+    """
+
+    clipped: ClippedGrad
+    rule: PrivateThreshold
+    noise_multiplier: float
+    expected_batch_size: float
+    key: noise.Secret
+    allocation: str
+
+    __name__ = "dp_grad"  # of the compiled function
+
+    def __post_init__(self):
+        same = {
+            "noise_multiplier": plain(self.noise_multiplier),
+            "expected_batch_size": float(self.expected_batch_size),
+        }
+        if not isinstance(self.key, noise.Secret):
+            same["key"] = noise.Secret(self.key)
+        for name, value in same.items():
+            object.__setattr__(self, name, value)
+
+    def __reduce__(self):
+        return self.key.__reduce__()  # refuses
+
+    def __copy__(self):
+        return self
+
+    def __deepcopy__(self, memo: Any):
+        return self
+
+    def init(self, params: Any) -> DPState:
+        """Returns the state before the first step.
+
+        Args:
+          params: As the loss gets them; with several `argnums` a tuple.
+        """
+        members = group_leaves(self.clipped.groups, params)
+        start, count = self._start(members), len(members.names)
+        self.gradient_noise_multiplier(count)
+        rule = jax.tree.map(lambda x: jnp.array(x, jnp.result_type(x)),
+                            self.rule.init(start))  # fmt: skip
+        answers = jax.eval_shape(
+            self.rule.ask,
+            rule,
+            jax.ShapeDtypeStruct((1, count), jnp.float32),
+            jax.ShapeDtypeStruct((1, self.rule.num_groups or 1), jnp.float32),
+        )
+        return DPState(
+            step=jnp.zeros([], jnp.int32),
+            rule=rule,
+            threshold=jnp.copy(start),
+            stddev=jnp.zeros(count, jnp.float32),
+            counts=jnp.zeros(answers.shape[1], jnp.float32),
+        )
+
+    def _start(self, members: Groups) -> jax.Array:
+        """`max_norm` as `[G]`."""
+        return limits(self.rule.max_norm, members, -1)[0].astype(jnp.float32)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether there may be noise."""
+        return not is_known(self.noise_multiplier) or self.noise_multiplier > 0
+
+    def gradient_noise_multiplier(self, groups: int = 1) -> Any:
+        """The multiplier of the gradient's own noise, larger than the joint one.
+
+        Args:
+          groups: G, how many groups of leaves there are.
+
+        Raises:
+          ValueError: If counts alone release more than the joint multiplier allows;
+            NaN, if that is traced.
+        """
+        z, reach = self.noise_multiplier, self.rule.reach(groups)
+        if not self.noisy or not reach:
+            return z
+        rest = 1 - (z * reach / self.rule.count_stddev) ** 2
+        if not is_known(rest):
+            return z * jnp.where(rest > 0, rest, jnp.nan) ** -0.5
+        if rest <= 0:
+            raise ValueError(
+                f"count_stddev must be above {z * reach:.6g} for "
+                f"noise_multiplier={z!r} and {groups} group(s), got "
+                f"{self.rule.count_stddev!r}; the counts alone would release more than "
+                "that allows."
+            )
+        return z * rest**-0.5
+
+    @helpful
+    def sensitivity(self, state: DPState, relation: str = "add_or_remove_one") -> float:
+        """How far the sum of the last step could move between neighbouring batches.
+
+        Args:
+          state: That the step returned.
+          relation: See `clipfx.per_example.ClippedGrad.sensitivity`.
+        """
+        return self.clipped.sensitivity(relation, max_norm=state.threshold)
+
+    @helpful
+    def event(self, steps: int, *, sampling_probability: float = 1.0) -> Any:
+        """What a run of steps releases, as `clipfx.privacy.event` says it.
+
+        Args:
+          steps: How many.
+          sampling_probability: Of each example, in each batch.
+        """
+        return accounting.event(
+            self.noise_multiplier,
+            steps,
+            sampling_probability=sampling_probability,
+            mechanism="laplace" if self.clipped.ord == 1 else "gaussian",
+        )
+
+    def __call__(
+        self,
+        state: DPState,
+        *args: Any,
+        where: Any = ...,
+        population: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Any, DPState, PerExample]:
+        """Returns the noised mean, the next state, and what must stay secret.
+
+        Args:
+          state: From `init` or the last call.
+          *args: Of the loss, with a batch in place of an example.
+          where: bool `[B]`, False for padding, which contributes exactly nothing; None
+            where nobody is. Required.
+          population: Integers `[B]`, for a rule that distinguishes populations.
+          **kwargs: Of the loss, the same for every example.
+        """
+        if not isinstance(state, DPState):
+            raise TypeError(
+                f"state must be a DPState, got {type(state).__name__}; it comes first, "
+                "from grad.init(params) or the last call."
+            )
+        if where is ...:
+            check_keywords("dp_grad", {"mask"} & {*kwargs}, ["where", "population"])
+            raise TypeError(
+                "where must be passed to dp_grad, got nothing; pass the mask of those "
+                "who are not padding (batches that libraries pad with the index -1 "
+                "repeat their last example), or None if nobody is."
+            )
+        rule, signature = self.rule, self.clipped.signature
+        params = params_of(signature, args)
+        members = group_leaves(self.clipped.groups, params)
+        size = size_of(signature, args)
+        keep = mask_of(where, size)
+        member = self._member(population, size)
+        if member is not None:
+            known = member.sum(1) > 0
+            keep = known if keep is None else keep & known
+        key = noise.key_of_step(self.key.reveal(), state.step)
+        start, clip = self._start(members), self.clipped
+        if rule.response is not None:
+            clip = dataclasses.replace(clip, response=rule.response(state.rule))
+            check_bounded(clip.response)
+
+        def thresholds(counts: jax.Array) -> jax.Array:
+            table = jnp.asarray(rule.limit(start, state.rule, counts), jnp.float32)
+            # The noise of what is smaller could leave float32.
+            return jnp.where(table < LEAST, 0, table) if self.noisy else table
+
+        def of_examples(table: jax.Array) -> jax.Array:
+            if member is None:
+                return table
+            return (member[:, :, None] * table[None]).sum(1)
+
+        released = []  # once, or what clips and what noise follows could differ
+
+        def ask(norm: jax.Array, keep: Any) -> jax.Array:
+            noised = self._counts(state.rule, norm, member, keep, key)
+            released.append((noised, thresholds(noised if rule.at_once else last)))
+            return of_examples(released[-1][1])
+
+        last = state.counts
+        limit = ask if rule.at_once else of_examples(thresholds(last))
+        sums, info = clip(*args, where=keep, max_norm=limit, **kwargs)
+        if not released:  # the rule is of the last counts, or there was no example
+            ask(info.norm, keep)
+        noised, table = released[-1]
+        bound = table.max(0)
+        stddev = self._stddev(bound)
+        new = DPState(
+            step=jnp.asarray(optax.safe_increment(state.step)),
+            rule=jax.tree.map(
+                lambda old, x: jnp.asarray(x, old.dtype),
+                state.rule,
+                rule.update(state.rule, noised, self.expected_batch_size),
+            ),
+            threshold=bound,
+            stddev=stddev,
+            counts=noised,
+        )
+        return self._noised(sums, params, members, stddev, key), new, info
+
+    def _member(self, population: Any, size: int) -> Any:
+        count = self.rule.num_groups
+        if (population is None) != (count is None):
+            needed = "be passed with" if population is None else "not be passed without"
+            raise TypeError(
+                f"population must {needed} a rule that distinguishes populations, got "
+                f"{population!r}; clipfx.privacy.dpsgd_f is one."
+            )
+        return None if count is None else membership(
+            population, count, size, "population")  # fmt: skip
+
+    def _counts(
+        self, state: Any, norm: jax.Array, member: Any, keep: Any, key: jax.Array
+    ) -> jax.Array:
+        """Noised answers `[Q]`, added up over all devices."""
+        good = jnp.isfinite(norm).all(1)
+        good = good if keep is None else good & keep
+        most = jnp.asarray(jnp.finfo(jnp.float32).max, norm.dtype)
+        norm = jnp.minimum(norm, most).astype(jnp.float32)
+        answers = jnp.asarray(self.rule.ask(state, norm, member), jnp.float32)
+        total = jnp.where(good[:, None], answers, 0).sum(0)
+        total = over(total, _compat.varying_axes(total))
+        if self.clipped.axis_name is not None:
+            total = jax.lax.psum(total, self.clipped.axis_name)
+        if not self.noisy:
+            return total
+        key = jax.random.fold_in(key, COUNTS)
+        drawn = noise.gaussian(key, total.shape, total.dtype)
+        return total + self.rule.count_stddev * drawn
+
+    def _stddev(self, bound: jax.Array) -> jax.Array:
+        """Of the noise on the sum, or its scale, by group `[G]`."""
+        p, groups = self.clipped.ord, bound.shape[0]
+        if not self.noisy:  # also for infinite bounds
+            return jnp.zeros_like(bound)
+        z = self.gradient_noise_multiplier(groups)
+        if self.allocation == "equal_budget":
+            return z * groups ** (1 / p) * bound
+        # Squares could vanish, and the noise with them.
+        most = jnp.maximum(bound.max(), LEAST)
+        whole = most * jnp.linalg.norm(bound / most, p)
+        return jnp.broadcast_to(z * whole, bound.shape)
+
+    def _noised(
+        self, sums: Any, params: Any, members: Groups, stddev: jax.Array, key: Any
+    ) -> Any:
+        draw = noise.laplace if self.clipped.ord == 1 else noise.gaussian
+        leaves, treedef = jax.tree.flatten(sums)
+        if self.noisy:
+            sizes = [stddev[i] for i in members.index if i is not None]
+            leaves = noise.add(draw, leaves, sizes, key, None)
+        mean = [x / self.expected_batch_size for x in leaves]
+        # What is released may be rounded.
+        like = [jnp.result_type(x) for x in jax.tree.leaves(params)]
+        return treedef.unflatten(
+            [x.astype(dtype) for x, dtype in zip(mean, like, strict=True)]
+        )

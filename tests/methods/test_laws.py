@@ -1,0 +1,580 @@
+"""Every law on every row of the table, in every dtype, on one device."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from methods import ELSEWHERE, METHODS, Method
+from trees import DTYPES, assert_close, assert_same, enable_x64, mixed, norm, sample
+
+import clipfx
+from clipfx._core.groups import group_leaves
+
+
+def rows(keep=lambda row: True):
+    """Runs a law on the rows that it holds for."""
+    kept = {name: row for name, row in METHODS.items() if keep(row)}
+    return pytest.mark.parametrize("row", kept.values(), ids=kept)
+
+
+ROWS = rows()
+BY_NORM = rows(lambda row: row.groups is not None and row.by_norm)
+WITH_METRICS = rows(lambda row: row.groups is not None)
+THRESHOLDS = rows(lambda row: row.threshold)
+HARD = rows(lambda row: row.hard)
+IN_DTYPES = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+
+
+def make(row: Method, **changed):
+    """The row's transform, given what its update needs."""
+    return given(row.make(**{**row.args, **changed}), row.extra)
+
+
+def given(tx, needed):
+    if not needed:
+        return tx
+
+    def update(updates, state, params=None, **extra):
+        return tx.update(updates, state, params, **needed, **extra)
+
+    return tx._replace(update=update)
+
+
+def closure(row: Method, *names: str):
+    """What the row's transform has settled as the first of these names that it has."""
+    update = row.make(**row.args).update
+    settled = inspect.getclosurevars(update).nonlocals
+    return next(settled[name] for name in names if name in settled)
+
+
+def with_threshold(row: Method, value):
+    """The row's transform with another value for its first argument."""
+    return make(row, **{next(iter(row.args)): value})
+
+
+def run(tx, *trees):
+    """All outputs and the last state of eager steps."""
+    state, outs = tx.init(trees[0]), []
+    for tree in trees:
+        out, state = tx.update(tree, state, tree)
+        outs.append(out)
+    return outs, state
+
+
+def scaled(tree, factor):
+    return jax.tree.map(lambda x: x * jnp.asarray(factor, x.dtype), tree)
+
+
+def after_a_small_one(tx, tree):
+    """A step on the tree and the state after it, behind a step of a hundredth of it.
+
+    On their first step most rules that adapt are the identity, and no law is tested.
+    """
+    outs, state = run(tx, scaled(tree, 0.01), tree)
+    return outs[1], state
+
+
+def assert_changed(out, tree):
+    pairs = zip(*map(jax.tree.leaves, (out, tree)), strict=True)
+    assert not all(np.array_equal(x, y) for x, y in pairs)
+
+
+def members(row: Method, tree):
+    """The leaves of each group, by name."""
+    groups = group_leaves(row.groups or "leaf", tree)
+    leaves = jax.tree.leaves(tree)
+    return {
+        name: [x for x, i in zip(leaves, groups.index, strict=True) if i == number]
+        for number, name in enumerate(groups.names)
+    }
+
+
+# ------------------------------------------------------------- ways to run a method
+
+
+def eagerly(tx, tree, state):
+    return tx.update(tree, state, tree)
+
+
+def jitted(tx, tree, state):
+    return jax.jit(tx.update)(tree, state, tree)
+
+
+def scanned(tx, tree, state):
+    def step(state, tree):
+        out, state = tx.update(tree, state, tree)
+        return state, out
+
+    state, out = jax.lax.scan(step, state, jax.tree.map(lambda x: x[None], tree))
+    return jax.tree.map(lambda x: x[0], out), state
+
+
+def vmapped(tx, tree, state):
+    pair = lambda t: jax.tree.map(lambda x: jnp.stack([x * 0, x]), t)
+    states = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    out = jax.vmap(tx.update)(pair(tree), states, pair(tree))
+    return jax.tree.map(lambda x: x[1], out)
+
+
+WAYS = {way.__name__: way for way in (jitted, scanned, vmapped)}
+
+
+# ----------------------------------------------------------------------------- laws
+
+
+def halves(**kwargs):
+    """The sample in bfloat16 and float16, half of the leaves each."""
+    tree = sample(jnp.bfloat16, **kwargs)
+    tree["encoder"]["kernel"] = sample(jnp.float16, **kwargs)["encoder"]["kernel"]
+    return tree
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("draw", [sample, halves], ids=["float32", "halves"])
+@ROWS
+def test_every_way_to_run_gives_the_same(row, draw, way):
+    tree = draw()
+    tx = make(row)
+    _, state = tx.update(tree, tx.init(tree), tree)
+    expected, expected_state = eagerly(tx, tree, state)
+    out, new_state = way(tx, tree, state)
+    for x, y in zip(jax.tree.leaves(out), jax.tree.leaves(expected), strict=True):
+        # One rounding of the dtype: sums in another order may cross it.
+        ulp = 0 if x.dtype == jnp.float32 else 2.0 ** -jnp.finfo(x.dtype).nmant
+        assert_close(x, y, rtol=1e-6 + ulp, atol=ulp * 1e-3)
+    # A deviation from the mean is exact to the rounding of the mean.
+    atol = 4e-6 if row.adaptive else 0
+    assert_close(new_state, expected_state, rtol=2e-6, atol=atol)
+
+
+@IN_DTYPES
+@ROWS
+def test_same_type_out_and_fixed_state(row, dtype):
+    tree = sample(dtype)
+    tx = make(row)
+    state = tx.init(tree)
+    out, new_state = tx.update(tree, state, tree)
+    like = lambda t: jax.tree.map(lambda x: (x.shape, x.dtype), t)
+    assert like(out) == like(tree)
+    assert like(new_state) == like(state)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@ROWS
+def test_fixed_state_and_type_out_of_mixed_trees(row, x64):
+    with enable_x64(x64):
+        tree = {**mixed(), "f64": np.ones(3, np.float64)} if x64 else mixed()
+        if row.groups is not None and not isinstance(row.groups, str):
+            row = row._replace(make=METHODS["clip_per_leaf"].make)
+            row = row._replace(args={"max_norm": 0.5})
+        tx = make(row)
+        state = tx.init(tree)
+        out, new_state = tx.update(tree, state, tree)
+        assert jax.tree.structure(out) == jax.tree.structure(tree)
+        for x, y in zip(jax.tree.leaves(out), jax.tree.leaves(tree), strict=True):
+            assert (x.dtype, x.shape) == (y.dtype, y.shape)
+            if not jnp.issubdtype(y.dtype, jnp.inexact):
+                assert x is y
+        like = lambda t: jax.tree.map(lambda x: (x.shape, x.dtype), t)
+        assert like(new_state) == like(state)
+        for leaf in [] if row.elements else jax.tree.leaves(state):
+            assert leaf.dtype in (jnp.float32, jnp.int32)
+
+
+@ROWS
+def test_init_needs_no_values(row):
+    tree = sample(jnp.bfloat16)
+    shapes = jax.eval_shape(lambda: tree)
+    assert_same(make(row).init(shapes), make(row).init(tree))
+
+
+def assert_finite(tree):
+    for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        assert np.isfinite(x).all(), jax.tree_util.keystr(path)
+
+
+@ROWS
+def test_second_step_is_not_traced_again_and_states_stay_finite(row):
+    tx, tree = make(row), sample()
+    traces = []
+
+    @jax.jit
+    def step(tree, state, params):
+        traces.append(1)
+        return tx.update(tree, state, params)
+
+    def hurt(bad):
+        kernel = tree["decoder"]["kernel"].at[3, 2].set(bad)
+        return {**tree, "decoder": {"kernel": kernel}}
+
+    fresh = tx.init(tree)
+    assert_finite(fresh)
+    huge = jax.tree.map(lambda x: jnp.clip(3 * x, -3.2e38, 3.2e38), sample(scale=1e38))
+    zeros, bad = scaled(tree, 0), (hurt(jnp.nan), hurt(jnp.inf))
+    for steps in ((tree, *bad, huge, huge, zeros, tree), (*bad, huge, huge)):
+        state = fresh
+        for x in steps:
+            _, state = step(x, state, x)
+            assert_finite(state)
+    # `optax.contrib.sam` chooses between states by arithmetic.
+    _, state = step(tree, fresh, tree)
+    for c in (0.0, 0.3, 1.0):
+        blend = lambda a, b, c=c: (c * np.float64(a) + (1 - c) * np.float64(b)).astype(
+            a.dtype
+        )
+        between = jax.tree.map(blend, state, fresh)
+        out, after = step(tree, between, tree)
+        assert_finite((out, after))
+        if c in (0, 1):
+            assert_same((out, after), step(tree, (fresh, state)[int(c)], tree))
+    assert traces == [1]
+
+
+@ROWS
+def test_leaves_that_are_not_counted_may_come_and_go(row):
+    """Parameters have integers where gradients have None or `float0`."""
+    tree, tx = sample(), make(row)
+    params = {"count": jnp.arange(3), **tree}  # before all others
+    plain = tx.update(tree, tx.init(tree), tree)
+    for instead in (None, np.zeros(3, jax.dtypes.float0)):
+        grads = {"count": instead, **tree}
+        state = tx.init(params)
+        out, after = tx.update(grads, state, params)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+        assert out["count"] is instead
+        out.pop("count")
+        assert_same(out, plain[0])
+
+
+@ROWS
+def test_trees_without_a_counted_leaf_pass(row):
+    for tree in ({}, {"a": None}, {"i": jnp.arange(3)}):
+        tx = make(row)
+        state = tx.init(tree)
+        out, after = tx.update(tree, state, tree)
+        assert_same(out, tree)
+        like = lambda t: jax.tree.map(lambda x: (x.shape, x.dtype), t)
+        assert like(after) == like(state)
+
+
+@ROWS
+def test_explicit_meshes_need_no_set_mesh(row):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    encoder = {"bias": P(), "kernel": P(None, ("x", "y"))}
+    spec = {"decoder": {"kernel": P("x")}, "encoder": encoder}
+    places = jax.tree.map(lambda s: NamedSharding(mesh, s), spec)
+    tree = jax.device_put(sample(), places)
+    tx = make(row)
+    state = tx.init(tree)
+    for _ in range(2):  # types tell of the mesh
+        out, state = jax.eval_shape(tx.update, tree, state, tree)
+    for x, y in zip(*map(jax.tree.leaves, (out, tree)), strict=True):
+        assert x.sharding.spec == jax.typeof(y).sharding.spec
+
+
+@ROWS
+def test_shapes_may_be_symbolic(row):
+    n, m = export.symbolic_shape("n, m")
+    shapes = {
+        "decoder": {"kernel": (n, 5)},
+        "encoder": {"bias": (m,), "kernel": (3, n)},
+    }
+    is_shape = lambda x: isinstance(x, tuple)
+    like = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    tree = jax.tree.map(like, shapes, is_leaf=is_shape)
+    tx = make(row)
+    step = lambda u, p: tx.update(u, tx.init(p), p)[0]
+    out = jax.eval_shape(step, tree, tree)
+    assert jax.tree.map(lambda x: x.shape, out) == shapes
+
+
+@ROWS
+def test_states_can_be_exported(row):
+    pytest.importorskip("flatbuffers")
+    state = make(row).init(sample())
+    written = export.export(jax.jit(lambda state: state))(state).serialize()
+    assert_same(export.deserialize(written).call(state), state)
+
+
+@ROWS
+def test_fresh_state_can_be_donated(row):
+    tx, tree = make(row), sample()
+    step = jax.jit(lambda s, t: tx.update(t, s, t)[1], donate_argnums=0)
+    expected = run(tx, tree, tree)[1]
+    assert_close(step(step(tx.init(tree), tree), tree), expected)
+
+
+@IN_DTYPES
+@rows(lambda row: row.hard and row.threshold)
+def test_identity_below_threshold(row, dtype):
+    tree = sample(dtype)
+    outs, state = run(with_threshold(row, 1e3), tree)
+    assert_same(outs[0], tree)
+    if row.groups is not None:
+        np.testing.assert_array_equal(state.metrics.factor, 1.0)
+
+
+@IN_DTYPES
+@HARD
+def test_bound_of_what_is_stored(row, dtype):
+    tree = sample(dtype, scale=3.0)
+    out, state = after_a_small_one(make(row), tree)
+    assert_changed(out, tree)
+    before = list(members(row, tree).values())
+    for number, leaves in enumerate(members(row, out).values()):
+        if row.groups is None:
+            bound, ord = row.args["max_abs"], np.inf
+        else:
+            bound, ord = float(state.metrics.threshold[number]), row.ord
+        measured = norm(leaves, ord)
+        assert measured <= bound * (1 + 1e-6)
+        if norm(before[number], ord) > bound:
+            assert measured == 0 if row.drops else measured >= bound * 0.99
+
+
+@IN_DTYPES
+@HARD
+def test_clipping_twice_equals_clipping_once(row, dtype):
+    for seed in range(5):
+        tree = sample(dtype, seed=seed, scale=3.0**seed)
+        once, state = after_a_small_one(make(row), tree)
+        again = make(row)
+        if row.adaptive:  # and another threshold for the next
+            limit = state.metrics.threshold
+            again = clipfx.clip_by_norm(limit, groups=row.groups, ord=row.ord)
+        assert_same(run(again, once)[0][0], once)
+    assert_changed(once, tree)
+
+
+@IN_DTYPES
+@BY_NORM
+def test_direction_is_kept(row, dtype):
+    tree = sample(dtype)
+    out = after_a_small_one(make(row), tree)[0]
+    assert_changed(out, tree)
+    before, after = members(row, tree), members(row, out)
+    for name, leaves in before.items():
+        flat = lambda xs: np.concatenate(
+            [np.asarray(x, np.float64).ravel() for x in xs]
+        )
+        x, y = flat(leaves), flat(after[name])
+        if y.any():
+            cosine = x @ y / np.linalg.norm(x) / np.linalg.norm(y)
+            assert cosine > 1 - 4 * float(jnp.finfo(dtype).eps) ** 2 - 1e-12
+
+
+@pytest.mark.parametrize("size", [1e38, 1e20, 1e-20, 1e-30])
+@BY_NORM
+def test_extreme_magnitudes(row, size):
+    tree = sample(scale=size)
+    tree = jax.tree.map(lambda x: jnp.clip(x, -3.2e38, 3.2e38), tree)
+    out, state = after_a_small_one(make(row), tree)
+    if size > 1:
+        assert_changed(out, tree)
+    before, after = members(row, tree), members(row, out)
+    response = closure(row, "shape", "response")
+    for number, name in enumerate(before):
+        limit = np.float64(state.metrics.threshold[number])
+        measured = norm(before[name], row.ord)
+        reported = np.float64(state.metrics.norm[number])
+        seen = min(measured, 3.4028235e38)  # what the response is told
+        assert reported == pytest.approx(seen, rel=2e-6, abs=0)
+        with enable_x64(True):
+            target = float(response(jnp.float64(seen), jnp.float64(limit)))
+        if limit >= 3.4028234e38 and target == seen:
+            target = measured
+        assert norm(after[name], row.ord) == pytest.approx(target, rel=3e-6, abs=0)
+
+
+@ROWS
+def test_zero_in_zero_out(row):
+    tree = jax.tree.map(jnp.zeros_like, sample())
+    # On finite updates nothing in between is NaN or infinite, and nothing is after.
+    with jax.debug_nans(True), jax.debug_infs(True):
+        outs, state = run(make(row), tree, tree, sample(), tree)
+    assert_same(outs[1], tree)
+    assert_finite(state)
+
+
+@THRESHOLDS
+def test_zero_threshold_gives_zeros(row):
+    for tree in (sample(), sample(scale=0.0), sample(jnp.float16), sample(scale=1e37)):
+        out = run(with_threshold(row, 0.0), tree)[0][0]
+        assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(out))
+
+
+@THRESHOLDS
+def test_infinite_threshold_gives_the_identity(row):
+    tx = with_threshold(row, jnp.inf)
+    for tree in (sample(), sample(scale=0.0), sample(scale=1e37), sample(scale=1e-35)):
+        assert_same(run(tx, tree)[0][0], tree)
+    total = lambda t: sum(jnp.sum(x) for x in jax.tree.leaves(run(tx, t)[0][0]))
+    ones = jax.tree.map(jnp.ones_like, sample())
+    grad = jax.jit(jax.grad(total))
+    assert_same(grad(sample()), ones)
+    assert_same(grad(sample(scale=0.0)), ones)
+
+
+@THRESHOLDS
+def test_negative_threshold(row):
+    for bad in (-1.0, float("nan"), np.float32(-1), jnp.float32(-1)):
+        with pytest.raises(ValueError, match=r">= 0|\[0, inf"):
+            with_threshold(row, bad)
+    out = jax.jit(lambda c: run(with_threshold(row, c), sample())[0][0])(-1.0)
+    assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(out))
+
+
+@ROWS
+def test_derivative_at_zero_is_finite(row):
+    tx = make(row)
+
+    @jax.jit
+    @jax.grad
+    def grad(t, state):
+        return sum(jnp.sum(x) for x in jax.tree.leaves(tx.update(t, state, t)[0]))
+
+    zeros, small = scaled(sample(), 0), sample(scale=0.01)
+    states = tx.init(zeros), run(tx, small)[1]
+    for tree in (zeros, {**zeros, "decoder": sample()["decoder"]}, sample()):
+        for state in states:
+            for leaf in jax.tree.leaves(grad(tree, state)):
+                assert np.isfinite(leaf).all()
+    half = sample(jnp.bfloat16, scale=1e-3)  # below the threshold: the derivative is 1
+    for leaf in jax.tree.leaves(grad(half, run(tx, scaled(half, 100))[1])):
+        assert np.isfinite(np.asarray(leaf, np.float32)).all()
+        assert not row.hard or (np.asarray(leaf, np.float32) == 1).all()
+
+
+@BY_NORM
+def test_derivative_equals_finite_differences(row):
+    tx = make(row)
+    tree, direction = sample(), sample(seed=1)
+
+    @jax.jit
+    def along(step):
+        moved = jax.tree.map(lambda x, d: x + step * d, tree, direction)
+        _, state = tx.update(small, tx.init(small), small)
+        out, _ = tx.update(moved, state, moved)
+        return sum(jnp.sum(x * x * x) for x in jax.tree.leaves(out))
+
+    with enable_x64(True):
+        tree, direction = jax.tree.map(
+            lambda x: np.asarray(x, np.float64), (tree, direction)
+        )
+        small = jax.tree.map(lambda x: x * 0.01, tree)
+        # Thresholds are float32 beside the path of derivatives.
+        step = 1e-3 if row.adaptive else 1e-4
+        slope = (along(step) - along(-step)) / (2 * step)
+        exact = jax.jit(lambda: jax.jvp(along, (0.0,), (1.0,))[1])()
+        backward = jax.jit(jax.grad(along))(0.0)
+    np.testing.assert_allclose(exact, slope, rtol=2 * step, atol=1e-6)
+    np.testing.assert_allclose(exact, backward, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@WITH_METRICS
+def test_nothing_is_learned_from_a_nonfinite_norm(row, bad):
+    tree = sample()
+    hurt = jax.tree.map(lambda x: x, tree)
+    hurt["decoder"]["kernel"] = tree["decoder"]["kernel"].at[3, 2].set(bad)
+    tx = make(row)
+    clean_outs, clean = run(tx, tree, sample(seed=1))
+    outs, state = run(tx, tree, hurt, sample(seed=1))
+    assert_same(outs[-1], clean_outs[-1])
+    assert_same(state.rule_state, clean.rule_state)
+    for field in ("norm", "threshold", "factor"):
+        assert_same(getattr(state.metrics, field), getattr(clean.metrics, field))
+    assert int(state.metrics.nonfinite.max()) == 1
+    assert int(state.metrics.steps.max()) == 3
+    # The whole group is lost, and no other.
+    dropped = closure(row, "nonfinite") == "zero"
+    for name, leaves in members(row, outs[1]).items():
+        whole = np.concatenate([np.ravel(x) for x in leaves])
+        hit = name in members(row, {"decoder": hurt["decoder"]})
+        hit = hit or row.groups == "global"
+        if isinstance(row.groups, dict):
+            hit = name == "second"
+        if hit:
+            assert (whole == 0).all() if dropped else np.isnan(whole).all()
+        else:
+            assert np.isfinite(whole).all()
+
+
+@ROWS
+def test_unknown_extra_args_are_ignored(row):
+    tx, tree = make(row), sample()
+    plain = tx.update(tree, tx.init(tree), tree)
+    assert_same(
+        tx.update(tree, tx.init(tree), tree, scale=1.0, loss=2.0, key=None), plain
+    )
+
+
+@IN_DTYPES
+@ROWS
+def test_injected_equals_plain(row, dtype):
+    tree = sample(dtype)
+    inject = optax.inject_hyperparams(
+        row.make, static_args=row.static, hyperparam_dtype=jnp.float32
+    )
+    tx = given(inject(**row.args), row.extra)
+    small, update = scaled(tree, 0.01), jax.jit(tx.update)
+    _, state = update(small, tx.init(tree), small)
+    out, state = update(tree, state, tree)
+    expected = after_a_small_one(make(row), tree)[0]
+    assert_changed(out, tree)
+    ulp = 0 if dtype == jnp.float32 else 2.0 ** -(jnp.finfo(dtype).nmant)
+    assert_close(out, expected, rtol=1e-6 + ulp)
+    later = lambda v: lambda count: jnp.where(count < 2, v, 0.5 * v)
+    tx = inject(**{name: later(v) for name, v in row.args.items()})
+    tx = given(tx, row.extra)
+    assert_close(after_a_small_one(tx, tree)[0], expected, rtol=1e-6 + ulp)
+
+
+@BY_NORM
+def test_metrics_agree_with_recomputation(row):
+    tree = sample(scale=3.0)
+    _, before_it = run(make(row), sample(scale=1e-3))
+    (_, out), state = run(make(row), sample(scale=1e-3), tree)
+    before, after = members(row, tree), members(row, out)
+    m = state.metrics
+    assert tuple(m.groups) == tuple(before)
+    for i, name in enumerate(before):
+        assert float(m.norm[i]) == pytest.approx(norm(before[name], row.ord), rel=1e-6)
+        became = norm(after[name], row.ord)
+        assert float(m.norm[i] * m.factor[i]) == pytest.approx(became, rel=1e-6)
+        assert int(m.steps[i]) == 2
+        exceeded = [
+            float(x.norm[i]) > float(x.threshold[i]) * (1 + 1e-6)
+            for x in (before_it.metrics, m)
+        ]
+        assert int(m.clipped[i]) == sum(exceeded)
+        assert exceeded[1] or row.adaptive
+        assert int(m.nonfinite[i]) == 0
+
+
+@ROWS
+def test_per_stacked_layer_equals_a_loop(row):
+    trees = [sample(seed=i, scale=3.0**i) for i in range(3)]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+    tx = clipfx.per_stacked_layer(make(row))
+    small, update = scaled(stacked, 0.01), jax.jit(tx.update)
+    _, state = update(small, tx.init(stacked), small)
+    out, _ = update(stacked, state, stacked)
+    assert_changed(out, stacked)
+    for i, tree in enumerate(trees):
+        slice_ = jax.tree.map(lambda x, i=i: x[i], out)
+        assert_close(slice_, after_a_small_one(make(row), tree)[0], rtol=2e-6)
+
+
+def test_every_public_transform_is_a_row():
+    made = {
+        name for name in clipfx.__all__ if inspect.isfunction(getattr(clipfx, name))
+    }
+    rows = {row.make.__name__ for row in METHODS.values()}
+    assert made - rows == ELSEWHERE

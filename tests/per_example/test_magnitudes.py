@@ -1,0 +1,350 @@
+"""Bounds hold for data of every dtype and magnitude, and norms are those of `jax.grad`.
+
+Losses are linear in their parameters, so what an example holds is all there is to its
+gradient: data, the gradient of an output, ids. Each is drawn over the whole range.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clipfx import per_example, responses
+from clipfx._core.groups import group_leaves
+
+ROWS, WIDE, NARROW, TIME = 5, 4, 3, 4
+INTEGERS = ["int8", "int16", "int32", "uint8", "uint16", "uint32", "bool"]
+FLOATS = ["float16", "bfloat16", "float32"]
+MODES = [None, "clip", "fill", "wrap", "promise_in_bounds"]
+
+
+def cast(x, like):
+    return x.astype(like.dtype)
+
+
+def dense(p, e):
+    return jnp.sum(jnp.dot(cast(e["x"][0], p["w"]), p["w"]) * e["d"][0])
+
+
+def raw(p, e):
+    """Data of any dtype meet the weight as they are."""
+    dims = (((1,), (0,)), ((), ()))
+    with jax.numpy_dtype_promotion("standard"):
+        out = jax.lax.dot_general(
+            e["x"], p["w"], dims, preferred_element_type=jnp.float32
+        )
+    return jnp.sum(out * e["d"])
+
+
+def sequence(p, e):
+    return jnp.sum((cast(e["x"], p["w"]) @ p["w"] + p["b"][None]) * e["d"])
+
+
+def attended(p, e):
+    """Gradients of a softmax add up to nothing over positions."""
+    d = e["d"] - e["d"].mean(0, keepdims=True)
+    x = 1 + e["tiny"] * cast(e["x"], p["w"])
+    return jnp.sum((x @ p["w"] + p["b"][None]) * d)
+
+
+def looked_up(p, e, mode=None):
+    if mode == "wrap":
+        rows = jnp.take(p["w"], e["ids"], axis=0, mode=mode)
+    else:
+        rows = p["w"].at[e["ids"]].get(mode=mode)
+    return jnp.sum(rows * e["d"])
+
+
+def tied(p, e):
+    rows = p["w"].at[e["ids"]].get(mode="fill", fill_value=0)
+    return jnp.sum(rows * e["d"]) + jnp.sum((e["d"] @ p["w"].T) * e["y"])
+
+
+def looped(p, e):
+    def step(carry, xs):
+        x, d = xs
+        return carry + jnp.sum((cast(x, p["w"]) @ p["w"] + p["b"]) * d), None
+
+    return jax.lax.scan(step, jnp.float32(0), (e["x"], e["d"]))[0]
+
+
+def remat(p, e):
+    block = jax.checkpoint(lambda x, w: jnp.dot(cast(x, w), w))
+    return jnp.sum(block(e["x"], p["w"]) * e["d"])
+
+
+def convolved(p, e):
+    x, w = cast(e["x"], p["w"]).T[None], p["w"].T[:, :, None]
+    out = jax.lax.conv_general_dilated(x, w, (1,), "SAME")
+    return jnp.sum(out[0].T * e["d"])
+
+
+def twice(p, e):
+    x = cast(e["x"], p["w"])
+    return jnp.sum((x @ p["w"]) * e["d"]) + jnp.sum((x[0] @ p["w"]) * e["d"][0])
+
+
+def instantiated(p, e):
+    return jnp.sum((cast(e["x"], p["w"]) @ (p["w"] * 0.5)) * e["d"])
+
+
+PRODUCTS = [dense, sequence, attended, looped, remat, convolved, twice, instantiated]
+
+
+def draw(rng, ids, batch, dtype, magnitudes):
+    """A batch whose examples differ in size, from nothing to what float32 can hold."""
+
+    def size(*shape):
+        low, high = magnitudes
+        return 10.0 ** rng.uniform(low, high, shape)
+
+    normal = lambda *shape: rng.normal(size=shape)
+    if dtype in FLOATS:
+        x = normal(batch, TIME, WIDE) * size(batch, 1, 1)
+        if rng.random() < 0.5:  # and positions among themselves
+            x = x * size(batch, TIME, 1) ** 0.5
+        limit = float(jnp.finfo(dtype).max)
+        x = np.clip(x, -limit, limit)
+    elif dtype == "bool":
+        x = rng.random((batch, TIME, WIDE)) < 0.5
+    else:
+        info = np.iinfo(dtype)
+        x = rng.integers(info.min, info.max, (batch, TIME, WIDE), endpoint=True)
+    clip = lambda x: np.clip(x, -3e38, 3e38)
+    d = clip(normal(batch, TIME, NARROW) * size(batch, 1, 1))
+    if rng.random() < 0.3:
+        d[rng.random((batch, TIME)) < 0.5] = 0
+    low, high = (0, ROWS) if rng.random() < 0.3 else (-2 * ROWS, 3 * ROWS)
+    where = rng.integers(max(low, np.iinfo(ids).min), high, (batch, TIME))
+    return {
+        "x": jnp.asarray(x, dtype),
+        "d": jnp.asarray(d, jnp.float32),
+        "y": jnp.asarray(
+            clip(normal(batch, TIME, ROWS) * size(batch, 1, 1)), jnp.float32
+        ),
+        "ids": jnp.asarray(where, ids),
+        "tiny": jnp.asarray(10.0 ** rng.uniform(-6, 0, batch), jnp.float32),
+    }
+
+
+def norms64(tree, groups):
+    """`[B, G]` of stacked trees in float64."""
+    members = group_leaves(groups, jax.tree.map(lambda x: x[0], tree))
+    squares = np.zeros((len(jax.tree.leaves(tree)[0]), len(members.names)))
+    for x, g in zip(jax.tree.leaves(tree), members.index, strict=True):
+        x = np.asarray(x, np.float64).reshape(len(x), -1)
+        squares[:, g] += (x * x).sum(1)
+    return np.sqrt(squares)
+
+
+def functions(loss, groups, response, weight):
+    """Compiled once: contributions one by one, of a batch, and `jax.grad`."""
+    shape = (ROWS, NARROW) if loss in TABLES else (WIDE, NARROW)
+    params = {"b": jnp.zeros(NARROW), "w": jnp.zeros(shape, weight)}
+    grad = per_example.clipped_grad(loss, 1.0, groups=groups, response=response)
+    one = lambda e, c: grad(params, jax.tree.map(lambda x: x[None], e), max_norm=c)
+    single = jax.jit(jax.vmap(one, (0, None)))
+    whole = jax.jit(lambda e, c, keep: grad(params, e, max_norm=c, where=keep))
+    ordinary = jax.jit(jax.vmap(lambda e: jax.grad(loss)(params, e)))
+    return single, whole, ordinary
+
+
+def table(mode):
+    def loss(p, e):
+        return looked_up(p, e, mode)
+
+    loss.__name__ = f"looked_up_{mode}"
+    return loss
+
+
+LOOKED_UP = [table(mode) for mode in MODES]
+TABLES = [*LOOKED_UP, tied]
+
+
+def check(fun, batch, limit, groups, rng):
+    single, whole, ordinary = fun
+    sums, info = jax.device_get(single(batch, limit))
+    grads = jax.device_get(ordinary(batch))
+    true = norms64(grads, groups)
+    norm = np.asarray(info.norm, np.float64)[:, 0]
+    finite = np.isfinite(true).all(1)
+    # The bound, whatever else is true of an example.
+    assert np.isfinite(norms64(sums, groups)).all()
+    assert (norms64(sums, groups) <= limit * (1 + 1e-6)).all()
+    # A gradient that is not finite contributes nothing.
+    assert (norms64(sums, groups)[~finite] == 0).all()
+    # Norms are those of the gradient, up to its own roundings.
+    rounding = 2e-6 * true + rounding_of(batch, true.shape)
+    usual = finite & (true < 1e38).all(1)
+    off = np.abs(norm[usual] - true[usual])
+    assert (off <= rounding[usual]).all(), (norm[usual], true[usual])
+    # What is not too long is left as it is, and a batch is the sum of its examples.
+    keep = rng.random(len(norm)) < 0.8
+    together, _ = jax.device_get(whole(batch, limit, jnp.asarray(keep)))
+    for x, y in zip(jax.tree.leaves(together), jax.tree.leaves(sums), strict=True):
+        y = np.asarray(y, np.float64)[keep]
+        assert np.abs(x - y.sum(0)).max() <= 1e-5 * np.abs(y).sum(0).max() + 1e-37
+
+
+def rounding_of(batch, shape):
+    """What float32 may lose of a sum that cancels."""
+    size = lambda x: np.sqrt((np.asarray(x, np.float64) ** 2).sum(-1))
+    x = size(batch["x"]) + 1
+    most = (x * size(batch["d"])).sum(1) + (size(batch["y"]) * size(batch["d"])).sum(1)
+    return np.broadcast_to(8 * 2.0**-24 * most[:, None] + 1e-37, shape)
+
+
+CASES = [
+    *[(loss, "float32", "int32") for loss in [*PRODUCTS, tied]],
+    *[(raw, dtype, "int32") for dtype in [*INTEGERS, *FLOATS]],
+    *[(sequence, dtype, "int32") for dtype in ["bfloat16", "float16", "int8"]],
+    *[(loss, "float32", "int32") for loss in LOOKED_UP],
+    (LOOKED_UP[2], "float32", "int8"),
+    (LOOKED_UP[1], "float32", "uint8"),
+]
+
+
+SOME = [
+    (dense, "float32", "int32", "global", "hard"),
+    (sequence, "float32", "int32", "leaf", "hard"),
+    (attended, "float32", "int32", "leaf", "normalize"),
+    (raw, "uint8", "int32", "global", "hard"),
+    (raw, "bool", "int32", "global", "hard"),
+    (looped, "bfloat16", "int32", "global", "hard"),
+    (remat, "float32", "int32", "global", "normalize"),
+    (convolved, "float16", "int32", "global", "hard"),
+    (LOOKED_UP[0], "float32", "int8", "global", "hard"),
+    (tied, "float32", "int32", "global", "hard"),
+]
+RANGES = [(-2, 2), (-19, 19), (-38, 38), (-25, -15), (15, 25)]
+
+
+@pytest.mark.parametrize(
+    "case", SOME, ids=[f"{loss.__name__}-{dtype}" for loss, dtype, *_ in SOME]
+)
+def test_bounds_and_norms_at_every_magnitude(case):
+    loss, dtype, ids, groups, response = case
+    fun = functions(loss, groups, getattr(responses, response), "float32")
+    rng = np.random.default_rng(0)
+    for magnitudes in RANGES * 2:
+        limit = np.float32(10.0 ** rng.uniform(-8, 2))
+        check(fun, draw(rng, ids, 6, dtype, magnitudes), limit, groups, rng)
+
+
+def test_counts_of_integers_are_measured():
+    """Their squares do not fit into them: the Gram matrix of uint8 read 8 for 775."""
+    x = np.arange(2 * 16 * 8, dtype=np.uint8).reshape(2, 16, 8)
+    with jax.numpy_dtype_promotion("standard"):
+        grad = per_example.clipped_grad(lambda w, x: jnp.sum(x @ w), 1.0)
+        sums, info = jax.jit(grad)(jnp.zeros((8, 3)), jnp.asarray(x))
+    rows = np.repeat(x.astype(float).sum(1)[:, :, None], 3, 2)
+    true = np.linalg.norm(rows, axis=(1, 2))
+    np.testing.assert_allclose(info.norm[:, 0], true, rtol=1e-6)
+    np.testing.assert_allclose(sums, (rows / true[:, None, None]).sum(0), rtol=1e-5)
+
+
+def test_products_whose_squares_vanish_are_measured():
+    x, d = jnp.full((1, 1024), 0.9e-19), jnp.full(1, 1e19)
+    grad = per_example.clipped_grad(lambda w, e: (e[0] @ w) * e[1], 1.0)
+    sums, info = jax.jit(grad)(jnp.zeros(1024), (x, d))
+    np.testing.assert_allclose(info.norm[0, 0], 28.8, rtol=1e-6)
+    np.testing.assert_allclose(jnp.linalg.norm(sums), 1, rtol=2e-6)
+
+
+@pytest.mark.parametrize("mode", MODES[:4])
+def test_ids_outside_of_a_table_have_the_gradient_of_jax(mode):
+    ids = jnp.array([[1, 9, 2, 9], [0, 3, -9, 4]])
+    loss = lambda w, i: jnp.sum(jnp.sin(jnp.take(w, i, axis=0, mode=mode)))
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, 3)), jnp.float32)
+    sums, info = jax.jit(per_example.clipped_grad(loss, 100.0))(w, ids)
+    rows = [jax.grad(loss)(w, i) for i in ids]
+    true = [float(jnp.linalg.norm(row)) for row in rows]
+    if not np.isfinite(true).all():  # "fill" looks up NaN, whose sine has no slope
+        assert mode == "fill"
+    np.testing.assert_allclose(info.norm[:, 0], true, rtol=1e-6)
+    good = [row for row, n in zip(rows, true, strict=True) if np.isfinite(n)]
+    np.testing.assert_allclose(sums, sum(good, np.zeros((ROWS, 3))), rtol=1e-6)
+
+
+@pytest.mark.parametrize("response", [responses.hard, responses.normalize])
+@pytest.mark.parametrize("size", [1e-36, 1e-19, 1.0, 1e19, 1e37])
+def test_stacked_gradients_of_every_magnitude(size, response):
+    stacked = {"w": size * jnp.array([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]])}
+    limit = float(size)
+    tx = per_example.clip_per_example(limit, response=response, reduce="sum")
+    sums, _ = tx.update(stacked, tx.init({"w": jnp.zeros(2)}))
+    share = 1.5 if response is responses.hard else 2.0
+    sums = np.asarray(sums["w"], np.float64) / size
+    np.testing.assert_allclose(sums, [0.6 * share, 0.8 * share], rtol=3e-6)
+
+
+def test_biases_of_keys_are_one_addition():
+    """Their gradient is rounding: norm and sum must be of the same one."""
+    rng = np.random.default_rng(0)
+    d = jnp.asarray(rng.normal(size=(16, 40, 3)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(16, 40, 4)), jnp.float32)
+    d = d - d.mean(1, keepdims=True)
+    params = {"b": jnp.zeros(3), "w": jnp.zeros((4, 3))}
+
+    def loss(p, e):
+        x, d = e
+        return jnp.sum((x @ p["w"] + p["b"][None]) * d)
+
+    grad = per_example.clipped_grad(loss, 1e-9, groups="leaf")
+    one = lambda e: grad(params, jax.tree.map(lambda x: x[None], e))[0]["b"]
+    size = np.linalg.norm(np.asarray(jax.jit(jax.vmap(one))((x, d)), float), axis=1)
+    assert (size <= 1e-9 * (1 + 1e-6)).all() and (size > 0.9e-9).any()
+
+
+def test_what_jax_cannot_map_goes_one_by_one():
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(2, 4, 3)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(3, 5, 4)), jnp.float32)
+    sizes = jnp.array([[2, 3], [1, 1], [0, 5]], jnp.int32)
+    plain = lambda w, e: jnp.tanh(jax.lax.ragged_dot(e[0], w, e[1])).sum()
+    rows = [jax.grad(plain)(w, e) for e in zip(x, sizes, strict=True)]
+    for loss in (plain, jax.checkpoint(plain)):
+        grad = per_example.clipped_grad(loss, 1e3, microbatch_size=np.int64(1))
+        sums, info = jax.jit(grad)(w, (x, sizes))
+        np.testing.assert_allclose(sums, sum(rows), rtol=1e-5, atol=1e-6)
+        true = [float(jnp.linalg.norm(row)) for row in rows]
+        np.testing.assert_allclose(info.norm[:, 0], true, rtol=1e-5)
+
+
+def test_a_loss_with_a_shard_map_of_its_own():
+    """On a mesh with Explicit axes that nobody has set."""
+    mesh = jax.make_mesh((1,), ("d",))
+    whole = jax.sharding.PartitionSpec()
+    inside = lambda w, x: jnp.sin(x @ w).sum()
+    loss = jax.shard_map(inside, mesh=mesh, in_specs=(whole, whole), out_specs=whole)
+    w, x = jnp.ones((4, 2)), jnp.arange(12.0).reshape(3, 4)
+    sums, info = per_example.clipped_grad(loss, 0.1)(w, x)
+    rows = [jax.grad(lambda w: jnp.sin(row @ w).sum())(w) for row in x]  # noqa: B023
+    true = np.array([float(jnp.linalg.norm(row)) for row in rows])
+    np.testing.assert_allclose(info.norm[:, 0], true, rtol=1e-5)
+    want = sum(row * min(1, 0.1 / n) for row, n in zip(rows, true, strict=True))
+    np.testing.assert_allclose(sums, want, rtol=1e-4, atol=1e-6)
+
+
+def test_batch_statistics_are_no_parameters():
+    nnx = pytest.importorskip("flax.nnx")
+    linen = pytest.importorskip("flax.linen")
+    model = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(model)
+    loss = lambda state, x: nnx.merge(graph, state)(x).sum()
+    with pytest.raises(TypeError, match="got BatchStat at"):
+        per_example.clipped_grad(loss, 1.0)(state, jnp.ones((3, 2)))
+    layer = linen.BatchNorm(use_running_average=False)
+    variables = layer.init(jax.random.key(0), jnp.ones((3, 2)))
+    apply = lambda v, x: layer.apply(v, x, mutable=["batch_stats"])[0].sum()
+    with pytest.raises(TypeError, match="got batch_stats at"):
+        per_example.clipped_grad(apply, 1.0)(variables, jnp.ones((3, 2)))
+    rest = {"batch_stats": variables["batch_stats"]}
+    with pytest.raises(ValueError, match="group or layer normalization"):
+        per_example.clipped_grad(lambda p, x: apply({"params": p, **rest}, x), 1.0)(
+            variables["params"], jnp.ones((3, 2))
+        )
+    fixed = linen.BatchNorm(use_running_average=True)
+    run = lambda p, x: fixed.apply({"params": p, **rest}, x).sum()
+    bounded = per_example.clipped_grad(run, 1.0)
+    jax.eval_shape(bounded, variables["params"], jnp.ones((3, 2)))

@@ -1,0 +1,265 @@
+"""Every per-example function gives on a mesh what it gives on one device."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from meshes import assert_all_alike, mesh_of
+
+import clipfx
+from clipfx import per_example, privacy
+
+B, K = 16, 2
+COLUMNS_THEN_ROWS = {"bias": P("model"), "down": P("model"), "up": P(None, "model")}
+PLACES = {
+    "whole": {"bias": P(), "down": P(), "table": P(), "up": P()},
+    "fsdp": {"bias": P("data"), "down": P("data"), "table": P("data"), "up": P("data")},
+    "tensor": {**COLUMNS_THEN_ROWS, "table": P("model")},
+}
+# By hand, where a look-up in a part of a table would take some lines.
+BY_HAND = {"whole": PLACES["whole"], "tensor": {**COLUMNS_THEN_ROWS, "table": P()}}
+
+
+def loss(params, example, over=(), **whole):
+    """Looks up two tokens, then two layers, and no differences, which rounding spoils.
+
+    Args:
+      params: Of the table and the layers.
+      example: The tokens, and the direction to push the output in.
+      over: Mesh axes of `shard_map` that the layers are split over.
+      **whole: `out_sharding` of what is added up over devices.
+    """
+    tokens, direction = example
+    x = params["table"].at[tokens].get(**whole).sum(0)
+    h = jnp.exp((x @ params["up"] + params["bias"]) / 4)
+    out = jnp.dot(h, params["down"], **whole)
+    return jnp.vdot(jax.lax.psum(out, over) if over else out, direction)
+
+
+def draw():
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    params = {"bias": normal(8), "down": normal(8, 4), "table": normal(12, 4),
+              "up": normal(4, 8)}  # fmt: skip
+    examples = jnp.asarray(rng.integers(0, 12, (B, 2))), normal(B, 4)
+    group = jnp.where(jnp.arange(B) < 3, 1, 0)  # on one device
+    stacked = {k: normal(B, *w.shape) for k, w in params.items()}
+    return params, {"examples": examples, "group": group, "stacked": stacked}
+
+
+PARAMS, BATCH = draw()
+
+
+# ------------------------------------------- the functions, of parameters and a batch
+
+
+def clipped_grad(loss, axis_name=None):
+    grad = per_example.clipped_grad(loss, 2.0, groups="leaf", axis_name=axis_name)
+    return lambda params, batch: grad(params, batch["examples"])
+
+
+def norms(loss):
+    measure = per_example.norms(loss, groups="leaf")
+    return lambda params, batch: measure(params, batch["examples"])
+
+
+def population_grad(loss, axis_name=None):
+    grad = per_example.population_grad(loss, K, axis_name=axis_name)
+    return lambda params, batch: grad(params, batch["examples"], batch["group"])
+
+
+def fair_grad(loss, axis_name=None):
+    grad = per_example.fair_grad(loss, K, 1.2, axis_name=axis_name)
+    return lambda params, batch: grad(params, batch["examples"], batch["group"])
+
+
+def clip_fair_groups(loss, axis_name=None):
+    tx = clipfx.clip_fair_groups(1.2, num_groups=K, axis_name=axis_name)
+
+    def run(params, batch):
+        parts, _ = population_grad(loss)(params, batch)
+        return tx.update(parts, tx.init(params))
+
+    return run
+
+
+def clip_per_example(loss, axis_name=None):
+    tx = per_example.clip_per_example(
+        2.0, groups="leaf", reduce="sum", axis_name=axis_name
+    )
+    return lambda params, batch: tx.update(batch["stacked"], tx.init(params))
+
+
+def dp_grad(loss, axis_name=None):
+    grad = privacy.dp_grad(
+        loss,
+        max_norm=2.0,
+        noise_multiplier=0.5,
+        expected_batch_size=B,
+        key=jax.random.key(3),
+        axis_name=axis_name,
+    )
+    return lambda params, batch: grad(
+        grad.init(params), params, batch["examples"], where=None
+    )
+
+
+FUNCTIONS = {
+    make.__name__: make
+    for make in (
+        clipped_grad,
+        norms,
+        population_grad,
+        fair_grad,
+        clip_fair_groups,
+        clip_per_example,
+        dp_grad,
+    )
+}
+LIKE_PARAMETERS = ("clipped_grad", "fair_grad", "clip_fair_groups", "dp_grad")
+
+
+# -------------------------------------------------------------------------- the ways
+
+
+@functools.cache
+def alone(name):
+    return jax.jit(FUNCTIONS[name](loss))(PARAMS, BATCH)
+
+
+def specs_of(params):
+    """Of parameters and batch; stacked gradients are split like both, if possible."""
+    free = lambda spec: () if "data" in spec else spec
+    stacked = {k: P("data", *free(spec)) for k, spec in params.items()}
+    return params, {"examples": P("data"), "group": P("data"), "stacked": stacked}
+
+
+def on_mesh(kind, place, name):
+    mesh, one = mesh_of(kind), loss
+    specs = specs_of(PLACES[place])
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    if kind == AxisType.Explicit:
+        one = functools.partial(loss, out_sharding=P())
+    with jax.set_mesh(mesh):
+        params, batch = jax.device_put((PARAMS, BATCH), shardings)
+        out = jax.jit(FUNCTIONS[name](one))(params, batch)
+    if kind == AxisType.Explicit and name in LIKE_PARAMETERS:
+        for k, x in out[0].items():
+            assert x.sharding.is_equivalent_to(params[k].sharding, x.ndim)
+    return out
+
+
+def in_shard_map(place, name, **options):
+    one = functools.partial(loss, over="model") if place == "tensor" else loss
+    # Of gradients no type tells which axes are those of examples.
+    names = named(name, "data") if options or name == "clip_per_example" else {}
+    specs, batch = specs_of(BY_HAND[place])
+    split = {PARAMS[k].shape: spec for k, spec in specs.items()}
+    split |= {(K, *shape): P(None, *spec) for shape, spec in split.items()}
+
+    def spec_of(y):
+        return P("data") if y.shape[:1] == (B,) else split.get(y.shape, P())
+
+    mapped = jax.shard_map(
+        FUNCTIONS[name](one, **names),
+        mesh=mesh_of(AxisType.Auto),
+        in_specs=(specs, batch),
+        out_specs=jax.tree.map(spec_of, alone(name)),
+        **options,
+    )
+    return jax.jit(mapped)(PARAMS, BATCH)
+
+
+def in_pmap(name):
+    run = jax.pmap(FUNCTIONS[name](loss, **named(name, "i")), "i", in_axes=(None, 0))
+    cut = lambda x: x.reshape(8, B // 8, *x.shape[1:])
+    out = run(PARAMS, jax.tree.map(cut, BATCH))
+
+    def joined(x, y):
+        if x.size == y.size:
+            return x.reshape(y.shape)
+        assert_all_alike(x)
+        return x[0]
+
+    return jax.tree.map(joined, jax.device_get(out), alone(name))
+
+
+def named(name, axis):
+    takes = "axis_name" in inspect.signature(FUNCTIONS[name]).parameters
+    return {"axis_name": axis} if takes else {}
+
+
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+WAYS = {
+    f"{kind}-{place}": functools.partial(on_mesh, KINDS[kind], place)
+    for kind in KINDS
+    for place in PLACES
+} | {
+    "shard_map-whole": functools.partial(in_shard_map, "whole"),
+    "shard_map-tensor": functools.partial(in_shard_map, "tensor"),
+    "shard_map-by_name": functools.partial(in_shard_map, "whole", check_vma=False),
+    "pmap": in_pmap,
+}
+
+
+# --------------------------------------------------------------------------- the law
+
+CASES = [
+    (name, way)
+    for name in FUNCTIONS
+    for way in WAYS
+    # Noise of what is split by hand depends on the mesh.
+    if (name, way) != ("dp_grad", "shard_map-tensor")
+]
+
+
+@pytest.mark.parametrize(("name", "way"), CASES)
+@pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
+def test_sharded_equals_whole(name, way):
+    got = WAYS[way](name)
+    want = alone(name)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        if way != "pmap" and x.is_fully_replicated:
+            assert_all_alike([shard.data for shard in x.addressable_shards])
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        # Of the largest, because sums over examples may cancel.
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * np.abs(y).max(initial=0))
+
+
+# ------------------------------------------------- gradients that are stacked already
+
+
+def stacked_in_shard_map(axis_name, stacked):
+    """The mean, and the state, of gradients that "model" splits too."""
+    tx = per_example.clip_per_example(2.0, axis_name=axis_name)
+    specs, batch = specs_of(PLACES["tensor"])
+    update = jax.shard_map(
+        tx.update,
+        mesh=mesh_of(AxisType.Auto),
+        in_specs=(batch["stacked"], P()),
+        out_specs=(specs, P()),
+    )
+    return jax.jit(update)(stacked, tx.init(PARAMS))
+
+
+def test_one_bad_part_drops_the_whole_example():
+    stacked = BATCH["stacked"]
+    bad = stacked | {"up": stacked["up"].at[5, 0, 7].set(jnp.inf)}  # on one device
+    tx = per_example.clip_per_example(2.0)
+    want = jax.jit(tx.update)(bad, tx.init(PARAMS))
+    got = stacked_in_shard_map("data", bad)
+    assert got[1].metrics.nonfinite == 1 and got[1].metrics.steps == B
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
+
+
+def test_axes_of_examples_are_asked_for():
+    with pytest.raises(ValueError, match=r"axis_name must say .*'data', 'model'"):
+        stacked_in_shard_map(None, BATCH["stacked"])
