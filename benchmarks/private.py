@@ -71,7 +71,7 @@ def fair(work: Workload, count: int) -> Callable:
     """`clipfx.per_example.fair_grad`."""
     grad = per_example.fair_grad(work.loss, count, 2.0)
     group = jnp.arange(len(jax.tree.leaves(work.batch)[0])) % count
-    return lambda params, batch, step: grad(params, batch, group)[0]
+    return lambda params, batch, step: grad(params, batch, population_ids=group)[0]
 
 
 VARIANTS: dict[str, Callable] = {

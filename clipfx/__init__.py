@@ -1,4 +1,4 @@
-"""Gradient clipping for JAX: Optax transforms, right in every dtype and on every mesh.
+"""Gradient clipping for JAX: Optax transforms, correct under every dtype and sharding.
 
 >>> import clipfx, optax
 >>> tx = optax.chain(clipfx.clip_by_global_norm(1.0), optax.adamw(3e-4))
@@ -6,12 +6,12 @@
 `clip_by_norm` is the builder; four words carry it. *groups* say which leaves share a
 norm, a *threshold* what is too large, a *response* what to do about it. The named
 methods are choices of these three. `per_example` bounds each example's gradient, for
-any loss, at the price of an ordinary one; `privacy` adds noise to such sums.
+any loss, at about the cost of one gradient; `privacy` adds noise to such sums.
 `metrics.read` shows norms and clip rates from any optimizer state; `tree_clip` and
 `global_norm` serve those who use no chain.
 """
 
-from clipfx import metrics, per_example, privacy, responses, snr, thresholds
+from clipfx import metrics, per_example, privacy, responses, snr, states, thresholds
 from clipfx._core.state import ClipMetrics, ClipState
 from clipfx.methods.adagc import adagc
 from clipfx.methods.agc import agc
@@ -20,7 +20,12 @@ from clipfx.methods.band_by_history import band_by_history
 from clipfx.methods.clip_by_block_rms import clip_by_block_rms
 from clipfx.methods.clip_by_curvature import clip_by_curvature
 from clipfx.methods.clip_by_global_norm import clip_by_global_norm
-from clipfx.methods.clip_by_norm import clip_by_norm, global_norm, tree_clip
+from clipfx.methods.clip_by_norm import (
+    clip_by_norm,
+    clip_with_norm,
+    global_norm,
+    tree_clip,
+)
 from clipfx.methods.clip_by_params import clip_by_params
 from clipfx.methods.clip_by_snr import clip_by_snr
 from clipfx.methods.clip_by_value import clip_by_value
@@ -64,6 +69,7 @@ __all__ = [
     "clip_group_ratio",
     "clip_per_layer",
     "clip_spikes",
+    "clip_with_norm",
     "error_feedback",
     "global_norm",
     "grad_power",
@@ -80,6 +86,7 @@ __all__ = [
     "snr",
     "spam_clip",
     "spamp",
+    "states",
     "thresholds",
     "tree_clip",
     "weight_decay_balance",

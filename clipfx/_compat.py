@@ -12,6 +12,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import source_info_util as names
 
 
 def varying_axes(x: jax.typing.ArrayLike) -> frozenset[str]:
@@ -31,17 +32,25 @@ def axes_of_type(aval: Any) -> frozenset[str]:
     return frozenset(getattr(aval, "vma", ()))
 
 
+# Around one parameter, by the library whose they are. They are known by name: nothing
+# of it is imported, and where it is not loaded no tree can hold its boxes.
+_BOXES = {
+    "flax": {"Variable", "AxisMetadata"},
+    "haliax": {"NamedArray"},
+    "paramax": {"AbstractUnwrappable"},
+    "penzai": {"NamedArrayBase", "AbstractVariable", "AbstractVariableValue"},
+}
+
+
 def is_boxed(node: Any) -> bool:
-    """Whether `node` is a Flax box around one array.
+    """Whether `node` is a library's box around one parameter.
 
     `nnx.Optimizer` shows boxes to `init` and bare arrays to `update`, so a path must
-    end where the box begins. Flax is looked up, not imported: where it is not loaded,
-    no tree can hold its boxes.
+    end where the box begins, and a box is not a layer of its own.
     """
-    nnx = sys.modules.get("flax.nnx")
-    meta = sys.modules.get("flax.core.meta")
-    return (nnx is not None and isinstance(node, nnx.Variable)) or (
-        meta is not None and isinstance(node, meta.AxisMetadata)
+    return any(
+        base.__name__ in _BOXES.get(base.__module__.partition(".")[0], ())
+        for base in type(node).__mro__
     )
 
 
@@ -81,29 +90,25 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, jax.extend.core.Literal)
 
 
-def evaluate(jaxpr: Any, eqn: Any, values: Sequence, keep: list[int]) -> list[Any]:
-    """Evaluates one equation of `jaxpr` with its own derivative rules.
+def evaluate(eqn: Any, values: Sequence) -> list[Any]:
+    """Runs one equation of a program, with its own derivative rules.
 
     Args:
-      jaxpr: That the equation is from.
       eqn: The equation.
       values: One per input.
-      keep: Which outputs to return.
     """
-    values = [jnp.asarray(v) if isinstance(v, np.ndarray | np.generic) else v
-              for v in values]  # fmt: skip
-    inputs = {
-        v: x for v, x in zip(eqn.invars, values, strict=True) if not is_literal(v)
-    }
-    alone = jaxpr.replace(
-        constvars=[],
-        invars=list(inputs),
-        outvars=[eqn.outvars[k] for k in keep],
-        eqns=[eqn],
-        debug_info=jaxpr.debug_info.with_unknown_names(),
-    )
-    run = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(alone, []))
-    return run(*inputs.values())
+    array = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x
+    values = [v.val if is_literal(v) else array(x)
+              for x, v in zip(values, eqn.invars, strict=True)]  # fmt: skip
+    given = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = given if isinstance(given, tuple) else ([], given)  # older JAX
+    stack = names.current_name_stack() + eqn.source_info.name_stack
+    with (
+        names.user_context(eqn.source_info.traceback, name_stack=stack),
+        eqn.ctx.manager,
+    ):
+        outs = eqn.primitive.bind(*functions, *values, **params)
+    return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
 def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:

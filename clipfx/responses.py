@@ -45,8 +45,7 @@ import jax.numpy as jnp
 
 from clipfx._core.checks import helpful
 from clipfx._core.leaves import divide
-
-Response = Callable[[jax.Array, jax.Array], jax.Array]
+from clipfx._types import Response
 
 
 def bounded(response: Any) -> Response:

@@ -17,27 +17,27 @@
 # A gradient that is split over devices has one norm, and it has to be the norm of the
 # whole. Here one gradient is clipped in every way that JAX splits arrays, and then a
 # model is trained with its optimizer split. It runs on a TPU (Runtime, Change runtime
-# type), on GPUs, or on a CPU that plays eight devices.
+# type), on GPUs, or on a CPU that simulates eight devices.
 
 # %%
-# Where Colab installs clipfx from: the address that you opened this notebook at.
-REPOSITORY = "https://github.com/OWNER/clipfx"  # @param {type:"string"}
-
-import os
+# Installs clipfx if it is missing: from the checkout that this notebook is in, or else
+# from the package index.
+import importlib
+import importlib.util
 import pathlib
+import subprocess
 import sys
 
-if "google.colab" in sys.modules:
-    assert "OWNER" not in REPOSITORY, "Fill in the address of the repository above."
-    # %pip install -q "clipfx-jax[examples] @ git+$REPOSITORY"
-    # !test -d clipfx || git clone -q --depth=1 $REPOSITORY clipfx
-    root = pathlib.Path("clipfx").resolve()
-else:
+if not all(map(importlib.util.find_spec, ("clipfx", "optax", "matplotlib"))):
     here = pathlib.Path.cwd()
-    root = next(
-        d for d in (here, *here.parents) if (d / "examples/_common.py").exists()
-    )
-sys.path.insert(0, str(root))
+    found = [d for d in (here, *here.parents) if (d / "clipfx/__init__.py").exists()]
+    source = str(found[0]) if found else "clipfx-jax"
+    command = [sys.executable, "-m", "pip", "install", "-q", f"{source}[plots]"]
+    subprocess.run([*command, "scikit-learn"], check=True)
+    importlib.invalidate_caches()
+
+# %%
+import os
 
 if "XLA_FLAGS" not in os.environ:  # for CPUs; to be set before JAX is imported
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -53,9 +53,9 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from sklearn.datasets import load_digits
 
 import clipfx
-from examples import _common
 
 # Matrix products as exact on accelerators as they are on a CPU.
 jax.config.update("jax_default_matmul_precision", "float32")
@@ -105,7 +105,8 @@ def loss(params, images, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-images, labels = _common.load_digits()
+images, labels = load_digits(return_X_y=True)
+images, labels = np.float32(images / 8 - 1), np.int32(labels)
 normal = np.random.default_rng(0).normal
 params = {
     "in": {"bias": np.zeros(128), "kernel": normal(size=(64, 128)) / 8},
@@ -119,10 +120,10 @@ jax.tree.map(lambda x: x.shape, grads)
 # %% [markdown]
 # ## The same clip in every way
 #
-# Under `jit` arrays are whole, and nothing is to be done, with Auto or Explicit axes.
-# In `shard_map` nothing either: JAX knows which leaf varies over which axes, and the
-# squares are summed over those. `pmap` knows nothing of the kind, so there `axis_name`
-# says what all leaves are split over.
+# Under `jit` arrays are whole, and no change is needed, with Auto or Explicit axes. Nor
+# is it in `shard_map`: JAX knows which leaf varies over which axes, and the squares are
+# summed over those. `pmap` does not know, so there `axis_name` names the axes that all
+# leaves are split over.
 
 # %%
 clip = clipfx.clip_per_layer(0.3)
@@ -156,25 +157,32 @@ def describe(way):
     updates, state = results[way]
     if way == "pmap":  # a row for each device, all alike
         state = jax.tree.map(lambda x: x[0], state)
-    read = clipfx.metrics.read(state)
     gap = lambda x, y: float(np.abs(x.reshape(y.shape) - y).max())
     gaps = jax.tree.map(gap, updates, results["one device"][0])
     return {
         "way": way,
-        **{f"norm {k}": float(read[f"clip0/norm/{k}"]) for k in grads},
-        **{f"factor {k}": float(read[f"clip0/factor/{k}"]) for k in grads},
+        **{f"norm {k}": state.metrics.norm[i].item() for i, k in enumerate(grads)},
+        **{f"factor {k}": state.metrics.factor[i].item() for i, k in enumerate(grads)},
         "difference": max(jax.tree.leaves(gaps)),
         "all-reduces": len(programs[way]),
     }
 
 
-print(_common.format_table([describe(way) for way in WAYS]))
+def print_table(rows):
+    print(*(f"{name:>18}" for name in rows[0]))
+    for row in rows:
+        cells = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values())
+        print(*(f"{cell:>18}" for cell in cells))
+
+
+print_table([describe(way) for way in WAYS])
 
 # %% [markdown]
-# The difference is that of the element furthest from one device: rounding, or nothing.
+# The difference is the largest of any element from the result on one device: rounding,
+# or zero.
 # With Auto axes the compiler places the all-reduces: one if leaves are split over one
-# axis, more if some are split over two. Elsewhere it is always one, with a number for
-# each layer. This is it, in the compiled program:
+# axis, more if some are split over two. Otherwise there is always one, of a number for
+# each layer. In the compiled program it is:
 
 # %%
 for line in programs["shard_map"]:
@@ -184,8 +192,8 @@ for line in programs["shard_map"]:
 # ## The trap
 #
 # In `shard_map` a clip that sums up what it sees takes the norm of a shard for that of
-# the gradient. Nothing fails, but the result is too long, by up to the root of the
-# number of devices, and points elsewhere.
+# the gradient. Nothing fails, but the result is too large, by up to the square root of
+# the number of devices, and in the wrong direction.
 
 # %%
 EVERYWHERE = P(("data", "model"))  # FSDP over the whole mesh
@@ -210,17 +218,18 @@ def measure(name):
     return {"clipped to 0.3 by": name, "norm": norm, "cosine to gradient": cosine}
 
 
-print(_common.format_table([measure(name) for name in CLIPS]))
+print_table([measure(name) for name in CLIPS])
 
 # %% [markdown]
 # ## Training
 #
-# The step is the one you know. Parameters are placed on the mesh, `tx.init` lays Adam's
-# moments out like them, and the batch is split over `data`. `zclip` finds its threshold
-# by itself, and every fifteenth batch, with wrong labels, stands out.
+# The step is an ordinary one. Parameters are placed on the mesh, `tx.init` shards
+# Adam's moments like them, and the batch is split over `data`. `zclip` adapts its
+# threshold, and every fifteenth batch, with wrong labels, is an outlier.
 
 # %%
-tx = optax.chain(clipfx.zclip(decay=0.9, warmup_steps=10), optax.adam(2e-3))
+zclip = clipfx.zclip(decay=0.9, warmup_steps=10)
+tx = optax.named_chain(("zclip", zclip), ("adam", optax.adam(2e-3)))
 
 
 @jax.jit
@@ -247,7 +256,7 @@ with jax.set_mesh(mesh):
     opt_state, split = train(place(params, mesh), by_batch)
 
 # %%
-clip_state, (adam_state, _) = opt_state
+clip_state, (adam_state, _) = opt_state["zclip"], opt_state["adam"]
 moment = adam_state.mu["in"]["kernel"]
 print("Adam's moment of a kernel:", moment.shape)
 print("On each device:", moment.sharding.shard_shape(moment.shape))
@@ -256,16 +265,15 @@ print("Norms are on every device:", clip_state.metrics.norm.is_fully_replicated)
 # %%
 figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
 for key, color in {"norm": "tab:blue", "threshold": "tab:orange"}.items():
-    one, many = ([read[f"clip0/{key}/global"] for read in h] for h in (alone, split))
+    one, many = ([read[f"zclip/{key}/global"] for read in h] for h in (alone, split))
     axes.plot(one, color=color, lw=6, alpha=0.3, label=f"{key}, one device")
     axes.plot(many, "--", color=color, label=f"{key}, mesh of {len(devices)}")
 axes.set(yscale="log", xlabel="step", title="zclip, on one device and on the mesh")
-_common.plain_ticks(axes)
 axes.legend()
 plt.show()
 
 # %% [markdown]
-# At the end of the mesh's training, as `clipfx.metrics.read` has it:
+# At the end of the training on the mesh, as `clipfx.metrics.read` gives it:
 
 # %%
-{name: value.item() for name, value in split[-1].items()}
+split[-1]

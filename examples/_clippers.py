@@ -21,10 +21,10 @@ def before(clip: Callable[[float], optax.GradientTransformation]) -> Clipper:
 
 
 def guarded(clip: Callable[[], optax.GradientTransformation]) -> Clipper:
-    """A clip that learns what is usual, and for 100 steps the threshold behind it.
+    """An adaptive clip, with a fixed threshold behind it for 100 steps.
 
-    On the first steps such a method knows nothing yet, and lets pass what would throw
-    the run out.
+    In the first steps such a method has no statistics yet, and lets pass gradients that
+    make the run diverge.
     """
 
     def make(max_norm, rate, tx):
@@ -41,8 +41,8 @@ def bounded(clip: Callable[[], optax.GradientTransformation]) -> Clipper:
     )
 
 
-# `none` has an infinite threshold: it changes nothing, and counts all the same. Those
-# that ignore the threshold find their own.
+# `none` has an infinite threshold: it changes nothing, and still records metrics. Those
+# that ignore the threshold adapt their own.
 CLIPPERS: dict[str, Clipper] = {
     "none": before(lambda max_norm: clipfx.clip_by_global_norm(math.inf)),
     "global": before(clipfx.clip_by_global_norm),
@@ -74,7 +74,7 @@ CLIPPERS: dict[str, Clipper] = {
     "curvature": lambda max_norm, rate, tx: optax.chain(
         clipfx.clip_by_curvature(rate), tx
     ),
-    # Behind the optimizer, whose momentum would go on with what has exploded.
+    # Behind the optimizer, whose momentum would keep an exploded gradient.
     "params": lambda max_norm, rate, tx: optax.chain(
         clipfx.clip_by_global_norm(max_norm), tx, clipfx.clip_by_params()
     ),

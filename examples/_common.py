@@ -1,6 +1,7 @@
 """What the examples share: text, tables, pictures, files of metrics."""
 
 import json
+import logging
 import math
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
+
+# Absl shows what JAX tells at level INFO: that there is no TPU, wherever there is none.
+if logging.getLogger("jax").level == logging.NOTSET:
+    logging.getLogger("jax").setLevel(logging.WARNING)
 
 
 def make_dir(path: str) -> pathlib.Path:

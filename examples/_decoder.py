@@ -1,4 +1,4 @@
-"""A decoder of bytes in Flax NNX, and how its parameters lie on a mesh."""
+"""A decoder of bytes in Flax NNX, and how its parameters are sharded."""
 
 from typing import Any
 
@@ -82,7 +82,7 @@ BY_ROW = {"out", "down", "embed"}
 
 
 def spec_of(path: tuple) -> P:
-    """Where the leaf at a path of parameters lies; vectors are on every device."""
+    """The sharding of the leaf at a path of parameters; vectors are replicated."""
     *_, layer, leaf = (str(key.key) for key in path)
     if leaf in ("bias", "scale"):
         return P()

@@ -1,4 +1,4 @@
-"""Training of the decoder on a mesh: the state, where it lies, and a step."""
+"""Training of the decoder on a mesh: the state, its sharding, and a step."""
 
 import dataclasses
 import functools

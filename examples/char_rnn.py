@@ -1,12 +1,12 @@
-"""A character RNN, trained without clipping and with any kind of it.
+"""A character RNN, trained without clipping and with any method.
 
     python -m examples.char_rnn
     python -m examples.char_rnn --text=book.txt --clip=global,zclip,agc --steps=2000
 
 Back through many steps of a tanh recurrence the gradient may grow exponentially, and
 one SGD step along such a gradient undoes what was learned (Pascanu et al., 2013). At
-the learning rate here the run without clipping is thrown out within some 30 steps and
-does not come back; a smaller one would do without clipping, and learn more slowly. All
+the learning rate here the run without clipping diverges within some 30 steps and does
+not recover; a smaller learning rate would need no clipping, and learn more slowly. All
 runs start from the same weights and see the same passages in the same order.
 """
 
@@ -35,7 +35,7 @@ from examples._common import encode, load_text
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What all clippers have in common; each is a flag of the same name."""
+    """Settings that all runs share; each is a flag of the same name."""
 
     steps: int = 500
     hidden: int = 256
@@ -51,19 +51,21 @@ DEFAULT = ("none", "global", "layer")
 
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("text", None, "A file in UTF-8; by default Python's own manual.")
-flags.DEFINE_list("clip", list(DEFAULT), f"Of {', '.join(CLIPPERS)}.")
-flags.DEFINE_integer("steps", Settings.steps, "Steps of each run.", 1)
-flags.DEFINE_integer("hidden", Settings.hidden, "Units of the recurrence.", 1)
-flags.DEFINE_integer("length", Settings.length, "Characters to go back through.", 1)
-flags.DEFINE_integer("batch", Settings.batch, "Passages in a step.", 1)
-flags.DEFINE_float("learning_rate", Settings.learning_rate, "Of SGD, momentum 0.9.")
-flags.DEFINE_float("max_norm", Settings.max_norm, "The threshold of every clipper.")
+flags.DEFINE_string("text", None, "UTF-8 text file; by default Python's own manual.")
+flags.DEFINE_list("clip", list(DEFAULT), f"Methods to compare: {', '.join(CLIPPERS)}.")
+flags.DEFINE_integer("steps", Settings.steps, "Training steps per run.", 1)
+flags.DEFINE_integer("hidden", Settings.hidden, "Hidden units.", 1)
+flags.DEFINE_integer("length", Settings.length, "Sequence length, in characters.", 1)
+flags.DEFINE_integer("batch", Settings.batch, "Batch size, in sequences.", 1)
+flags.DEFINE_float("learning_rate", Settings.learning_rate, "Learning rate of SGD.")
+flags.DEFINE_float("max_norm", Settings.max_norm, "Clipping threshold.")
 flags.DEFINE_float(
-    "init_scale", Settings.init_scale, "Singular values of the recurrence at the start."
+    "init_scale", Settings.init_scale, "Initial singular values of the recurrence."
 )
-flags.DEFINE_integer("seed", Settings.seed, "Of weights, order and samples.", 0)
-flags.DEFINE_string("out", "out/char_rnn", "The directory to write to.")
+flags.DEFINE_integer(
+    "seed", Settings.seed, "Random seed of weights, batches and samples.", 0
+)
+flags.DEFINE_string("out", "out/char_rnn", "Output directory.")
 for name in ("learning_rate", "max_norm", "init_scale"):
     flags.register_validator(name, lambda x: x > 0, "must be greater than 0")
 
@@ -265,12 +267,13 @@ def main(argv: Sequence[str]) -> None:
     print("\n" + _common.format_table([summarize(history) for history in histories]))
     print("\nbits/char: on held-out text. clip rate: of the steps, mean over groups.")
     print(
-        f"The threshold is {settings.max_norm:g} for those that do not find their own. "
-        "It guards autoclip,\nquantile and band for 100 steps and zclip always, and "
-        "stands behind grad_power, spam and\ngroup_ratio, which bound no norm, and in "
-        "front of params, whose momentum would go on with what\nhas exploded. Slow "
-        "here, and rightly so: error_feedback, which gives what exploded back later, "
-        "and\ncurvature, which takes the noise of small batches for curvature."
+        f"The threshold is {settings.max_norm:g} for fixed-threshold methods. It also "
+        "bounds autoclip, quantile and\nband in the first 100 steps, and zclip always. "
+        "A clip by global norm stands behind grad_power,\nspam and group_ratio, which "
+        "bound no norm, and in front of params, whose momentum would keep\nan exploded "
+        "gradient. Slow here, as expected: error_feedback, which replays exploded "
+        "gradients,\nand curvature, which mistakes the noise of small batches for "
+        "curvature."
     )
     _common.write_jsonl(out / "metrics.jsonl", (r for h in histories for r in h.rows))
     plot(histories, out / "char_rnn.png")

@@ -15,7 +15,7 @@ Min-SNR weighting it is named after (Hang et al., 2023, arXiv 2303.09556), but n
 --max_norm=1 --learning_rate=3e-3. The inverse rule after the weight suppresses early
 timesteps twice, and its samples are the worst of the six bounds'.
 
-Mixing helps without a clip, and is no replacement for one. `mixed_min_snr` clips every
+Mixing helps without a clip, but does not replace one. `mixed_min_snr` clips every
 example, with the same rule; its held-out error is the lowest of all, and its samples
 are between those of `global` and `min_snr`.
 """
@@ -57,7 +57,7 @@ def weigh(weight: Callable = lambda snr: snr) -> optax.GradientTransformationExt
 
 # No clamps: at SNR 24,000 the default `low` would bind, and not undo the weight.
 _clip_by_snr = functools.partial(clipfx.clip_by_snr, low=0.0, high=math.inf)
-_inverse = functools.partial(_clip_by_snr, rule=clipfx.snr.inverse)
+_inverse = functools.partial(_clip_by_snr, weight=clipfx.snr.inverse)
 
 # From max_norm and gamma to what is done to the gradient of the unweighted loss.
 VARIANTS: dict[str, Callable[[float, float], optax.GradientTransformation]] = {
@@ -96,15 +96,17 @@ class Settings:
 FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
 _integer = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
 _float = functools.partial(flags.DEFINE_float, flag_values=FLAGS)
-flags.DEFINE_list("variants", list(NAMES), "What to compare.", flag_values=FLAGS)
-_integer("steps", Settings.steps, "Steps of each run.", 1)
-_integer("batch", Settings.batch, "Digits in a step.", 1)
-_integer("hidden", Settings.hidden, "Units of each layer.", 1)
-_float("learning_rate", Settings.learning_rate, "Of Adam at the start; it falls to 0.")
-_float("max_norm", Settings.max_norm, "The threshold of every clip.")
-_float("gamma", Settings.gamma, "Of min_snr and min_snr_weighting.")
-_integer("seed", Settings.seed, "Of weights, batches, noise and samples.", 0)
-flags.DEFINE_string("out", "out/diffusion_digits", "Where to write.", flag_values=FLAGS)
+flags.DEFINE_list("variants", list(NAMES), "Methods to compare.", flag_values=FLAGS)
+_integer("steps", Settings.steps, "Training steps per run.", 1)
+_integer("batch", Settings.batch, "Batch size.", 1)
+_integer("hidden", Settings.hidden, "Hidden units per layer.", 1)
+_float("learning_rate", Settings.learning_rate, "Initial learning rate; decays to 0.")
+_float("max_norm", Settings.max_norm, "Clipping threshold.")
+_float("gamma", Settings.gamma, "Gamma of min_snr and min_snr_weighting.")
+_integer("seed", Settings.seed, "Random seed.", 0)
+flags.DEFINE_string(
+    "out", "out/diffusion_digits", "Output directory.", flag_values=FLAGS
+)
 for name in ("learning_rate", "max_norm", "gamma"):
     flags.register_validator(name, lambda x: x > 0, "must be greater than 0", FLAGS)
 _rule = f"must be one or more of {', '.join(NAMES)}"
@@ -233,7 +235,7 @@ def update_mixed(
 
     mixed = mix(batch)
     grad = per_example.clipped_grad(weighted, math.inf, has_aux=True)
-    sums, seen = grad(params, mixed, max_norm=limit(mixed.snr))
+    sums, seen = grad(params, mixed, max_norm=limit(mixed.snr)[:, None])
     grads = jax.tree.map(lambda x: x / len(batch.digits), sums)
     optimizer.update(model, grads, snr=batch.snr)
     norm, factor = seen.norm[0, 0], seen.factor[0, 0]

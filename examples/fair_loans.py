@@ -4,9 +4,9 @@
     python -m examples.fair_loans --ratios=1,1.5 --batch=900
 
 Lenders in Boston approved 0.91 of the white applicants and 0.70 of the others, who are
-3 in 20. A small network learns to repeat these decisions. The population is no input;
-the 14 inputs are those that this dataset is usually explained with, sex and marital
-status among them, and the 18 applications that lack one are left out.
+3 in 20. A small network learns to repeat these decisions. The population is not an
+input; the 14 inputs are those that this dataset is usually explained with, sex and
+marital status among them, and the 18 applications that lack one are left out.
 `clipfx.per_example.fair_grad` keeps the contribution of one population to a step within
 a multiple of that of the other: `at most 1`, 2 or 5. All variants share splits, initial
 weights and batches.
@@ -77,13 +77,13 @@ def _are_ratios(texts: Sequence[str]) -> bool:
 FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
 _integer = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
 _default = [f"{x:g}" for x in Settings.ratios]
-flags.DEFINE_list("ratios", _default, "Largest ratios.", flag_values=FLAGS)
+flags.DEFINE_list("ratios", _default, "Values of max_ratio.", flag_values=FLAGS)
 flags.DEFINE_float("rate", Settings.rate, "Learning rate of Adam.", flag_values=FLAGS)
-_integer("steps", Settings.steps, "Steps of each run.", 1)
-_integer("batch", Settings.batch, "Applications in a step.", 1)
-_integer("runs", Settings.runs, "Seeds for each variant.", 1)
-_integer("seed", Settings.seed, "The first: of weights, order and split.", 0)
-flags.DEFINE_string("out", "out/fair_loans", "Where to write.", flag_values=FLAGS)
+_integer("steps", Settings.steps, "Training steps per run.", 1)
+_integer("batch", Settings.batch, "Batch size, in applications.", 1)
+_integer("runs", Settings.runs, "Random seeds per variant.", 1)
+_integer("seed", Settings.seed, "First random seed, of weights, batches and split.", 0)
+flags.DEFINE_string("out", "out/fair_loans", "Output directory.", flag_values=FLAGS)
 _rule = "must be a number greater than 0"
 flags.register_validator("rate", lambda x: 0 < x < math.inf, _rule, FLAGS)
 _rule = "must be one or more numbers of at least 1"
@@ -197,7 +197,7 @@ def make_step(max_ratio: float, rate: float) -> Step:
     def step(learner: Learner, batch: Applications) -> tuple[Learner, Seen]:
         params, state = learner
         inputs, approved, population = batch
-        sums, info = grad(params, (inputs, approved), population)
+        sums, info = grad(params, (inputs, approved), population_ids=population)
         grads = jax.tree.map(lambda x: x / len(approved), sums)
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
@@ -237,7 +237,7 @@ def measure(params: Any, split: Split) -> tuple[jax.Array, jax.Array]:
     inputs, approved, population = split.train
     grad = per_example.fair_grad(loss, len(POPULATIONS), math.inf)
     logits: Any = MODEL.apply(params, split.test.inputs)
-    return logits, grad(params, (inputs, approved), population)[1].norm
+    return logits, grad(params, (inputs, approved), population_ids=population)[1].norm
 
 
 def train(max_ratio: float, settings: Settings) -> Iterator[dict[str, np.ndarray]]:

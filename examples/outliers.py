@@ -1,13 +1,13 @@
-"""Digits with wrong labels, learned with and without a bound on every example.
+"""Digits with wrong labels, learned with and without per-example clipping.
 
     python -m examples.outliers
     python -m examples.outliers --wrong=0.2 --max_norm=0.3 --rates=0.003,0.1,0.3
 
-A tenth of the labels to train on are wrong. Once the rest is learned, the longest
-gradients are those of the wrong labels, and a model that follows them learns these by
-heart. `per_example` bounds the gradient of each example, `batch` that of the mean, with
-the same threshold. All variants share initial weights, wrong labels and batches, and
-each has the choice of its learning rate.
+A tenth of the training labels are wrong. Once the rest is learned, the largest
+gradients are those of the wrong labels, and a model that follows them memorises these.
+`per_example` bounds the gradient of each example, `batch` that of the mean, with the
+same threshold. All variants share initial weights, wrong labels and batches, and each
+uses its best learning rate.
 
 By default, and with seeds 3 to 8: `per_example` is best at a rate of 0.1, and there,
 with each seed, ahead of the others at their best, by one held-out digit in a hundred on
@@ -70,16 +70,16 @@ def _are_rates(texts: Sequence[str]) -> bool:
 FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
 _integer = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
 _float = functools.partial(flags.DEFINE_float, flag_values=FLAGS)
-_float("wrong", Settings.wrong, "Share of wrong labels.", 0.01, 0.99)
+_float("wrong", Settings.wrong, "Fraction of wrong labels.", 0.01, 0.99)
 flags.DEFINE_list(
     "rates", [str(x) for x in Settings.rates], "Learning rates.", flag_values=FLAGS
 )
-_float("max_norm", Settings.max_norm, "The threshold of both clips.")
-_integer("steps", Settings.steps, "Steps of each run.", 1)
-_integer("batch", Settings.batch, "Digits in a step.", 1)
-_integer("runs", Settings.runs, "Seeds for each variant and rate.", 1)
-_integer("seed", Settings.seed, "The first: of weights, order and wrong labels.", 0)
-flags.DEFINE_string("out", "out/outliers", "Where to write.", flag_values=FLAGS)
+_float("max_norm", Settings.max_norm, "Clipping threshold.")
+_integer("steps", Settings.steps, "Training steps per run.", 1)
+_integer("batch", Settings.batch, "Batch size.", 1)
+_integer("runs", Settings.runs, "Random seeds per variant and learning rate.", 1)
+_integer("seed", Settings.seed, "First random seed, of weights, batches and labels.", 0)
+flags.DEFINE_string("out", "out/outliers", "Output directory.", flag_values=FLAGS)
 flags.register_validator("max_norm", lambda x: x > 0, "must be greater than 0", FLAGS)
 _rule = "must be one or more numbers greater than 0"
 flags.register_validator("rates", lambda x: x and _are_rates(x), _rule, FLAGS)

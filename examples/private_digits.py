@@ -4,11 +4,11 @@
     python -m examples.private_digits --epsilons=0.5,3 --delta=1e-4 --runs=10
     python -m examples.private_digits --mnist=DIR --runs=1
 
-jax_privacy draws Poisson samples, `dp_grad` bounds, adds up and noises gradients,
-dp-accounting says what that costs. A small network compares five weights for gradients
-of a given norm, and a threshold that adapts; logistic regression compares Gaussian with
-Laplace noise. Each has the choice of its learning rate, by the held-out digits that it
-is judged by; epsilon leaves that choice out.
+jax_privacy draws Poisson samples, `dp_grad` clips, sums and noises gradients,
+dp-accounting computes epsilon. A small network compares five weightings of gradients by
+their norm, and an adaptive threshold; logistic regression compares Gaussian with
+Laplace noise. Each uses its best learning rate, chosen on the held-out digits that it
+is judged by; epsilon does not count that choice.
 
 By default, and with seeds 5 to 14: `hard`, `psac`, `auto_s` and `quantile` are within
 0.013 of each other, at 0.9 for epsilon 1 and 0.96 for 8; without privacy it is 0.98.
@@ -75,17 +75,22 @@ FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
 _integer = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
 _string = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
 _check = functools.partial(flags.register_validator, flag_values=FLAGS)
-for _name, _help in (("epsilons", "What runs may cost."), ("rates", "Learning rates.")):
+for _name, _help in (("epsilons", "Target epsilons."), ("rates", "Learning rates.")):
     _texts = [str(x) for x in getattr(Settings, _name)]
     flags.DEFINE_list(_name, _texts, _help, flag_values=FLAGS)
     _check(_name, _are_positive, "must be one or more numbers greater than 0")
-flags.DEFINE_float("delta", Settings.delta, "Of all epsilons.", flag_values=FLAGS)
-_integer("batch", Settings.batch, "Expected digits in a step.", 1)
-_integer("steps", Settings.steps, "Of a run: 100; with MNIST at most its epochs.", 1)
-_integer("runs", Settings.runs, "Seeds for each variant and epsilon.", 1)
-_integer("seed", Settings.seed, "The first: of weights, batches and noise.", 0)
-_string("mnist", None, "A folder with the four IDX files, to run the MNIST recipes.")
-_string("out", "out/private_digits", "Where to write.")
+flags.DEFINE_float("delta", Settings.delta, "Target delta.", flag_values=FLAGS)
+_integer("batch", Settings.batch, "Expected batch size.", 1)
+_integer(
+    "steps",
+    Settings.steps,
+    "Training steps per run: 100; with --mnist at most its epochs.",
+    1,
+)
+_integer("runs", Settings.runs, "Random seeds per variant and epsilon.", 1)
+_integer("seed", Settings.seed, "First random seed, of weights, batches and noise.", 0)
+_string("mnist", None, "Folder of the four MNIST IDX files; runs the MNIST recipes.")
+_string("out", "out/private_digits", "Output directory.")
 _check("delta", lambda x: 0 < x < 1, "must be between 0 and 1")
 
 

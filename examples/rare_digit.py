@@ -1,14 +1,14 @@
-"""A rare digit under differential privacy: how to bound, and at what learning rate.
+"""A rare digit under differential privacy: which clip, and at what learning rate.
 
     python -m examples.rare_digit
     python -m examples.rare_digit --noise_multiplier=2
 
 Of digit 8 the training set has 8 examples, of every other about 90. `none` is ordinary
-training; `fixed` is DP-SGD; the others let `clipfx.privacy` set the threshold:
+training; `fixed` is DP-SGD; the others have adaptive thresholds of `clipfx.privacy`:
 `quantile` by the median norm, `bounded` the same but not below where it starts,
 `dpsgd_f` by digit, `global` and `adapt` scale all gradients alike up to a second
-threshold. All bounded ones cost the same: with noised counts the gradient gets more
-noise. The rates are the same for all; seeds share splits, weights and batches.
+threshold. All private ones have the same epsilon: with noised counts the gradient gets
+more noise. The rates are the same for all; seeds share splits, weights and batches.
 
 By default epsilon is 20.5, which is little privacy. With --noise_multiplier=2 it is 6.9
 and no bounded variant has more than an eighth of digit 8 right at any rate: with 822
@@ -21,7 +21,7 @@ rate of 8: here the noise costs, the bound does not.
 
 The rate says more than the rule. `fixed` has 0.00 of digit 8 right at 0.3, 0.01 at 1,
 0.16 at 2 and 0.26 at 4; `adapt` 0.00, 0.05, 0.18 and 0.25, so with `fixed` at 0.3 and
-`adapt` at 4 the rule would seem to work wonders. At equal rates of 2 to 8 these two and
+`adapt` at 4 the rule would seem to matter most. At equal rates of 2 to 8 these two and
 `bounded` are within 0.03, a third of a deviation. Seeds 10 to 19 say the same, 0.04.
 
 The other rules are worse. `quantile` follows the digits that fit, down to a threshold
@@ -84,18 +84,20 @@ def _are_rates(texts: Sequence[str]) -> bool:
 FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
 _integer = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
 _float = functools.partial(flags.DEFINE_float, flag_values=FLAGS)
-_float("kept", Settings.kept, "Share of the rare digit to train on.", 0, 1)
+_float("kept", Settings.kept, "Fraction of the rare digit's examples to keep.", 0, 1)
 _default = [f"{x:g}" for x in Settings.rates]
 flags.DEFINE_list("rates", _default, "Learning rates.", flag_values=FLAGS)
-_float("max_norm", Settings.max_norm, "The threshold, or where it starts.")
-_float("noise_multiplier", Settings.noise_multiplier, "Of all that a step releases.")
-_float("count_stddev", Settings.count_stddev, "Of the noise on counts.")
-_float("upper", Settings.upper, "The second threshold of both global variants.")
-_integer("steps", Settings.steps, "Steps of each run.", 1)
-_integer("batch", Settings.batch, "Digits expected in a step.", 1)
-_integer("runs", Settings.runs, "Seeds for each variant and rate.", 1)
-_integer("seed", Settings.seed, "The first: of split, weights, batches and noise.", 0)
-flags.DEFINE_string("out", "out/rare_digit", "Where to write.", flag_values=FLAGS)
+_float("max_norm", Settings.max_norm, "Clipping threshold, initial if adaptive.")
+_float("noise_multiplier", Settings.noise_multiplier, "Joint noise multiplier.")
+_float(
+    "count_stddev", Settings.count_stddev, "Standard deviation of the noise on counts."
+)
+_float("upper", Settings.upper, "Upper threshold of global and adapt.")
+_integer("steps", Settings.steps, "Training steps per run.", 1)
+_integer("batch", Settings.batch, "Expected batch size.", 1)
+_integer("runs", Settings.runs, "Random seeds per variant and learning rate.", 1)
+_integer("seed", Settings.seed, "First random seed.", 0)
+flags.DEFINE_string("out", "out/rare_digit", "Output directory.", flag_values=FLAGS)
 _rule = "must be a number greater than 0"
 for _name in ("max_norm", "count_stddev", "upper"):
     flags.register_validator(_name, lambda x: 0 < x < math.inf, _rule, FLAGS)
@@ -226,7 +228,7 @@ def advance(
 ) -> Learner:
     """One step of gradient descent, with the examples at places `[B]`."""
     batch = data.images[index], data.labels[index]
-    extra = {"population": batch[1]} if grad.rule.num_groups else {}
+    extra = {"population_ids": batch[1]} if grad.rule.num_populations else {}
     grads, state, _ = grad(
         learner.state, learner.params, batch, where=index >= 0, **extra
     )

@@ -7,16 +7,16 @@
 
 Parameters and the state of AdamW are float32 and split over both axes of the mesh: over
 "data", as in FSDP, and over "model", by the columns and rows of the dense layers.
-Gradients are taken, and clipped, in bfloat16. The clip is told nothing of all that.
+Gradients are taken, and clipped, in bfloat16. The clip needs no argument for any of it.
 
-The same command goes on where it was stopped, by whatever: parameters, the state of
-the clip, random keys and metrics become bit for bit what they would have been. To
-that end a batch depends on seed and step alone, a checkpoint holds all the rest, and
-rows of steps that no checkpoint knows are written again. On another mesh it goes on
-too, up to rounding.
+The same command resumes where it was stopped, for whatever reason: parameters, the
+state of the clip, random keys and metrics become bit for bit what they would have been.
+To that end a batch depends on seed and step alone, a checkpoint holds everything else,
+and metrics of steps that no checkpoint has are written again. It also resumes on
+another mesh, up to rounding.
 
-Without an accelerator it runs on eight devices that share the CPU. On a TPU or GPU pod
-start it once for each host, with `--coordinator=cluster`.
+Without an accelerator it runs on eight devices simulated by the CPU. On a TPU or GPU
+pod start it once for each host, with `--coordinator=cluster`.
 """
 
 import contextlib
@@ -47,41 +47,41 @@ FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
 _string = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
 _float = functools.partial(flags.DEFINE_float, flag_values=FLAGS)
 _integer = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
-_string("text", None, "A file in UTF-8; by default Python's own manual.")
-_string("clip", "global", f"One of {', '.join(CLIPPERS)}.")
-_float("max_norm", 1.0, "The threshold of the clipper, if it takes one.")
-_integer("steps", 200, "Steps in all, those before a resume included.", 1)
-_integer("save_every", 50, "Steps from one checkpoint to the next.", 1)
-_integer("width", Settings.width, "Of the stream.", 1)
-_integer("layers", Settings.layers, "Blocks of attention and dense.", 1)
-_integer("heads", Settings.heads, "Of each attention.", 1)
-_integer("length", Settings.length, "Bytes of a passage.", 1)
-_integer("batch", Settings.batch, "Passages in a step, over all devices.", 1)
-_integer("accumulate", Settings.accumulate, "Parts that a batch is cut in.", 1)
-_float("dropout", Settings.dropout, "Share of what layers add.", 0.0, 0.9)
+_string("text", None, "UTF-8 text file; by default Python's own manual.")
+_string("clip", "global", f"Clipping method: {', '.join(CLIPPERS)}.")
+_float("max_norm", 1.0, "Clipping threshold, if the method takes one.")
+_integer("steps", 200, "Total training steps, including those before a resume.", 1)
+_integer("save_every", 50, "Steps between checkpoints.", 1)
+_integer("width", Settings.width, "Model width.", 1)
+_integer("layers", Settings.layers, "Transformer layers.", 1)
+_integer("heads", Settings.heads, "Attention heads.", 1)
+_integer("length", Settings.length, "Sequence length, in bytes.", 1)
+_integer("batch", Settings.batch, "Global batch size, in sequences.", 1)
+_integer("accumulate", Settings.accumulate, "Gradient accumulation steps.", 1)
+_float("dropout", Settings.dropout, "Dropout rate.", 0.0, 0.9)
 flags.DEFINE_enum(
     "dtype",
     Settings.dtype,
     ["bfloat16", "float32"],
-    "Of computation.",
+    "Compute dtype.",
     flag_values=FLAGS,
 )
-_float("learning_rate", Settings.learning_rate, "Of AdamW, after warm-up.")
-_integer("warmup", Settings.warmup, "Steps of a rising learning rate.", 0)
-_integer("seed", Settings.seed, "Of weights, passages and dropout.", 0)
-_integer("data", 0, "Devices along the batch; 0 for all there are left.", 0)
-_integer("model", 1, "Devices along layers; must divide the heads.", 1)
-_integer("cpu_devices", 8, "Devices in all, where there is only a CPU.", 1)
+_float("learning_rate", Settings.learning_rate, "Peak learning rate of AdamW.")
+_integer("warmup", Settings.warmup, "Warm-up steps.", 0)
+_integer("seed", Settings.seed, "Random seed of weights, batches and dropout.", 0)
+_integer("data", 0, "Data-parallel (FSDP) mesh size; 0 for all remaining devices.", 0)
+_integer("model", 1, "Tensor-parallel mesh size; must divide --heads.", 1)
+_integer("cpu_devices", 8, "Simulated devices in all, if there is only a CPU.", 1)
 _integer("processes", 1, "Processes to start on this machine's CPU.", 1)
-_string("coordinator", "", "`cluster`, or host:port of the first of --processes.")
-_integer("process_id", -1, "Which one this is, with --coordinator.")
+_string("coordinator", "", "`cluster`, or host:port of process 0.")
+_integer("process_id", -1, "Index of this process, with --coordinator.")
 flags.DEFINE_bool(
     "reset_clip_state",
     False,
-    "Goes on with another clipper than the checkpoint has.",
+    "Resume with another clipping method than the checkpoint's.",
     flag_values=FLAGS,
 )
-_string("out", "out/transformer_fsdp", "The directory to write to.")
+_string("out", "out/transformer_fsdp", "Output directory.")
 for name in ("learning_rate", "max_norm"):
     flags.register_validator(name, lambda x: x > 0, "must be greater than 0", FLAGS)
 

@@ -15,22 +15,34 @@ One step, in order:
 A method that is groups, a threshold and a response calls `clipfx.clip_by_norm`. One
 that measures something else, or does something else to the updates, calls `by_norm`
 with a `measure` or an `apply` of its own; everything else stays as it is: dtypes,
-magnitudes, meshes, metrics, bad steps.
+magnitudes, meshes, metrics, bad steps. What bounds single elements, or units of a
+leaf, calls `by_part`, for the metrics.
 """
 
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from clipfx._core.clip_factors import check_nonfinite, factors, finite_norms
+from clipfx._core.clip_factors import check_nonfinite, exceeds, factors, finite_norms
 from clipfx._core.groups import Groups, group_leaves
 from clipfx._core.leaves import scale_groups
-from clipfx._core.norms import Norms, group_norms
+from clipfx._core.norms import Norms, group_norms, group_shares
 from clipfx._core.running_stats import LARGEST
-from clipfx._core.state import ClipState, check_same_groups, fresh_metrics, next_state
+from clipfx._core.state import (
+    ClipState,
+    check_same_groups,
+    fresh_metrics,
+    joint_norm,
+    next_state,
+)
+from clipfx._types import AxisName, GroupSpec, Response, Tree
+
+# From updates, groups, params and the rule's state to norms `[G]` and facts.
+Measure: TypeAlias = Callable[[Tree, Groups, Tree, Any], tuple[Norms, dict[str, Any]]]
 
 
 class Step(NamedTuple):
@@ -43,7 +55,8 @@ class Step(NamedTuple):
       factors: Two `[G]`, to apply in turn: their product may be no normal number. NaN,
         or 0 for `nonfinite="zero"`, where the norm is not finite.
       drop: bool `[G]`, which groups become zero whatever they hold; None for none.
-      facts: What `measure` found besides norms.
+      facts: What `measure` found besides norms; of these `total` and `share` go into
+        the metrics.
     """
 
     groups: Groups
@@ -59,7 +72,7 @@ class Step(NamedTuple):
         return jnp.minimum(factor, LARGEST * jnp.minimum(1, 1 / before)) * before
 
 
-def scale(updates: Any, step: Step) -> tuple[Any, jax.Array]:
+def scale(updates: Tree, step: Step) -> tuple[Any, jax.Array]:
     """Scales each group as a whole: the usual `apply`."""
     clipped = scale_groups(updates, step.groups, *step.factors, drop=step.drop)
     return clipped, step.factor()
@@ -67,14 +80,14 @@ def scale(updates: Any, step: Step) -> tuple[Any, jax.Array]:
 
 def by_norm(
     rule: Any,
-    response: Callable[[jax.Array, jax.Array], jax.Array],
+    response: Response,
     *,
-    groups: Any = "global",
+    groups: GroupSpec = "global",
     ord: float = 2.0,
-    axis_name: Any = None,
+    axis_name: AxisName | None = None,
     nonfinite: str = "propagate",
-    measure: Callable | None = None,
-    apply: Callable = scale,
+    measure: Measure | None = None,
+    apply: Callable[[Tree, Step], tuple[Tree, jax.Array]] = scale,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds a method that measures norms and changes updates by them.
 
@@ -84,7 +97,7 @@ def by_norm(
         extra arguments of the step.
       response: From norms and thresholds `[G]` to new norms `[G]`.
       groups: As of `clipfx.clip_by_norm`, or `Groups`.
-      ord: p of the usual norm.
+      ord: p of the norm.
       axis_name: Of the usual norm.
       nonfinite: What becomes of a group whose norm is not finite.
       measure: `measure(updates, groups, params, rule_state) -> Norms [G], facts`; None
@@ -99,7 +112,9 @@ def by_norm(
     def members_of(tree: Any) -> Groups:
         return groups if isinstance(groups, Groups) else group_leaves(groups, tree)
 
-    def usual(updates: Any, members: Groups, params: Any, state: Any) -> tuple:
+    def usual(
+        updates: Tree, members: Groups, params: Tree, state: Any
+    ) -> tuple[Norms, dict[str, Any]]:
         del params, state
         return group_norms(updates, members, ord, axis_name), {}
 
@@ -112,7 +127,6 @@ def by_norm(
     ) -> tuple[Any, Any]:
         members = members_of(updates)
         check_same_groups(state, members)
-        norms: Norms
         norms, facts = (measure or usual)(updates, members, params, state.rule_state)
         norm = finite_norms(norms)
         limit, learned = rule.update(
@@ -130,27 +144,78 @@ def by_norm(
         drop = ~jnp.isfinite(norms.value) if nonfinite == "zero" else None
         step = Step(members, norm, limit, both, drop, facts)
         changed, factor = apply(updates, step)
-        return changed, next_state(state, learned, norm, limit, factor)
+        total = facts["total"] if "total" in facts else joint_norm(norm, ord)
+        return changed, next_state(
+            state, learned, norm, limit, factor, total=total, share=facts.get("share")
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def respond(
-    updates: Any,
-    state: ClipState,
-    members: Groups,
-    norms: Norms,
-    limit: Any,
-    learned: Any,
-    response: Any,
-    nonfinite: str,
-) -> tuple[Any, ClipState]:
-    """The second half of a step: scales the updates, counts, learns."""
-    norm = finite_norms(norms)
-    limit = jnp.maximum(jnp.asarray(limit).astype(norms.value.dtype), 0)
-    limit = jnp.broadcast_to(limit, norm.shape)
-    before, factor = factors(norms, limit, response, nonfinite)
-    drop = ~jnp.isfinite(norms.value) if nonfinite == "zero" else None
-    clipped = scale_groups(updates, members, before, factor, drop=drop)
-    both = jnp.minimum(factor, LARGEST * jnp.minimum(1, 1 / before)) * before
-    return clipped, next_state(state, learned, norm, limit, both)
+class Parts(NamedTuple):
+    """What a method by elements or units did in a step.
+
+    Attributes:
+      updates: As they became.
+      learned: The state of its rule.
+      sizes: One array >= 0 for each counted leaf: of elements or units.
+      limit: Scalar: the bound of all of them; None if there is none.
+      became: From the largest size to what it became.
+    """
+
+    updates: Any
+    learned: Any
+    sizes: list[jax.Array]
+    limit: Any
+    became: Callable[[jax.Array], jax.Array]
+
+
+def by_part(
+    change: Callable[[Tree, Groups, Any, Tree], Parts],
+    *,
+    init: Callable[[Tree], Any] = lambda params: (),
+    axis_name: AxisName | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Builds a method that bounds elements or units of leaves, each by itself.
+
+    Its metrics are of one group, `global`: the norm is the largest size, the share that
+    of the sizes above the bound. They take two reductions of one number.
+
+    Args:
+      change: `change(updates, groups, rule_state, params) -> Parts`.
+      init: From params to the state of the rule.
+      axis_name: Mesh axes that parts are split over.
+
+    Returns:
+      A transform with `ClipState`.
+    """
+
+    def begin(params: Any) -> ClipState:
+        members = group_leaves("global", params)
+        return ClipState(init(params), fresh_metrics(params, members))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        del extra_args
+        members = group_leaves("global", updates)
+        check_same_groups(state, members)
+        done = change(updates, members, state.rule_state, params)
+        sizes = jax.lax.stop_gradient(done.sizes)
+        all_of = Groups(("global",), (0,) * len(sizes))
+        if done.limit is None:
+            limit, share = jnp.asarray(LARGEST), jnp.zeros(1, jnp.float32)
+        else:
+            limit = jnp.asarray(done.limit)
+            above = [exceeds(x, limit.astype(x.dtype)) for x in sizes]
+            above = [x.astype(jnp.float32) for x in above]
+            share = group_shares(above, all_of, axis_name)
+        peak = finite_norms(group_norms(sizes, all_of, math.inf, axis_name))
+        known = jnp.isfinite(peak) & (peak > 0)
+        some = jnp.where(known, peak, 1)
+        factor = jnp.where(known, done.became(some) / some, 1)
+        limit = jnp.broadcast_to(limit.astype(jnp.float32), peak.shape)
+        after = next_state(state, state.rule_state, peak, limit, factor, share=share)
+        return done.updates, after._replace(rule_state=done.learned)
+
+    return optax.GradientTransformationExtraArgs(begin, update)

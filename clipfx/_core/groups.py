@@ -4,6 +4,9 @@ Shape letters: `G` groups, `[...]` a leaf. A *counted* leaf is of real or comple
 floating dtype; all others (integers, bools, keys, `float0`) pass through unseen.
 """
 
+import functools
+import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from clipfx._core.paths import (
+    KeyPath,
     check_sparse,
     leaves_with_path,
     name_of,
@@ -41,7 +45,7 @@ def group_leaves(groups: Any, tree: Any) -> Groups:
 
     Args:
       groups: `"global"`, `"layer"` (the parent of each leaf), `"leaf"`, a tree prefix
-        of labels, or a function from the tree to one.
+        of labels, a function from the tree to one, or a function of a leaf's `path`.
       tree: Arrays or `ShapeDtypeStruct`.
 
     Raises:
@@ -51,17 +55,22 @@ def group_leaves(groups: Any, tree: Any) -> Groups:
     leaves = leaves_with_path(tree)
     counted = [path for path, leaf in leaves if is_counted(leaf, path)]
     if not isinstance(groups, str):
-        made = groups(tree) if leaves and is_function(groups) else groups
-        labels = _labels(made, counted)
-    elif groups in _PARENTS:
-        labels = names_of([words(path)[: _PARENTS[groups]] for path in counted])
+        if leaves and is_of_path(groups):
+            labels = [str(groups(words(path))) for path in counted]
+        else:
+            made = groups(tree) if leaves and is_function(groups) else groups
+            labels = _labels(made, counted)
+    elif groups == "leaf":
+        labels = names_of([words(path) for path in counted])
+    elif groups == "layer":
+        labels = names_of(_layers([words(path) for path in counted]))
     elif groups == "global":
         labels = ["global"] * len(counted)
     else:
         raise ValueError(
-            'groups must be "global", "layer", "leaf", a tree prefix of labels or a '
-            f"function that makes one, got {groups!r}; to put all leaves into one "
-            'group use "global".'
+            'groups must be "global", "layer", "leaf", a tree prefix of labels, a '
+            f"function that makes one, or one of a path, got {groups!r}; to put all "
+            'leaves into one group use "global".'
         )
     names = ordered(["global"] if groups == "global" else labels)
     number = dict(zip(names, range(len(names)), strict=True))
@@ -72,7 +81,36 @@ def group_leaves(groups: Any, tree: Any) -> Groups:
     )
 
 
-_PARENTS = {"layer": -1, "leaf": None}  # where the path of a group ends
+def _layers(paths: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """What has the same parent is one layer.
+
+    Keys of a flat dict may be paths themselves: `a/b/kernel`, `layers.0.weight`.
+    """
+    if all(len(path) == 1 for path in paths):
+        sign = next((x for x in "/." if any(x in key for (key,) in paths)), None)
+        paths = [tuple(key.split(sign)) for (key,) in paths] if sign else paths
+    layers = [path[:-1] for path in paths]
+    if len(layers) > 1 and not any(layers):
+        _say_that_all_are_one()
+    return layers
+
+
+@functools.cache
+def _say_that_all_are_one() -> None:
+    warnings.warn(
+        'groups="layer" puts all leaves into one group, "(root)": they are all at the '
+        'top of their tree, and what has the same parent is one layer; pass "leaf" for '
+        'a norm of each, or "global".',
+        stacklevel=2,
+    )
+
+
+def is_of_path(groups: Any) -> bool:
+    """Whether it is a function of a leaf's path: its only parameter is `path`."""
+    try:
+        return [*inspect.signature(groups).parameters] == ["path"]
+    except (TypeError, ValueError):
+        return False
 
 
 def is_function(groups: Any) -> bool:
@@ -83,7 +121,7 @@ def is_function(groups: Any) -> bool:
     return callable(groups) and all(map(callable, jax.tree.leaves(groups)))
 
 
-def _labels(prefix: Any, paths: Sequence[tuple]) -> list[str]:
+def _labels(prefix: Any, paths: Sequence[KeyPath]) -> list[str]:
     """The label of each path."""
     labels = [*map(prefix_lookup(prefix), paths)]
     lost = [path for path, x in zip(paths, labels, strict=True) if x is None]
@@ -100,7 +138,7 @@ def _labels(prefix: Any, paths: Sequence[tuple]) -> list[str]:
 # ------------------------------------------------------------------- single leaves
 
 
-def is_counted(leaf: Any, path: tuple | None = None) -> bool:
+def is_counted(leaf: Any, path: KeyPath | None = None) -> bool:
     """Whether a leaf is of real or complex floating dtype.
 
     Raises:

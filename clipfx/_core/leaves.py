@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from clipfx._core.groups import Groups, is_counted
+from clipfx._core.paths import KeyPath
 
 
 def widen(x: jax.Array, least: Any = jnp.float32) -> jax.Array:
@@ -37,7 +38,9 @@ def divide(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 @divide.defjvp
-def _divide_jvp(primals, tangents):
+def _divide_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     (x, y), (dx, dy) = primals, tangents
     quotient = divide(x, y)
     return quotient, divide(dx - quotient * dy, y)
@@ -61,7 +64,9 @@ def _toward_zero(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 @_toward_zero.defjvp
-def _toward_zero_jvp(dtype, primals, tangents):
+def _toward_zero_jvp(
+    dtype: Any, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     return _toward_zero(*primals, dtype), tangents[0]
 
 
@@ -79,7 +84,7 @@ def narrow(wide: jax.Array, dtype: Any) -> jax.Array:
 def counted_zeros(tree: Any, wide: bool) -> Any:
     """Zeros like each counted leaf, if `wide` float32 or wider; none for the others."""
 
-    def zeros(path, x):
+    def zeros(path: KeyPath, x: Any) -> jax.Array:
         if not is_counted(x, path):
             return jnp.zeros(0, jnp.float32)
         dtype = jnp.result_type(x)
@@ -94,23 +99,33 @@ def counted_zeros(tree: Any, wide: bool) -> Any:
     return jax.tree_util.tree_map_with_path(zeros, tree)
 
 
-def widen_counted(fn: Callable, tree: Any, groups: Groups) -> Any:
+def widen_counted(
+    fn: Callable[[jax.Array, int], jax.Array], tree: Any, groups: Groups
+) -> Any:
     """Maps `fn(wide leaf, group) -> wide leaf` over counted leaves."""
-    on = lambda x, i: x if i is None else fn(widen(jnp.asarray(x)), i)
+
+    def on(x: Any, i: int | None) -> Any:
+        return x if i is None else fn(widen(jnp.asarray(x)), i)
+
     leaves, treedef = jax.tree.flatten(tree)
     return treedef.unflatten([on(*x) for x in zip(leaves, groups.index, strict=True)])
 
 
 def narrow_counted(wide: Any, tree: Any, groups: Groups) -> Any:
     """Casts counted leaves back to the dtypes that `tree` has there."""
-    on = lambda w, x, i: x if i is None else narrow(w, jnp.asarray(x).dtype)
+
+    def on(w: Any, x: Any, i: int | None) -> Any:
+        return x if i is None else narrow(w, jnp.asarray(x).dtype)
+
     leaves, treedef = jax.tree.flatten(tree)
     wide = jax.tree.leaves(wide)
     rows = zip(wide, leaves, groups.index, strict=True)
     return treedef.unflatten([on(*row) for row in rows])
 
 
-def map_counted(fn: Callable, tree: Any, groups: Groups) -> Any:
+def map_counted(
+    fn: Callable[[jax.Array, int], jax.Array], tree: Any, groups: Groups
+) -> Any:
     """Maps `fn(wide leaf, group) -> wide leaf` over counted leaves, keeping dtypes."""
     return narrow_counted(widen_counted(fn, tree, groups), tree, groups)
 
@@ -129,7 +144,7 @@ def scale_groups(
     rows = [jnp.unstack(row) for row in factors]
     drops = None if drop is None else jnp.unstack(drop)
 
-    def scale(x, i):
+    def scale(x: jax.Array, i: int) -> jax.Array:
         for row in rows:
             x = times(x, row[i])
         return x if drops is None else jnp.where(drops[i], jnp.zeros_like(x), x)
@@ -137,7 +152,7 @@ def scale_groups(
     return map_counted(scale, tree, groups)
 
 
-def _raise(x: jax.Array, power: jax.Array, unit: jax.Array) -> jax.Array:
+def signed_power(x: jax.Array, power: jax.Array, unit: jax.Array) -> jax.Array:
     """`unit * (x / unit)**power` with the sign of x, finite for finite x."""
     size = jnp.abs(jnp.where(x == 0, 1, x))
     power, unit = power.astype(size.dtype), unit.astype(size.dtype)

@@ -105,18 +105,21 @@ def _measure(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
 
 
 def _norms_of(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
-    def part(x, *scales):
+    def part(x: jax.Array, *scales: jax.Array) -> jax.Array:
         # A barrier for each leaf: else XLA takes widened leaves out of the loop, and
         # scales of full size, shared by leaves of one shape.
-        x, *scales = jax.lax.optimization_barrier((x, *scales))
-        x = functools.reduce(times, scales, widen(x, layout.dtype))
+        x, *tied = jax.lax.optimization_barrier((x, *scales))
+        x = functools.reduce(times, tied, widen(x, layout.dtype))
         return add_up(abs_power(x, ord))
 
-    peak_of = lambda xs: combine(jnp.maximum, [largest(x) for x in xs], layout)
+    def sums_at(scale: jax.Array) -> jax.Array:
+        return combine(jnp.add, [part(x, scale) for x in leaves], layout)
+
+    def peak_of(xs: list[jax.Array]) -> jax.Array:
+        return combine(jnp.maximum, [largest(x) for x in xs], layout)
 
     if ord in (1, 2):
-        sums = lambda scale: combine(jnp.add, [part(x, scale) for x in leaves], layout)
-        total, scale = rescaled_sums(sums, layout)
+        total, scale = rescaled_sums(sums_at, layout)
         return Norms(jnp.sqrt(total) if ord == 2 else total, scale)
     wide = [widen(x, layout.dtype) for x in leaves]
     if ord == math.inf:
@@ -124,7 +127,7 @@ def _norms_of(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
         scale = reciprocal_power_of_two(peak)
         return Norms(peak * scale, scale)
 
-    def around_largest(start):
+    def around_largest(start: jax.Array) -> tuple[jax.Array, jax.Array]:
         tied = [jax.lax.optimization_barrier((x, start))[0] for x in leaves]
         peak = peak_of([widen(x, layout.dtype) for x in tied])
         scale = reciprocal_power_of_two(peak)
@@ -140,7 +143,12 @@ def _norms_of(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
 
 
 @_measure.defjvp
-def _measure_jvp(layout, ord, primals, tangents):
+def _measure_jvp(
+    layout: Layout,
+    ord: float,
+    primals: tuple[list[jax.Array]],
+    tangents: tuple[list[jax.Array]],
+) -> tuple[Norms, Norms]:
     norms = _again(primals[0], layout, ord)
     inverse = jnp.unstack(_inverse(norms.value))
     scales = jnp.unstack(norms.scale)
@@ -168,7 +176,7 @@ def _again(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
     usable = (value > 0) & jnp.isfinite(value)
     rows = jnp.unstack(scale), jnp.unstack(_inverse(jnp.where(usable, value, 0)))
 
-    def part(x, i):
+    def part(x: jax.Array, i: int) -> jax.Array:
         unit = functools.reduce(times, (row[i] for row in rows), widen(x, layout.dtype))
         if ord < math.inf:
             return jnp.sum(abs_power(unit, ord))
@@ -194,7 +202,7 @@ def cosines(
 ) -> jax.Array:
     """The cosine `[G]` between two trees whose norms are known, 0 where one is 0."""
 
-    def unit(x, n, i):
+    def unit(x: jax.Array, n: Norms, i: int) -> jax.Array:
         size = jnp.where(n.value[i] > 0, n.value[i], 1)
         return times(times(widen(x, n.value.dtype), n.scale[i]), 1 / size)
 
@@ -217,6 +225,21 @@ def group_sizes(tree: Any, groups: Groups, axis_name: Any = None) -> jax.Array:
         shards = (jax.lax.psum(1, axis) for axis in axes - stacked_axes_of_trees(axes))
         sizes[i] += x.size * math.prod(shards)
     return jnp.array(sizes, jnp.float32)
+
+
+def group_shares(tree: Any, groups: Groups, axis_name: Any = None) -> jax.Array:
+    """The mean `[G]` of leaves of zeros and ones, over all shards; 0 of nothing."""
+    pairs = counted_leaves(tree, groups)
+    number, dtype = len(groups.names), jnp.dtype(jnp.float32)
+    split = stacked_axes_of_trees(varying([x for x, _ in pairs], axis_name))
+    index = tuple(i for _, i in pairs)
+    layout = Layout(index, number, dtype, as_tuple(axis_name), split)
+
+    def add(leaves: list[jax.Array]) -> jax.Array:
+        return combine(jnp.add, [add_up(widen(x)) for x in leaves], layout)
+
+    total = per_shard(add, [x for x, _ in pairs]) if pairs else jnp.zeros(number, dtype)
+    return total / jnp.maximum(group_sizes(tree, groups, axis_name), 1)
 
 
 def _inner(u: jax.Array, dx: jax.Array) -> jax.Array:

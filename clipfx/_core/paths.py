@@ -3,7 +3,7 @@
 import collections
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,18 @@ import numpy as np
 from clipfx import _compat
 from clipfx._core.checks import is_known
 
+# A leaf's path, of the keys that JAX gives.
+KeyPath: TypeAlias = tuple[Any, ...]
+# A leaf's path in words, and its number in its box.
+Place: TypeAlias = tuple[tuple[str, ...], int]
 
-def leaves_with_path(tree: Any) -> list[tuple[tuple, Any]]:
+
+def leaves_with_path(tree: Any) -> list[tuple[KeyPath, Any]]:
     """The leaves in order; a path ends where a box of Flax or a sparse array begins."""
-    is_box = lambda node: _compat.is_boxed(node) or _compat.is_sparse(node)
+
+    def is_box(node: Any) -> bool:
+        return _compat.is_boxed(node) or _compat.is_sparse(node)
+
     boxes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)[0]
     return [(path, leaf) for path, box in boxes for leaf in jax.tree.leaves(box)]
 
@@ -61,7 +69,7 @@ def _may_share(node: Any) -> bool:
     return any(len(np.unique(x, axis=0)) < len(x) for x in places)
 
 
-def words(path: tuple) -> tuple[str, ...]:
+def words(path: KeyPath) -> tuple[str, ...]:
     """A path as text: a dict of labels also fits a dataclass of arrays."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
@@ -73,7 +81,7 @@ def name_of(keys: Sequence[str]) -> str:
 
 def names_of(paths: Sequence[tuple[str, ...]]) -> list[str]:
     """A name for each path, the usual one unless two paths would share it."""
-    name = name_of
+    name: Callable[[Sequence[str]], str] = name_of
     if len({*map(name, paths)}) < len({*paths}):
         name = lambda path: name_of([_escaped(word) for word in path])
     return [name(path) for path in paths]
@@ -89,14 +97,16 @@ def _escaped(word: str) -> str:
 def ordered(names: Iterable[str]) -> tuple[str, ...]:
     """Names once each in alphabetical order, numbers in them as numbers."""
 
-    def key(name: str) -> tuple:
+    def key(name: str) -> tuple[list[tuple[str, int]], str]:
         words, numbers = re.split("[0-9]+", name), re.findall("[0-9]+", name)
         return [*zip(words, [*map(int, numbers), -1], strict=True)], name
 
     return tuple(sorted(set(names), key=key))
 
 
-def prefix_lookup(prefix: Any, is_leaf: Callable | None = None) -> Callable:
+def prefix_lookup(
+    prefix: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> Callable[[KeyPath], Any]:
     """From a path to the entry of a tree prefix at or above it, None without one."""
     flat = (
         leaves_with_path(prefix)
@@ -105,7 +115,7 @@ def prefix_lookup(prefix: Any, is_leaf: Callable | None = None) -> Callable:
     )
     by_path = {words(path): entry for path, entry in reversed(flat)}
 
-    def find(path: tuple) -> Any:
+    def find(path: KeyPath) -> Any:
         keys = words(path)
         ends = (keys[:end] for end in range(len(keys) + 1))
         return next((by_path[end] for end in ends if end in by_path), None)
@@ -162,18 +172,18 @@ def structure_of(params: Any, names: Iterable[str]) -> Any:
     result over a real state; a leaf there covers any names here.
     """
     keys = dict.fromkeys(names, ())
-    if keys or isinstance(params, dict | list | tuple | None):
+    if keys or params is None or isinstance(params, (dict, list, tuple)):
         return keys
     return jnp.zeros(0, jnp.float32)
 
 
-def _places(places: Iterable[tuple]) -> list[str]:
+def _places(places: Iterable[Place]) -> list[str]:
     return names_of([(*keys, *([str(k)] if k else [])) for keys, k in places])
 
 
-def by_place(tree: Any) -> dict[tuple, Any]:
+def by_place(tree: Any) -> dict[Place, Any]:
     """Leaves in order by path, and number in their box."""
-    places: dict[tuple, Any] = {}
+    places: dict[Place, Any] = {}
     seen = collections.Counter[tuple[str, ...]]()
     for path, leaf in leaves_with_path(tree):
         keys = words(path)

@@ -1,7 +1,7 @@
 """Contributions of populations: their norms, bounds and sum."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from clipfx._core.checks import (
     check_number,
     check_static,
 )
-from clipfx._core.clip_factors import factors, finite_norms
+from clipfx._core.clip_factors import finite_norms
 from clipfx._core.groups import Groups
 from clipfx._core.leaves import times
 from clipfx._core.norms import Norms, group_norms
@@ -50,8 +50,8 @@ def measure(contributions: Sequence[Sequence[jax.Array]]) -> Norms:
 
 def bound(
     norms: Norms, bounds: Bounds, averages: Any = (), present: Any = None
-) -> tuple[list[jax.Array], jax.Array, jax.Array, Any]:
-    """Decides on factors.
+) -> tuple[jax.Array, Any]:
+    """Decides on thresholds.
 
     Args:
       norms: `[K + 1]`, from `measure`.
@@ -60,32 +60,35 @@ def bound(
       present: bool `[K]`, or None for all whose contribution is not zero.
 
     Returns:
-      Factors `[K]` to apply in turn; norms and thresholds `[K]`; the next averages.
+      Thresholds `[K]`, for `clip_factors.factors`; the next averages.
     """
     dtype = norms.value.dtype
-    number = lambda x: jnp.asarray(x).astype(dtype)
+    number: Callable[[Any], jax.Array] = lambda x: jnp.asarray(x).astype(dtype)
     *_, whole = every = finite_norms(norms, dtype)
-    norm, norms = every[:-1], jax.tree.map(lambda x: x[:-1], norms)
-    here = jnp.isfinite(norm) & (norm > 0)
-    here = here if present is None else here & present
-    usual = smallest = jnp.where(here, norm, LARGEST).min()
+    norm = every[:-1]
+    usable = jnp.isfinite(norm) & (norm > 0)
+    usable = usable if present is None else usable & present
+    usual = smallest = jnp.where(usable, norm, LARGEST).min()
     if bounds.reference == "ema":
-        now = finite_norms(norms)
+        now = finite_norms(norms)[:-1]
         after = jnp.where(averages > 0, DECAY * averages + (1 - DECAY) * now, now)
-        averages = jnp.where(here, after, averages)
+        averages = jnp.where(usable, after, averages)
         usual = number(jnp.where(averages > 0, averages, LARGEST).min())
     elif bounds.reference != "min":
-        own = bounds.reference
-        usual = jnp.where(here[own], norm[own], smallest)
+        chosen = bounds.reference
+        usual = jnp.where(usable[chosen], norm[chosen], smallest)
     # A sum that is not finite has no share to keep.
     least = jnp.where(jnp.isfinite(whole), multiple(number(bounds.floor), whole), 0)
     usual = jnp.maximum(usual, least)
     # Below the bound by a rounding, but not below the reference.
     ratio = number(bounds.max_ratio) * (1 - 2.0 ** (-49 if norm.itemsize == 8 else -20))
     limit = jnp.maximum(usual, multiple(ratio, usual))
-    limit = jnp.broadcast_to(limit, norm.shape)
-    scales = factors(norms, limit, jnp.minimum, "zero")
-    return [*scales], finite_norms(norms), limit, averages
+    return jnp.broadcast_to(limit, norm.shape), averages
+
+
+def each(norms: Norms) -> Norms:
+    """Those `[K]` of the populations alone, without that of the sum."""
+    return Norms(norms.value[:-1], norms.scale[:-1])
 
 
 def combine(
@@ -106,12 +109,14 @@ def combine(
             for row in zip(*contributions, strict=True)]  # fmt: skip
 
 
-def check_populations(num_groups: Any) -> int:
+def check_populations(num_populations: Any) -> int:
     """Checks the number of populations."""
-    return check_count("num_groups", num_groups, 1, "it is the number of populations")
+    return check_count(
+        "num_populations", num_populations, 1, "it is the number of populations"
+    )
 
 
-def check_bounds(bounds: Bounds, num_groups: int) -> Bounds:
+def check_bounds(bounds: Bounds, num_populations: int) -> Bounds:
     """Checks how contributions are bounded."""
     check_number("max_ratio", bounds.max_ratio, "[1, inf]", "math.inf bounds nothing")
     check_number("floor", bounds.floor, "[0, inf)", "0.05 is usual, 0 is none")
@@ -120,9 +125,9 @@ def check_bounds(bounds: Bounds, num_groups: int) -> Bounds:
         return bounds
     check_static("reference", reference)
     number = isinstance(reference, int | np.integer) and not isinstance(reference, bool)
-    if not (number and 0 <= reference < num_groups):
+    if not (number and 0 <= reference < num_populations):
         raise ValueError(
-            f'reference must be "min", "ema" or the number of one of {num_groups} '
+            f'reference must be "min", "ema" or the number of one of {num_populations} '
             f"populations, got {reference!r}; the first is the default."
         )
     return bounds._replace(reference=int(reference))

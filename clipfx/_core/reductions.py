@@ -1,12 +1,15 @@
 """One number per leaf becomes one per group, over leaves and mesh axes."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from clipfx import _compat
+
+# `jnp.add` or `jnp.maximum`.
+_Op: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Layout(NamedTuple):
@@ -15,11 +18,11 @@ class Layout(NamedTuple):
     index: tuple[int, ...]
     number: int
     dtype: Any
-    axis_names: tuple
+    axis_names: tuple[Any, ...]
     apart: frozenset[str]
 
 
-def apart(fun: Callable, axes: Iterable[Any]) -> Callable:
+def apart(fun: Callable[..., Any], axes: Iterable[Any]) -> Callable[..., Any]:
     """Calls `fun` where these mesh axes of `shard_map` have trees of their own each.
 
     To be seen far below they are names of `vmap`, of nothing: the caches of `jit` know
@@ -32,7 +35,7 @@ def apart(fun: Callable, axes: Iterable[Any]) -> Callable:
     return fun
 
 
-def stacked_axes_of_trees(axes: Iterable[Any]) -> frozenset:
+def stacked_axes_of_trees(axes: Iterable[Any]) -> frozenset[Any]:
     """Those of the mesh axes that are `apart` around this trace."""
     return frozenset(axis for axis in axes if _is_bound(_mark(axis)))
 
@@ -49,30 +52,31 @@ def _is_bound(name: str) -> bool:
     return True
 
 
-def varying(leaves: Iterable[jax.Array], axis_name: Any = None) -> frozenset:
+def varying(leaves: Iterable[jax.Array], axis_name: Any = None) -> frozenset[Any]:
     """The mesh axes that leaves are split over, as types or a caller say."""
     types = frozenset[Any]().union(*map(_compat.varying_axes, leaves))
     return types | {*as_tuple(axis_name)}
 
 
-def axes_apart(tree: Any, axis_name: Any, what: str) -> frozenset[str]:
+def axes_apart(tree: Any, axis_name: Any, name: str, what: str) -> frozenset[str]:
     """The mesh axes that `what` is split over, which the type of a leaf does not tell.
 
     Raises:
-      ValueError: If leaves are split in `shard_map` and `axis_name` is None.
+      ValueError: If leaves are split in `shard_map` and `axis_name`, to users `name`,
+        is None.
     """
     if axis_name is not None:
         return frozenset(as_tuple(axis_name))
     split = varying(jax.tree.leaves(tree))
     if split:
         raise ValueError(
-            f"axis_name must say over which mesh axes {what} are split, got nothing, "
+            f"{name} must say over which mesh axes {what} are split, got nothing, "
             f"and updates are split over {sorted(split)}; name those, () for none."
         )
     return split
 
 
-def combine(op: Callable, scalars: Sequence[jax.Array], layout: Layout) -> jax.Array:
+def combine(op: _Op, scalars: Sequence[jax.Array], layout: Layout) -> jax.Array:
     """Combines one scalar per leaf into `[G]`, over leaves and mesh axes.
 
     Or one array per leaf, all `[B]`, into `[G, B]`. `op` is `jnp.add`, or `jnp.maximum`
@@ -97,7 +101,7 @@ def combine(op: Callable, scalars: Sequence[jax.Array], layout: Layout) -> jax.A
     return across(total, tuple(sorted(every, key=str))) if every else total
 
 
-def _pairwise(op: Callable, row: list[jax.Array], dtype: Any) -> jax.Array:
+def _pairwise(op: _Op, row: list[jax.Array], dtype: Any) -> jax.Array:
     """Reduces in a balanced tree: the error grows with the log of the length."""
     while len(row) > 1:
         row = [op(*row[i : i + 2]) if row[i + 1 :] else row[i]
@@ -105,7 +109,7 @@ def _pairwise(op: Callable, row: list[jax.Array], dtype: Any) -> jax.Array:
     return row[0] if row else jnp.zeros([], dtype)
 
 
-def per_shard(fun: Callable, leaves: list[jax.Array]) -> Any:
+def per_shard(fun: Callable[[list[jax.Array]], Any], leaves: list[jax.Array]) -> Any:
     """Calls `fun`; where types say how leaves are split, on the shards.
 
     On a mesh with Explicit axes `combine` then needs one collective. Left to XLA it is
@@ -127,16 +131,19 @@ def per_shard(fun: Callable, leaves: list[jax.Array]) -> Any:
     whole = jax.custom_batching.custom_vmap(split)
 
     @whole.def_vmap
-    def mapped(axis_size, in_batched, leaves):
+    def mapped(
+        axis_size: int, in_batched: Sequence[list[bool]], leaves: list[jax.Array]
+    ) -> tuple[Any, Any]:
         # Under vmap a shard_map would gather what is split along the mapped axis.
         axes = [0 if batched else None for batched in in_batched[0]]
         out = jax.vmap(fun, in_axes=(axes,), axis_size=axis_size)(leaves)
-        return out, jax.tree.map(lambda _: True, out)
+        is_batched: Callable[[Any], bool] = lambda _: True
+        return out, jax.tree.map(is_batched, out)
 
     return whole(leaves)
 
 
-def as_tuple(axis_name: Any) -> tuple:
+def as_tuple(axis_name: Any) -> tuple[Any, ...]:
     if axis_name is None:
         return ()
-    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+    return tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)

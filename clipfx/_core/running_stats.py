@@ -29,6 +29,21 @@ class Window(NamedTuple):
     count: jax.Array
 
 
+@exportable("clipfx.UsualNorm")
+class UsualNorm(NamedTuple):
+    """The norm that is usual, of `adagc` and `band_by_history`.
+
+    Attributes:
+      count: int32, steps seen.
+      norm: float32 `[G]`; of `adagc` -1 where nothing has been seen yet.
+
+    Reference: none.
+    """
+
+    count: jax.Array
+    norm: jax.Array
+
+
 def empty_window(size: Any, width: int) -> Window:
     """Makes a ring of `size` rows; `ValueError` if not a known number >= 1."""
     check_window(size)

@@ -5,13 +5,16 @@ that the usual step does not turn again.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from clipfx import _compat
 from clipfx._core.reductions import Layout
+
+# What the loops here pass on.
+_Carry: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def far(dtype: Any) -> float:
@@ -23,7 +26,9 @@ def far(dtype: Any) -> float:
     return 2.0 ** (jnp.finfo(dtype).maxexp * 3 // 4)
 
 
-def rescaled_sums(sums: Callable, layout: Layout) -> tuple[jax.Array, jax.Array]:
+def rescaled_sums(
+    sums: Callable[[jax.Array], jax.Array], layout: Layout
+) -> tuple[jax.Array, jax.Array]:
     """Runs `sums(scale)`, again at another scale for groups that left the range.
 
     One scale for all groups, so that nothing in the loop depends on their number.
@@ -31,7 +36,7 @@ def rescaled_sums(sums: Callable, layout: Layout) -> tuple[jax.Array, jax.Array]
     dtype = layout.dtype
     up, tiny = far(dtype), _least(dtype)
 
-    def body(carry):
+    def body(carry: _Carry) -> _Carry:
         scale, total, used = carry
         over, under = total == jnp.inf, total < tiny
         wanted = (scale == 1) | ((scale < 1) & over) | ((scale > 1) & under)
@@ -43,13 +48,16 @@ def rescaled_sums(sums: Callable, layout: Layout) -> tuple[jax.Array, jax.Array]
         return after.astype(dtype), total, used
 
     zeros = jnp.zeros(layout.number, dtype)
-    vary = lambda x: _compat.vary(x, layout.apart)
+    vary: Callable[[jax.Array], jax.Array] = lambda x: _compat.vary(x, layout.apart)
     start = (vary(jnp.ones([], dtype)), vary(zeros), vary(zeros + 1))
     return jax.lax.while_loop(lambda carry: carry[0] > 0, body, start)[1:]
 
 
 def rescue_out_of_range(
-    sums: jax.Array, roots: jax.Array, around_largest: Callable, layout: Layout
+    sums: jax.Array,
+    roots: jax.Array,
+    around_largest: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    layout: Layout,
 ) -> tuple[jax.Array, jax.Array]:
     """Takes norms whose sums left the range from `around_largest(start)` instead.
 
@@ -58,7 +66,7 @@ def rescue_out_of_range(
     """
     lost = (sums == jnp.inf) | (sums < _least(layout.dtype))
 
-    def body(carry):
+    def body(carry: _Carry) -> _Carry:
         _, value, scale = carry
         again, closer = around_largest(scale)
         done = jnp.zeros_like(carry[0])

@@ -1,43 +1,32 @@
 """AdaGC: each tensor against its own moving average."""
 
-from typing import Any, NamedTuple
-
-import jax
 import jax.numpy as jnp
 import optax
 
 from clipfx._core.checks import check_number, helpful
-from clipfx._core.export import exportable
 from clipfx._core.running_stats import (
     LARGEST,
+    UsualNorm,
     increment,
     is_before,
     multiple,
     shares,
 )
+from clipfx._types import AxisName, GroupSpec, Limit, Scalar
 from clipfx.methods.clip_by_norm import clip_by_norm
 from clipfx.thresholds import Threshold
-
-_DECAY = "0.99 remembers about 100 steps"
-
-
-@exportable("clipfx.adagc.Usual")
-class _Usual(NamedTuple):
-    """The norm `[G]` that is usual, and the steps seen."""
-
-    count: jax.Array
-    norm: jax.Array
 
 
 @helpful
 def adagc(
-    max_ratio: Any = 1.04,
+    max_ratio: Scalar = 1.04,
     *,
-    decay: Any = 0.99,
-    warmup_steps: Any = 100,
-    max_norm: Any = 1.0,
-    groups: Any = "leaf",
-    axis_name: Any = None,
+    decay: Scalar = 0.99,
+    warmup_steps: Scalar = 100,
+    max_norm: Limit = 1.0,
+    groups: GroupSpec = "leaf",
+    ord: float | None = None,
+    axis_name: AxisName | None = None,
     nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Holds the norm of each tensor near what it was.
@@ -67,6 +56,7 @@ def adagc(
       warmup_steps: Steps of the warm-up, >= 0.
       max_norm: :math:`c_0`, the threshold of the whole update in the warm-up.
       groups: See `clipfx.clip_by_norm`. Static.
+      ord: See `clipfx.clip_by_norm`. Static.
       axis_name: See `clipfx.clip_by_norm`. Static.
       nonfinite: See `clipfx.clip_by_norm`. Static.
 
@@ -87,13 +77,13 @@ def adagc(
     Reference: Wang et al., `AdaGC <https://arxiv.org/abs/2502.11034>`_, 2025.
     """
     check_number("max_ratio", max_ratio, "[0, inf]", "1.04 is what the paper takes")
-    check_number("decay", decay, "[0, 1)", _DECAY)
+    check_number("decay", decay, "[0, 1)", "0.99 remembers about 100 steps")
     check_number("warmup_steps", warmup_steps, "[0, inf)", "100 is the usual number")
     check_number("max_norm", max_norm, "[0, inf]", "math.inf warms up unclipped")
 
     def init(groups, params):
         unseen = jnp.full(len(groups.names), -1, jnp.float32)  # as no norm is
-        return _Usual(jnp.zeros([], jnp.int32), unseen)
+        return UsualNorm(jnp.zeros([], jnp.int32), unseen)
 
     def update(norm, state, **_):
         warming = is_before(state.count, warmup_steps)
@@ -107,11 +97,12 @@ def adagc(
         learned = jnp.where(warming, jnp.minimum(usual, became), mean)
         learned = jnp.where(unseen, became, learned)
         learned = jnp.where(norm > 0, learned, state.norm)
-        return limit, _Usual(increment(state.count), learned)
+        return limit, UsualNorm(increment(state.count), learned)
 
     return clip_by_norm(
         Threshold(init, update),
         groups=groups,
+        ord=ord,
         axis_name=axis_name,
         nonfinite=nonfinite,
     )

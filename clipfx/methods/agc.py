@@ -10,26 +10,24 @@ import jax.numpy as jnp
 import optax
 
 from clipfx import _compat
+from clipfx._core import builder
 from clipfx._core.checks import check_number, check_params, helpful
 from clipfx._core.clip_factors import check_nonfinite, exceeds
-from clipfx._core.groups import group_leaves
 from clipfx._core.leaves import divide, narrow, times, widen
 from clipfx._core.matching import places, take
 from clipfx._core.paths import leaves_with_path, prefix_lookup
-from clipfx._core.running_stats import multiple
+from clipfx._core.running_stats import LARGEST, multiple
 from clipfx._core.safe_sums import far
-from clipfx._core.state import (
-    no_state,
-)
+from clipfx._types import AxisName, Scalar
 
 
 @helpful
 def agc(
-    max_ratio: Any = 0.01,
-    eps: Any = 1e-3,
+    max_ratio: Scalar = 0.01,
+    eps: Scalar = 1e-3,
     *,
     axis: Any = None,
-    axis_name: Any = None,
+    axis_name: AxisName | None = None,
     nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Bounds the gradient of each unit by a share of the unit's weights.
@@ -68,8 +66,9 @@ def agc(
         `clipfx.clip_by_norm`. Static.
 
     Returns:
-      A transform without state; `update` needs params. Updates `[...]` keep structure,
-      shapes, dtypes and sharding.
+      A transform with `clipfx.ClipState`; `update` needs params. Its metrics are `[1]`:
+      the norm is the largest ratio of a unit, the share that of clipped units. Updates
+      `[...]` keep structure, shapes, dtypes and sharding.
 
     Raises:
       TypeError: If an argument is of the wrong kind, or `update` is not given params.
@@ -99,9 +98,8 @@ def agc(
     axis_of = prefix_lookup(axis, is_entry)
     names_of = prefix_lookup(axis_name, is_entry)
 
-    def clip(path, x, w, i):
-        if i is None:
-            return x
+    def clip(path, x, w):
+        """A leaf, clipped, and of each unit its norm over what the weights allow."""
         x = jnp.asarray(x)
         split = _compat.varying_axes(x) | _compat.varying_axes(w)
         over = names_of(path)
@@ -113,7 +111,8 @@ def agc(
         g, w = widen(x), widen(jnp.asarray(w))
         norm, size = (_unit_norm(v, axes, over).astype(jnp.finfo(g.dtype).dtype)
                       for v in (g, w))  # fmt: skip
-        limit = multiple(jnp.maximum(max_ratio, 0), jnp.maximum(size, eps))
+        size = jnp.maximum(size, eps)
+        limit = multiple(jnp.maximum(max_ratio, 0), size)
         over_limit = exceeds(norm, limit)
         # Two factors, since one may be no normal number.
         up = far(norm.dtype)
@@ -124,17 +123,25 @@ def agc(
         # No NaN that is not the updates' own, for jax_debug_nans.
         instead = jnp.zeros_like(norm) if nonfinite == "zero" else norm - norm
         clipped = jnp.where(jnp.isfinite(norm), clipped, instead.astype(g.dtype))
-        return narrow(clipped, x.dtype)
+        ratio = jnp.minimum(norm / jnp.where(size > 0, size, 1), LARGEST)
+        ratio = jnp.where(size > 0, ratio, jnp.where(norm > 0, LARGEST, 0))
+        return narrow(clipped, x.dtype), jnp.where(jnp.isfinite(norm), ratio, norm)
 
-    def update(updates, state, params=None, **extra_args):
+    def change(updates, groups, state, params):
         check_params(params, "agc")
-        members = group_leaves("global", updates)
-        weights = take(params, places(params, updates, members, "params"), updates)
-        rows = zip(leaves_with_path(updates), weights, members.index, strict=True)
-        clipped = [clip(path, x, w, i) for (path, x), w, i in rows]
-        return jax.tree.structure(updates).unflatten(clipped), state
+        weights = take(params, places(params, updates, groups, "params"), updates)
+        leaves, treedef = jax.tree.flatten(updates)
+        ratios = []
+        rows = zip(leaves_with_path(updates), weights, groups.index, strict=True)
+        for k, ((path, x), w, i) in enumerate(rows):
+            if i is not None:
+                leaves[k], ratio = clip(path, x, w)
+                ratios.append(ratio)
+        limit = jnp.maximum(max_ratio, 0)
+        became = lambda ratio: jnp.minimum(ratio, limit)
+        return builder.Parts(treedef.unflatten(leaves), state, ratios, limit, became)
 
-    return optax.GradientTransformationExtraArgs(no_state, update)
+    return builder.by_part(change)
 
 
 def _unit_axes(

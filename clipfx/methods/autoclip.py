@@ -1,7 +1,6 @@
 """AutoClip: a percentile of all norms so far."""
 
 import warnings
-from typing import Any
 
 import optax
 
@@ -13,18 +12,20 @@ from clipfx._core.running_stats import (
     push,
 )
 from clipfx._core.running_stats import percentile as window_percentile
+from clipfx._types import AxisName, GroupSpec, Scalar
 from clipfx.methods.clip_by_norm import clip_by_norm
 from clipfx.thresholds import Threshold
 
 
 @helpful
 def autoclip(
-    percentile: Any = 10.0,
+    percentile: Scalar = 10.0,
     *,
-    window: Any = 1000,
-    groups: Any = "global",
+    window: Scalar = 1000,
+    groups: GroupSpec = "global",
     response: responses.Response | None = None,
-    axis_name: Any = None,
+    ord: float | None = None,
+    axis_name: AxisName | None = None,
     nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips at a percentile of the norms seen so far.
@@ -45,6 +46,7 @@ def autoclip(
         `clipfx.quantile_clip`.
       groups: See `clipfx.clip_by_norm`. Static.
       response: See `clipfx.clip_by_norm`; None means `hard`. Static.
+      ord: See `clipfx.clip_by_norm`. Static.
       axis_name: See `clipfx.clip_by_norm`. Static.
       nonfinite: See `clipfx.clip_by_norm`. Static.
 
@@ -85,6 +87,7 @@ def autoclip(
         Threshold(init, update),
         groups=groups,
         response=response or responses.hard,
+        ord=ord,
         axis_name=axis_name,
         nonfinite=nonfinite,
     )

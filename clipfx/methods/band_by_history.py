@@ -1,33 +1,31 @@
 """Norms kept in a band around their average."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 
 from clipfx import responses
 from clipfx._core.checks import check_number, helpful
 from clipfx._core.running_stats import (
+    UsualNorm,
     average,
     increment,
     multiple,
 )
-from clipfx.methods.adagc import _Usual
+from clipfx._types import AxisName, GroupSpec, Scalar
 from clipfx.methods.clip_by_norm import clip_by_norm
 from clipfx.thresholds import Threshold
-
-_DECAY = "0.99 remembers about 100 steps"
 
 
 @helpful
 def band_by_history(
-    low: Any = 0.5,
-    high: Any = 2.0,
+    low: Scalar = 0.5,
+    high: Scalar = 2.0,
     *,
-    decay: Any = 0.9,
-    min_norm: Any = 0.0,
-    groups: Any = "layer",
-    axis_name: Any = None,
+    decay: Scalar = 0.9,
+    min_norm: Scalar = 0.0,
+    groups: GroupSpec = "layer",
+    ord: float | None = None,
+    axis_name: AxisName | None = None,
     nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps each layer's norm within a band around its mean; lifts small ones too.
@@ -46,6 +44,7 @@ def band_by_history(
       decay: :math:`\beta`, in [0, 1).
       min_norm: :math:`n_{\min}`, which shorter norms are lifted to.
       groups: See `clipfx.clip_by_norm`. Static.
+      ord: See `clipfx.clip_by_norm`. Static.
       axis_name: See `clipfx.clip_by_norm`. Static.
       nonfinite: See `clipfx.clip_by_norm`. Static.
 
@@ -71,26 +70,27 @@ def band_by_history(
         check_number("low", low, "[0, 1]", "0 lifts nothing")
     if not callable(high):
         check_number("high", high, "[1, inf]", "math.inf clips nothing")
-    check_number("decay", decay, "[0, 1)", _DECAY)
+    check_number("decay", decay, "[0, 1)", "0.9 remembers about 10 steps")
     check_number("min_norm", min_norm, "[0, inf)", "0 sets no lower bound")
 
     def init(groups, params):
         mean = jnp.zeros(len(groups.names), jnp.float32)
-        return _Usual(jnp.zeros([], jnp.int32), mean)
+        return UsualNorm(jnp.zeros([], jnp.int32), mean)
 
     def update(norm, state, **_):
         count, mean = state
         edge = lambda x: x(count) if callable(x) else x
-        mean = jnp.where(mean > 0, average(1 - decay, mean, norm), norm)
+        mean = jnp.where(mean > 0, average(jnp.asarray(1 - decay), mean, norm), norm)
         upper = multiple(edge(high), mean)
         lower = jnp.maximum(edge(low) * mean, min_norm)
         became = jnp.where(norm > upper, upper, jnp.maximum(norm, lower))
-        return became, _Usual(increment(count), mean)
+        return became, UsualNorm(increment(count), mean)
 
     return clip_by_norm(
         Threshold(init, update),
         groups=groups,
         response=responses.normalize,
+        ord=ord,
         axis_name=axis_name,
         nonfinite=nonfinite,
     )

@@ -1,23 +1,24 @@
 """Adafactor's bound on root mean squares."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 
+from clipfx import responses
 from clipfx._core.checks import helpful
 from clipfx._core.norms import group_sizes
 from clipfx._core.running_stats import multiple
+from clipfx._types import AxisName, GroupSpec, Limit
 from clipfx.methods.clip_by_norm import clip_by_norm
 from clipfx.thresholds import Threshold, as_threshold
 
 
 @helpful
 def clip_by_block_rms(
-    max_rms: Any,
+    max_rms: Limit,
     *,
-    groups: Any = "leaf",
-    axis_name: Any = None,
+    groups: GroupSpec = "leaf",
+    response: responses.Response | None = None,
+    axis_name: AxisName | None = None,
     nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Bounds the root mean square of each block of the update.
@@ -32,6 +33,7 @@ def clip_by_block_rms(
       max_rms: :math:`c`, in units of one element: a number >= 0, an array `[G]`, a dict
         by group, or an Optax schedule.
       groups: What a block is, by default a leaf. See `clipfx.clip_by_norm`. Static.
+      response: See `clipfx.clip_by_norm`; None means `hard`. Static.
       axis_name: See `clipfx.clip_by_norm`. Static.
       nonfinite: See `clipfx.clip_by_norm`. Static.
 
@@ -60,6 +62,7 @@ def clip_by_block_rms(
     return clip_by_norm(
         Threshold(rule.init, update),
         groups=groups,
+        response=response,
         axis_name=axis_name,
         nonfinite=nonfinite,
     )

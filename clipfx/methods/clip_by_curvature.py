@@ -7,21 +7,30 @@ import jax.numpy as jnp
 import optax
 
 from clipfx import responses
-from clipfx._core.builder import respond
+from clipfx._core import builder
 from clipfx._core.checks import check_number, check_params, helpful
-from clipfx._core.clip_factors import check_nonfinite, finite_norms
 from clipfx._core.export import exportable
-from clipfx._core.groups import group_leaves
 from clipfx._core.leaves import counted_zeros, divide, widen
 from clipfx._core.matching import places, put, take
 from clipfx._core.norms import Norms, measure_together
 from clipfx._core.running_stats import average, increment, multiple, unbiased_weight
-from clipfx._core.state import ClipState, check_same_groups, fresh_metrics
+from clipfx._types import AxisName, GroupSpec, Scalar
+from clipfx.thresholds import Threshold
 
 
-@exportable("clipfx.clip_by_curvature.Secant")
-class _Secant(NamedTuple):
-    """The last point and its gradient, and the curvature `[G]` so far."""
+@exportable("clipfx.CurvatureState")
+class CurvatureState(NamedTuple):
+    """What `clip_by_curvature` learns.
+
+    Attributes:
+      params: Those of the last step.
+      updates: Those of the last step.
+      steps: int32, steps seen.
+      curvature: float32 `[G]`, the average of the secants' slopes.
+      secants: int32 `[G]`, how many.
+
+    Reference: none.
+    """
 
     params: Any
     updates: Any
@@ -32,13 +41,13 @@ class _Secant(NamedTuple):
 
 @helpful
 def clip_by_curvature(
-    learning_rate: Any,
+    learning_rate: Scalar,
     *,
-    max_product: Any = 0.5,
-    max_factor: Any = 1.0,
-    decay: Any = 0.9,
-    groups: Any = "global",
-    axis_name: Any = None,
+    max_product: Scalar = 0.5,
+    max_factor: Scalar = 1.0,
+    decay: Scalar = 0.9,
+    groups: GroupSpec = "global",
+    axis_name: AxisName | None = None,
     nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shortens steps where the gradient turns fast, and may lengthen them on plateaus.
@@ -90,20 +99,16 @@ def clip_by_curvature(
     check_number("max_product", max_product, "(0, inf)", "0.5 is cautious, 2 the edge")
     check_number("max_factor", max_factor, "(0, inf)", "1 never lengthens a step")
     check_number("decay", decay, "[0, 1)", "0.9 remembers about 10 steps")
-    check_nonfinite(nonfinite)
-    response = responses.normalize  # the norm becomes the threshold
 
-    def init(params):
-        members = group_leaves(groups, params)
-        number = len(members.names)
-        secant = _Secant(
+    def init(groups, params):
+        number = len(groups.names)
+        return CurvatureState(
             params=counted_zeros(params, wide=False),
             updates=counted_zeros(params, wide=False),
             steps=jnp.zeros([], jnp.int32),
             curvature=jnp.zeros(number, jnp.float32),
             secants=jnp.zeros(number, jnp.int32),
         )
-        return ClipState(secant, fresh_metrics(params, members))
 
     def learn(moved, turned, last):
         """The factors `[G]`, the new curvature and the number of secants."""
@@ -122,37 +127,39 @@ def clip_by_curvature(
         factor = jnp.where(product > 0, jnp.minimum(factor, max_factor), max_factor)
         return jnp.where(secants > 0, factor, 1), curvature, secants
 
-    def update(updates, state, params=None, **extra_args):
+    def measure(updates, groups, params, last):
+        """The norms, and of the same reduction what moved and how it turned."""
         check_params(params, "clip_by_curvature")
-        members = group_leaves(groups, updates)
-        check_same_groups(state, members)
-        last, new = state.rule_state, jax.tree.leaves(updates)
-        owner = "the state of clip_by_curvature"
-        at = places(last.params, updates, members, owner)
-        points = take(params, places(params, updates, members, "params"), updates)
+        new = jax.tree.leaves(updates)
+        at = places(last.params, updates, groups, "the state of clip_by_curvature")
+        points = take(params, places(params, updates, groups, "params"), updates)
         trees = (
             updates,
-            _differences(points, take(last.params, at, updates), members.index),
-            _differences(new, take(last.updates, at, updates), members.index),
+            _differences(points, take(last.params, at, updates), groups.index),
+            _differences(new, take(last.updates, at, updates), groups.index),
         )
-        norms, moved, turned = measure_together(trees, members, axis_name)
+        norms, *secant = measure_together(trees, groups, axis_name)
+        kept = _replaced(last.params, at, points), _replaced(last.updates, at, new)
+        return norms, {"secant": secant, "kept": kept}
+
+    def rule(norm, last, *, secant, kept, **_):
+        moved, turned = secant
         factor, curvature, secants = learn(moved, turned, last)
-        learned = _Secant(
-            _replaced(last.params, at, points),
-            _replaced(last.updates, at, new),
-            increment(last.steps),
-            curvature,
-            secants,
-        )
+        params, updates = kept
+        steps = increment(last.steps)
+        learned = CurvatureState(params, updates, steps, curvature, secants)
         # The norms tell whether the updates are finite, but not the parameters.
         sound = jnp.isfinite(moved.value).all()
         learned = jax.tree.map(lambda x, old: jnp.where(sound, x, old), learned, last)
-        limit = multiple(factor, finite_norms(norms))
-        return respond(
-            updates, state, members, norms, limit, learned, response, nonfinite
-        )
+        return multiple(factor, norm), learned
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return builder.by_norm(
+        Threshold(init, rule),
+        responses.normalize,  # the norm becomes the threshold
+        groups=groups,
+        nonfinite=nonfinite,
+        measure=measure,
+    )
 
 
 def _differences(new: list, old: list, index: tuple) -> list[Any]:

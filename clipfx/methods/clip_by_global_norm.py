@@ -1,19 +1,20 @@
 """The usual clip: one norm, one bound."""
 
-from typing import Any
-
 import optax
 
+from clipfx import responses
 from clipfx._core.checks import helpful
+from clipfx._types import AxisName, Limit
 from clipfx.methods.clip_by_norm import clip_by_norm
 
 
 @helpful
 def clip_by_global_norm(
-    max_norm: Any,
+    max_norm: Limit,
     *,
+    response: responses.Response | None = None,
     ord: float | None = None,
-    axis_name: Any = None,
+    axis_name: AxisName | None = None,
     nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shortens the whole update where its norm exceeds a bound.
@@ -22,6 +23,7 @@ def clip_by_global_norm(
 
     Args:
       max_norm: :math:`c`: a number >= 0, or an Optax schedule.
+      response: See `clipfx.clip_by_norm`; None means `hard`. Static.
       ord: p of the norm, None for 2. Static. See `clipfx.clip_by_norm`.
       axis_name: See `clipfx.clip_by_norm`. Static.
       nonfinite: See `clipfx.clip_by_norm`. Static.
@@ -43,4 +45,6 @@ def clip_by_global_norm(
     <https://arxiv.org/abs/1211.5063>`_, 2013. As threshold they advise 0.5 to 10 times
     the average norm over many updates.
     """
-    return clip_by_norm(max_norm, ord=ord, axis_name=axis_name, nonfinite=nonfinite)
+    return clip_by_norm(
+        max_norm, response=response, ord=ord, axis_name=axis_name, nonfinite=nonfinite
+    )

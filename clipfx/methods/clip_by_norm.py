@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from clipfx import responses
@@ -10,19 +11,21 @@ from clipfx._core import builder
 from clipfx._core.checks import helpful
 from clipfx._core.clip_factors import finite_norms
 from clipfx._core.groups import group_leaves
-from clipfx._core.norms import check_ord, group_norms
+from clipfx._core.leaves import widest
+from clipfx._core.norms import Norms, check_ord, group_norms
 from clipfx._core.state import ClipMetrics, ClipState
+from clipfx._types import AxisName, GroupSpec, Limit, Scalar, Tree
 from clipfx.thresholds import Threshold, as_threshold
 
 
 @helpful
 def clip_by_norm(
-    threshold: Any,
+    threshold: Limit,
     *,
-    groups: Any = "global",
+    groups: GroupSpec = "global",
     response: responses.Response | None = None,
     ord: float | None = None,
-    axis_name: Any = None,
+    axis_name: AxisName | None = None,
     nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Changes the norm of each group of leaves, and keeps its direction.
@@ -62,9 +65,11 @@ def clip_by_norm(
       threshold: :math:`c`: a number >= 0, an array `[G]`, a dict by group name, an
         Optax schedule, or a `clipfx.thresholds.Threshold`.
       groups: Which leaves share a norm. `"global"`: all; `"layer"`: those with the
-        same parent (`{"dense": {"kernel", "bias"}}` is one group, `"dense"`);
-        `"leaf"`: each alone; or a tree prefix of labels, or a function from the tree
-        to one, as in `optax.partition`. A leaf that stacks layers for `scan` is one
+        same parent (`{"dense": {"kernel", "bias"}}` is one group, `"dense"`; so are
+        `dense/kernel` and `dense/bias` as keys of a flat dict); `"leaf"`: each alone; a
+        tree prefix of labels; a function from the tree to one, as in `optax.partition`;
+        or a function of a leaf's path, whose parameter is called `path`: a tuple of
+        strings, `lambda path: path[0]`. A leaf that stacks layers for `scan` is one
         leaf: see `clipfx.per_stacked_layer`. Static.
       response: From norms and thresholds `[G]` to new norms `[G]`, one of
         `clipfx.responses` or your own; None means `hard`.
@@ -111,13 +116,13 @@ def clip_by_norm(
 
 @helpful
 def tree_clip(
-    tree: Any,
-    max_norm: Any,
+    tree: Tree,
+    max_norm: Limit,
     *,
-    groups: Any = "global",
+    groups: GroupSpec = "global",
     response: responses.Response | None = None,
     ord: float | None = None,
-    axis_name: Any = None,
+    axis_name: AxisName | None = None,
     nonfinite: str = "propagate",
 ) -> tuple[Any, ClipMetrics]:
     r"""Clips one tree, for those who use no chain.
@@ -149,11 +154,7 @@ def tree_clip(
     Reference: Pascanu et al., `On the difficulty of training recurrent neural networks
     <https://arxiv.org/abs/1211.5063>`_, 2013.
     """
-    if callable(max_norm) or isinstance(max_norm, Threshold):
-        raise TypeError(
-            "max_norm must be a number, an array [G] or a dict by group name, got "
-            f"{max_norm!r}, which needs state; use clipfx.clip_by_norm in a chain."
-        )
+    _check_stateless(max_norm)
     tx = clip_by_norm(
         max_norm,
         groups=groups,
@@ -167,19 +168,94 @@ def tree_clip(
 
 
 @helpful
-def global_norm(
-    tree: Any, *, ord: float | None = None, axis_name: Any = None
-) -> jax.Array:
-    r"""Measures a tree as one long vector, :math:`(\sum_i |x_i|^p)^{1/p}`.
+def clip_with_norm(
+    updates: Tree,
+    norm: Scalar,
+    max_norm: Limit,
+    *,
+    groups: GroupSpec = "global",
+    response: responses.Response | None = None,
+    nonfinite: str = "propagate",
+) -> tuple[Any, ClipMetrics]:
+    r"""Clips one tree by a norm that was measured elsewhere.
+
+    .. math:: g_k \leftarrow g_k \, \psi_{c_k}(n_k) / n_k
+
+    For pipelines whose stages hold a part of the parameters each, and loops that clip
+    several trees by the norm of all of them: `clipfx.global_norm` takes several.
 
     Args:
-      tree: Leaves `[...]`; integers and other uncounted leaves are left out.
+      updates: Leaves `[...]`.
+      norm: :math:`n_k` >= 0: a number, or an array `[G]`. What is not finite makes the
+        group NaN or zero, by `nonfinite`.
+      max_norm: See `clipfx.tree_clip`.
+      groups: See `clipfx.clip_by_norm`. Static.
+      response: See `clipfx.clip_by_norm`.
+      nonfinite: See `clipfx.clip_by_norm`. Static.
+
+    Returns:
+      The clipped tree, and `ClipMetrics` `[G]` of this one step.
+
+    Raises:
+      TypeError: If `max_norm` has state, as a schedule has.
+      ValueError: If `norm` is neither a number nor of shape `[G]`; besides, see
+        `clipfx.clip_by_norm`.
+
+    Example:
+      >>> stages = [{"w": jnp.array([3.0])}, {"w": jnp.array([4.0])}]
+      >>> norm = global_norm(*stages)
+      >>> [f"{clip_with_norm(x, norm, 1.0)[0]['w'][0]:.3f}" for x in stages]
+      ['0.600', '0.800']
+
+    Reference: none.
+    """
+    _check_stateless(max_norm)
+
+    def given(updates: Any, members: Any, params: Any, state: Any) -> tuple:
+        number = jnp.asarray(norm)
+        number = number.astype(widest([jnp.result_type(number, jnp.float32)]))
+        if number.ndim and number.shape != (len(members.names),):
+            raise ValueError(
+                f"norm must be a number or have shape ({len(members.names)},), one "
+                f"entry for each group of {members.names}, got {number.shape}; "
+                "clipfx.global_norm measures several trees as one."
+            )
+        number = jnp.broadcast_to(number, (len(members.names),))
+        return Norms(number, jnp.ones_like(number)), {}
+
+    tx = builder.by_norm(
+        as_threshold(max_norm),
+        responses.check_response(response),
+        groups=groups,
+        nonfinite=nonfinite,
+        measure=given,
+    )
+    clipped, state = tx.update(updates, tx.init(updates))
+    return clipped, cast(ClipState, state).metrics
+
+
+def _check_stateless(max_norm: Any) -> None:
+    if callable(max_norm) or isinstance(max_norm, Threshold):
+        raise TypeError(
+            "max_norm must be a number, an array [G] or a dict by group name, got "
+            f"{max_norm!r}, which needs state; use clipfx.clip_by_norm in a chain."
+        )
+
+
+@helpful
+def global_norm(
+    *trees: Any, ord: float | None = None, axis_name: AxisName | None = None
+) -> jax.Array:
+    r"""Measures one tree or several as one long vector, :math:`(\sum_i |x_i|^p)^{1/p}`.
+
+    Args:
+      trees: Leaves `[...]`; integers and other uncounted leaves are left out.
       ord: See `clip_by_norm`. Static.
       axis_name: See `clip_by_norm`. Static.
 
     Returns:
       A scalar, float32, or float64 if a leaf is. At most the largest finite number
-      unless an element is infinite or NaN; 0 for a tree without counted leaves.
+      unless an element is infinite or NaN; 0 where no leaf is counted.
 
     Raises:
       TypeError: If `ord` is not a static number.
@@ -191,5 +267,6 @@ def global_norm(
 
     Reference: none.
     """
-    norms = group_norms(tree, group_leaves("global", tree), check_ord(ord), axis_name)
+    groups = group_leaves("global", trees)
+    norms = group_norms(trees, groups, check_ord(ord), axis_name)
     return finite_norms(norms, norms.value.dtype)[0]

@@ -1,36 +1,31 @@
 """Clippy: steps against the parameters that they change."""
 
-from typing import Any
+import math
+from itertools import starmap
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from clipfx import responses
+from clipfx._core import builder
 from clipfx._core.checks import check_choice, check_number, check_params, helpful
-from clipfx._core.clip_factors import check_nonfinite, factors, finite_norms
-from clipfx._core.groups import group_leaves
-from clipfx._core.leaves import map_counted, scale_groups, times, widen
+from clipfx._core.clip_factors import check_nonfinite
+from clipfx._core.leaves import map_counted, times, widen
 from clipfx._core.matching import places, take
 from clipfx._core.norms import group_norms
-from clipfx._core.running_stats import multiple
-from clipfx._core.state import (
-    ClipState,
-    check_same_groups,
-    fresh_metrics,
-    next_state,
-    no_state,
-)
+from clipfx._core.running_stats import LARGEST, multiple
+from clipfx._types import AxisName, GroupSpec, Scalar
+from clipfx.thresholds import Threshold
 
 
 @helpful
 def clip_by_params(
-    max_ratio: Any = 0.5,
-    min_step: Any = 0.01,
+    max_ratio: Scalar = 0.5,
+    min_step: Scalar = 0.01,
     *,
     per: str = "tensor",
-    groups: Any = "leaf",
-    axis_name: Any = None,
+    groups: GroupSpec = "leaf",
+    axis_name: AxisName | None = None,
     nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Bounds the step of every parameter by a share of the parameter.
@@ -57,10 +52,9 @@ def clip_by_params(
       nonfinite: See `clipfx.clip_by_norm`; for single elements NaN stays NaN. Static.
 
     Returns:
-      A transform; `update` needs params. Per tensor its state is `clipfx.ClipState`
-      with metrics `[G]`, in which the norm is the largest ratio of step to bound and
-      the threshold 1; per element it has no state. Updates `[...]` keep structure,
-      shapes and dtypes.
+      A transform with `clipfx.ClipState`; `update` needs params. Its metrics are `[G]`
+      per tensor, `[1]` per element: the norm is the largest ratio of step to bound and
+      the threshold 1. Updates `[...]` keep structure, shapes and dtypes.
 
     Raises:
       TypeError: If an argument is of the wrong kind, or `update` is not given params.
@@ -86,58 +80,57 @@ def clip_by_params(
         size = jnp.abs(widen(jnp.asarray(w)))
         return jnp.maximum(multiple(max_ratio, size) + min_step, 0)
 
-    def per_element(updates, state, params=None, **extra_args):
+    def weights_of(updates, groups, params):
         check_params(params, "clip_by_params")
-        members = group_leaves("global", updates)
-        weights = take(params, places(params, updates, members, "params"), updates)
-        pairs = zip(weights, members.index, strict=True)
-        weights = iter([w for w, i in pairs if i is not None])
+        return take(params, places(params, updates, groups, "params"), updates)
 
-        def clip(x, i):
-            limit = bound(next(weights)).astype(jnp.finfo(x.dtype).dtype)
-            if jnp.iscomplexobj(x):
-                size = jnp.abs(jnp.where(x == 0, 1, x))
-                return times(x, jnp.minimum(size, limit) / size)
-            return jnp.clip(x, -limit, limit)
+    def ratio(x, w):
+        x, limit = widen(jnp.asarray(x)), bound(w)
+        size = jnp.abs(jnp.where(x == 0, 1, x))
+        limit = limit.astype(size.dtype)
+        largest = jnp.finfo(size.dtype).max
+        room = limit > 0
+        quotient = jnp.minimum(size / jnp.where(room, limit, 1), largest)
+        quotient = jnp.where(room, quotient, largest)
+        quotient = jnp.where(jnp.isfinite(size), quotient, size)
+        return jnp.where(x == 0, jnp.zeros_like(size), quotient)
 
-        return map_counted(clip, updates, members), state
+    def shrink(norm, one):
+        """Where no step is allowed, none."""
+        return jnp.where(norm < LARGEST, jnp.minimum(norm, one), 0)
 
     if per == "element":
-        return optax.GradientTransformationExtraArgs(no_state, per_element)
 
-    def init(params):
-        members = group_leaves(groups, params)
-        return ClipState((), fresh_metrics(params, members))
+        def change(updates, groups, state, params):
+            weights = weights_of(updates, groups, params)
+            rows = zip(jax.tree.leaves(updates), weights, groups.index, strict=True)
+            rows = [(x, w) for x, w, i in rows if i is not None]
+            following = iter(rows)
 
-    def update(updates, state, params=None, **extra_args):
-        check_params(params, "clip_by_params")
-        members = group_leaves(groups, updates)
-        check_same_groups(state, members)
+            def clip(x, _):
+                limit = bound(next(following)[1]).astype(jnp.finfo(x.dtype).dtype)
+                if jnp.iscomplexobj(x):
+                    size = jnp.abs(jnp.where(x == 0, 1, x))
+                    return times(x, jnp.minimum(size, limit) / size)
+                return jnp.clip(x, -limit, limit)
 
-        def ratio(x, w):
-            x, limit = widen(jnp.asarray(x)), bound(w)
-            size = jnp.abs(jnp.where(x == 0, 1, x))
-            limit = limit.astype(size.dtype)
-            largest = jnp.finfo(size.dtype).max
-            room = limit > 0
-            quotient = jnp.minimum(size / jnp.where(room, limit, 1), largest)
-            quotient = jnp.where(room, quotient, largest)
-            quotient = jnp.where(jnp.isfinite(size), quotient, size)
-            return jnp.where(x == 0, jnp.zeros_like(size), quotient)
+            clipped = map_counted(clip, updates, groups)
+            became = lambda size: shrink(size, 1.0)
+            return builder.Parts(clipped, state, [*starmap(ratio, rows)], 1.0, became)
 
-        weights = take(params, places(params, updates, members, "params"), updates)
-        rows = zip(jax.tree.leaves(updates), weights, members.index, strict=True)
+        return builder.by_part(change, axis_name=axis_name)
+
+    def measure(updates, groups, params, state):
+        weights = weights_of(updates, groups, params)
+        rows = zip(jax.tree.leaves(updates), weights, groups.index, strict=True)
         ratios = [x if i is None else ratio(x, w) for x, w, i in rows]
-        norms = group_norms(ratios, members, float("inf"), axis_name)
-        worst = finite_norms(norms)
-        one = jnp.ones_like(worst)
-        before, factor = factors(norms, one, responses.hard, nonfinite)
-        # A step where no step is allowed.
-        stop = worst >= jnp.finfo(jnp.float32).max
-        stop &= jnp.isfinite(worst)
-        drop = stop | ~jnp.isfinite(worst) if nonfinite == "zero" else stop
-        clipped = scale_groups(updates, members, before, factor, drop=drop)
-        total = jnp.where(stop, 0, before * factor)
-        return clipped, next_state(state, (), worst, one, total)
+        return group_norms(ratios, groups, math.inf, axis_name), {}
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return builder.by_norm(
+        Threshold(lambda groups, params: (), lambda norm, state, **_: (1.0, state)),
+        shrink,
+        groups=groups,
+        ord=math.inf,
+        nonfinite=nonfinite,
+        measure=measure,
+    )

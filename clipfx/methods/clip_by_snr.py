@@ -10,6 +10,7 @@ import optax
 from clipfx import responses
 from clipfx._core.checks import check_number, helpful, is_known
 from clipfx._core.running_stats import multiple
+from clipfx._types import AxisName, GroupSpec, Limit, Scalar
 from clipfx.methods.clip_by_norm import clip_by_norm
 from clipfx.snr import min_snr
 from clipfx.thresholds import Threshold, as_threshold
@@ -17,15 +18,16 @@ from clipfx.thresholds import Threshold, as_threshold
 
 @helpful
 def clip_by_snr(
-    max_norm: Any,
+    max_norm: Limit,
     *,
-    rule: Callable[[jax.Array], jax.Array] | None = None,
-    gamma: Any = 5.0,
-    low: Any = 1e-3,
-    high: Any = 1e3,
-    groups: Any = "global",
+    weight: Callable[[jax.Array], jax.Array] | None = None,
+    gamma: Scalar = 5.0,
+    low: Scalar = 1e-3,
+    high: Scalar = 1e3,
+    groups: GroupSpec = "global",
     response: responses.Response | None = None,
-    axis_name: Any = None,
+    ord: float | None = None,
+    axis_name: AxisName | None = None,
     nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips a diffusion model's update by the signal-to-noise ratio of its timestep.
@@ -33,7 +35,7 @@ def clip_by_snr(
     .. math:: g_k \leftarrow g_k \, \min(1, c_k(t) / \lVert g_k \rVert), \quad
         c_k(t) = c_k \operatorname{clip}(m(\mathrm{SNR}(t)), low, high)
 
-    The multiple m is a rule of `clipfx.snr`, by default
+    The multiple m is a weight of `clipfx.snr`, by default
     :math:`\min(1, \gamma/\mathrm{SNR})`. It is meant for the gradient of the
     *unweighted* loss, multiplied by the weight afterwards; on a weighted gradient it
     suppresses the timesteps of high SNR twice. `update` takes the ratio as `snr=`:
@@ -46,18 +48,19 @@ def clip_by_snr(
     >>> updates, state = tx.update(grads, tx.init(params), params, snr=ratios[10])
 
     One ratio per update means one timestep per batch. Where a batch mixes timesteps,
-    clip the gradient of every example by itself, at `max_norm * rule(snr)`.
+    clip the gradient of every example by itself, at `max_norm * weight(snr)`.
 
     Args:
       max_norm: :math:`c_k`: a number >= 0, an array `[G]`, a dict by group, or an Optax
         schedule.
-      rule: From the ratio to a multiple of the threshold; None means
+      weight: From the ratio to a multiple of the threshold; None means
         `clipfx.snr.min_snr`. Static.
-      gamma: Of `clipfx.snr.min_snr`, > 0; not used with another rule.
+      gamma: Of `clipfx.snr.min_snr`, > 0; not used with another weight.
       low: The least multiple, where the ratio is infinite.
       high: The largest multiple, where the ratio is 0.
       groups: See `clipfx.clip_by_norm`. Static.
       response: See `clipfx.clip_by_norm`; None means `hard`. Static.
+      ord: See `clipfx.clip_by_norm`. Static.
       axis_name: See `clipfx.clip_by_norm`. Static.
       nonfinite: See `clipfx.clip_by_norm`. Static.
 
@@ -70,7 +73,7 @@ def clip_by_snr(
       ValueError: If a number is out of range, or `snr` is an array of several.
 
     Example:
-      >>> tx = clip_by_snr(1.0, rule=clipfx.snr.inverse)
+      >>> tx = clip_by_snr(1.0, weight=clipfx.snr.inverse)
       >>> clipped, _ = tx.update(grads, tx.init(params), snr=4.0)
       >>> clipped["w"]
       Array([0.15, 0.2 ], dtype=float32)
@@ -79,10 +82,10 @@ def clip_by_snr(
     <https://arxiv.org/abs/2303.09556>`_, 2023, puts on the loss, put on the gradient.
     """
     limits = as_threshold(max_norm)
-    if rule is not None and not callable(rule):
+    if weight is not None and not callable(weight):
         raise TypeError(
-            "rule must be a function from a ratio to a multiple of the threshold, got "
-            f"{rule!r}; clipfx.snr has them."
+            "weight must be a function from a ratio to a multiple of the threshold, "
+            f"got {weight!r}; clipfx.snr has them."
         )
     check_number("gamma", gamma, "(0, inf)", "5 is the usual choice")
     check_number("low", low, "[0, inf)", "the least multiple is 1e-3 by default")
@@ -91,7 +94,7 @@ def clip_by_snr(
     def update(norm, state, *, snr=None, **extra):
         limit, state = limits.update(norm, state, **extra)
         ratio = jnp.maximum(_check_snr(snr), 0)
-        factor = rule(ratio) if rule else min_snr(ratio, gamma)
+        factor = weight(ratio) if weight else min_snr(ratio, gamma)
         factor = jnp.clip(jnp.asarray(factor).astype(jnp.float32), low, high)
         limit = jnp.asarray(limit)
         return multiple(limit, factor.astype(limit.dtype)), state
@@ -100,6 +103,7 @@ def clip_by_snr(
         Threshold(limits.init, update),
         groups=groups,
         response=response or responses.hard,
+        ord=ord,
         axis_name=axis_name,
         nonfinite=nonfinite,
     )
@@ -115,7 +119,7 @@ def _check_snr(snr: Any) -> jax.Array:
         raise ValueError(
             f"snr must be a scalar, one timestep for the whole update, got shape "
             f"{jnp.shape(snr)}; to give every example of a batch its own timestep use "
-            "per_example.clipped_grad with thresholds max_norm * rule(snr)."
+            "per_example.clipped_grad with thresholds max_norm * weight(snr)."
         )
     if is_known(snr) and not float(snr) >= 0:
         raise ValueError(f"snr must be a number >= 0, got {snr!r}; clipfx.snr has it.")

@@ -1,22 +1,24 @@
-"""Transforms of single elements: no norm, no collective, no state."""
-
-from typing import Any
+"""Bounds on single elements."""
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from clipfx import responses
+from clipfx._core import builder
 from clipfx._core.checks import helpful
-from clipfx._core.groups import group_leaves
-from clipfx._core.leaves import map_counted, times
-from clipfx._core.state import no_state
+from clipfx._core.groups import counted_leaves
+from clipfx._core.leaves import map_counted, times, widen
+from clipfx._types import AxisName, Scalar
 from clipfx.thresholds import check_values
 
 
 @helpful
 def clip_by_value(
-    max_abs: Any, *, response: responses.Response | None = None
+    max_abs: Scalar,
+    *,
+    response: responses.Response | None = None,
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Bounds every element, and so changes the direction.
 
@@ -30,9 +32,12 @@ def clip_by_value(
     Args:
       max_abs: :math:`c`, a number or scalar array >= 0; infinity changes nothing.
       response: From `clipfx.responses`; None means `hard`. Static.
+      axis_name: Of the metrics alone. See `clipfx.clip_by_norm`. Static.
 
     Returns:
-      A transform without state. Updates `[...]` keep structure, shapes and dtypes.
+      A transform with `clipfx.ClipState`, whose metrics are `[1]`: the norm is the
+      largest magnitude, the share that of clipped elements. Updates `[...]` keep
+      structure, shapes and dtypes.
 
     Raises:
       TypeError: If `max_abs` is not a number, as a schedule is not, or `response` is
@@ -40,7 +45,8 @@ def clip_by_value(
       ValueError: If a concrete `max_abs` is negative or NaN; a traced one acts as 0.
 
     Example:
-      >>> updates, _ = clip_by_value(1.0).update({"w": jnp.array([10.0, 0.1])}, ())
+      >>> tx, grads = clip_by_value(1.0), {"w": jnp.array([10.0, 0.1])}
+      >>> updates, _ = tx.update(grads, tx.init(grads))
       >>> updates["w"]
       Array([1. , 0.1], dtype=float32)
 
@@ -64,8 +70,11 @@ def clip_by_value(
         sign = jnp.where(x < 0, -1, 1).astype(x.dtype)
         return sign * shape(sign * x, limit)
 
-    def update(updates, state, params=None, **extra_args):
-        members = group_leaves("global", updates)
-        return map_counted(bound, updates, members), state
+    def change(updates, groups, state, params):
+        clipped = map_counted(bound, updates, groups)
+        sizes = [jnp.abs(widen(x)) for x, _ in counted_leaves(updates, groups)]
+        limit = jnp.maximum(jnp.asarray(max_abs), 0)
+        became = lambda size: shape(size, limit.astype(size.dtype))
+        return builder.Parts(clipped, state, sizes, limit, became)
 
-    return optax.GradientTransformationExtraArgs(no_state, update)
+    return builder.by_part(change, axis_name=axis_name)

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from clipfx import _compat
+from clipfx import _compat, responses
+from clipfx._core import builder, populations
 from clipfx._core.checks import helpful, is_known
+from clipfx._core.clip_factors import finite_norms
 from clipfx._core.export import exportable
 from clipfx._core.groups import Groups, is_counted
 from clipfx._core.leaves import narrow, widen
@@ -20,18 +22,21 @@ from clipfx._core.populations import (
     check_bounds,
     check_populations,
     combine,
-    measure,
+    each,
 )
-from clipfx._core.state import ClipState, check_same_groups, fresh_metrics, next_state
+from clipfx._types import AxisName, Scalar
+from clipfx.thresholds import Threshold
 
 
-@exportable("clipfx.Populations")
-class Populations(NamedTuple):
-    """What `clip_fair_groups` keeps besides metrics.
+@exportable("clipfx.FairGroupsState")
+class FairGroupsState(NamedTuple):
+    """What `clip_fair_groups` learns.
 
     Attributes:
       averages: float32 `[K]`, of norms, 0 where never seen; `()` if not needed.
       ranks: Numbers of axes of the parameters, as structure.
+
+    Reference: none.
     """
 
     averages: Any
@@ -40,12 +45,12 @@ class Populations(NamedTuple):
 
 @helpful
 def clip_fair_groups(
-    max_ratio: Any = 2.0,
+    max_ratio: Scalar = 2.0,
     *,
-    num_groups: int | None = None,
+    num_populations: int | None = None,
     reference: str | int = "min",
-    floor: Any = 0.05,
-    axis_name: Any = None,
+    floor: Scalar = 0.05,
+    batch_axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps every population's contribution within a multiple of the smallest.
 
@@ -67,15 +72,15 @@ def clip_fair_groups(
 
     Args:
       max_ratio: :math:`\rho \ge 1`; `math.inf` bounds nothing.
-      num_groups: K >= 1, the size of the first axis of all updates; None means 2.
+      num_populations: K >= 1, the size of the first axis of all updates; None means 2.
         Static.
       reference: What to measure by: `"min"`, the smallest contribution present;
         `"ema"`, the smallest of the populations' average norms, 9 parts past and 1 part
         present, which also speak for those absent from a batch; or the number of one
         population, if it is present, else as `"min"`. Static.
       floor: :math:`\phi \ge 0`; with 0 the bound always holds.
-      axis_name: Mesh axes to add contributions up over before norms are taken, for
-        `pmap` and `shard_map(check_vma=False)` with examples split over devices.
+      batch_axis_name: Mesh axes to add contributions up over before norms are taken,
+        for `pmap` and `shard_map(check_vma=False)` with examples split over devices.
         Static.
 
     Returns:
@@ -103,70 +108,69 @@ def clip_fair_groups(
     `Disparate impact in differential privacy from gradient misalignment
     <https://arxiv.org/abs/2206.07737>`_, 2023.
     """
-    num_groups = check_populations(2 if num_groups is None else num_groups)
-    bounds = check_bounds(Bounds(max_ratio, reference, floor), num_groups)
-    names = tuple(f"population_{k}" for k in range(num_groups))
-    members = Groups(names, ())
+    count = check_populations(2 if num_populations is None else num_populations)
+    bounds = check_bounds(Bounds(max_ratio, reference, floor), count)
+    members = Groups(tuple(f"population_{k}" for k in range(count)), ())
 
-    def init(params: Any) -> ClipState:
-        averages = jnp.zeros(num_groups, jnp.float32) if reference == "ema" else ()
-        kept = Populations(averages, ranks(params))
-        return ClipState(kept, fresh_metrics(params, members))
+    def init(groups: Groups, params: Any) -> FairGroupsState:
+        averages = jnp.zeros(count, jnp.float32) if reference == "ema" else ()
+        return FairGroupsState(averages, ranks(params))
 
-    def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        present: Any = None,
-        **extra_args: Any,
-    ) -> tuple[Any, ClipState]:
-        del extra_args
-        leaves, treedef = jax.tree.flatten(updates)
-        check_same_groups(state, members)
-        _check_contributions(leaves, num_groups)
+    def measure(updates: Any, groups: Groups, params: Any, kept: Any) -> tuple:
+        leaves = jax.tree.leaves(updates)
+        _check_contributions(leaves, count)
         made = "clipfx.per_example.population_grad makes them"
-        check_stacked(updates, params, state.rule_state.ranks, "populations", made)
-        counted = [jnp.asarray(x) for x in leaves if is_counted(x)]
-        wide = [widen(x) for x in counted]
-        if axis_name is not None:
-            wide = [jax.lax.psum(x, axis_name) for x in wide]
+        check_stacked(updates, params, kept.ranks, "populations", made)
+        wide = [widen(jnp.asarray(x)) for x in leaves if is_counted(x)]
+        if batch_axis_name is not None:
+            wide = [jax.lax.psum(x, batch_axis_name) for x in wide]
         wide = [_compat.lead_whole(x) for x in wide]
-        rows = [[x[k] for x in wide] for k in range(num_groups)]
-        present = _check_present(present, num_groups)
-        scales, norm, limit, averages = bound(
-            measure(rows), bounds, state.rule_state.averages, present
-        )
-        sums, factor = combine(rows, scales, norm), scales[0] * scales[1]
-        bounded = iter(narrow(x, y.dtype) for x, y in zip(sums, counted, strict=True))
-        out = [next(bounded) if is_counted(x) else jnp.zeros_like(x[0])
-               for x in leaves]  # fmt: skip
-        kept = state.rule_state._replace(averages=averages)
-        return treedef.unflatten(out), next_state(state, kept, norm, limit, factor)
+        rows = [[x[k] for x in wide] for k in range(count)]
+        norms = populations.measure(rows)
+        total = finite_norms(norms)[-1]
+        return each(norms), {"rows": rows, "all_norms": norms, "total": total}
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def rule(norm, kept, *, all_norms, present=None, **_) -> tuple:
+        present = _check_present(present, count)
+        limit, averages = bound(all_norms, bounds, kept.averages, present)
+        return limit, kept._replace(averages=averages)
+
+    def add_up(updates: Any, step: builder.Step) -> tuple[Any, jax.Array]:
+        sums = iter(combine(step.facts["rows"], step.factors, step.norm))
+        leaves, treedef = jax.tree.flatten(updates)
+        out = [narrow(next(sums), jnp.asarray(x).dtype) if is_counted(x)
+               else jnp.zeros_like(x[0]) for x in leaves]  # fmt: skip
+        return treedef.unflatten(out), step.factor()
+
+    return builder.by_norm(
+        Threshold(init, rule),
+        responses.hard,
+        groups=members,
+        nonfinite="zero",
+        measure=measure,
+        apply=add_up,
+    )
 
 
-def _check_contributions(leaves: Sequence[Any], num_groups: int) -> None:
+def _check_contributions(leaves: Sequence[Any], count: int) -> None:
     shapes = {jnp.shape(x) for x in leaves}
-    wrong = sorted(shape for shape in shapes if shape[:1] != (num_groups,))
+    wrong = sorted(shape for shape in shapes if shape[:1] != (count,))
     if wrong:
         raise ValueError(
-            f"updates must have an axis of num_groups={num_groups} populations first, "
-            f"got a leaf of shape {wrong[0]}; clipfx.per_example.population_grad makes "
-            "them."
+            f"updates must have an axis of num_populations={count} first, got "
+            f"shape {wrong[0]}; clipfx.per_example.population_grad makes such."
         )
 
 
-def _check_present(present: Any, num_groups: int) -> Any:
+def _check_present(present: Any, count: int) -> Any:
     if present is None:
         return None
     nobody = is_known(present) and not np.asarray(present).any()
     present = jnp.asarray(present)
-    if present.shape != (num_groups,) or present.dtype != jnp.bool_:
+    if present.shape != (count,) or present.dtype != jnp.bool_:
         raise ValueError(
-            f"present must be bool[{num_groups}], one entry for each population, got "
-            f"{present.dtype}{list(present.shape)}; False marks one without examples."
+            f"present must be bool[{count}], one entry for each population, "
+            f"got {present.dtype}{list(present.shape)}; False marks one that is absent."
         )
     if nobody:
         raise ValueError(

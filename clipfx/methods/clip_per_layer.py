@@ -1,20 +1,21 @@
 """One bound for each layer."""
 
-from typing import Any
-
 import optax
 
+from clipfx import responses
 from clipfx._core.checks import helpful
+from clipfx._types import AxisName, GroupSpec, Limit
 from clipfx.methods.clip_by_norm import clip_by_norm
 
 
 @helpful
 def clip_per_layer(
-    max_norm: Any,
+    max_norm: Limit,
     *,
-    groups: Any = "layer",
+    groups: GroupSpec = "layer",
+    response: responses.Response | None = None,
     ord: float | None = None,
-    axis_name: Any = None,
+    axis_name: AxisName | None = None,
     nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shortens the update of each layer where its norm exceeds a bound.
@@ -30,6 +31,7 @@ def clip_per_layer(
         schedule.
       groups: What a layer is: `"layer"`, leaves with the same parent; `"leaf"`; or
         a tree prefix of labels. See `clipfx.clip_by_norm`. Static.
+      response: See `clipfx.clip_by_norm`; None means `hard`. Static.
       ord: p of the norm, None for 2. Static. See `clipfx.clip_by_norm`.
       axis_name: See `clipfx.clip_by_norm`. Static.
       nonfinite: See `clipfx.clip_by_norm`. Static.
@@ -53,5 +55,10 @@ def clip_per_layer(
     Reference: none; common practice since Pascanu et al., 2013.
     """
     return clip_by_norm(
-        max_norm, groups=groups, ord=ord, axis_name=axis_name, nonfinite=nonfinite
+        max_norm,
+        groups=groups,
+        response=response,
+        ord=ord,
+        axis_name=axis_name,
+        nonfinite=nonfinite,
     )

@@ -1,30 +1,36 @@
 """Stable-SPAM: elements above the mean of the largest."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from clipfx import responses
+from clipfx._core import builder
 from clipfx._core.checks import check_number, helpful
-from clipfx._core.clip_factors import check_nonfinite, factors, finite_norms
 from clipfx._core.export import exportable
-from clipfx._core.groups import group_leaves
 from clipfx._core.leaves import map_counted, times
-from clipfx._core.norms import group_norms
 from clipfx._core.running_stats import (
     average,
     increment,
     unbiased_weight,
 )
-from clipfx._core.state import ClipState, check_same_groups, fresh_metrics, next_state
+from clipfx._types import AxisName, GroupSpec, Scalar
+from clipfx.thresholds import Threshold
 
 
-@exportable("clipfx.clip_spikes.Mean")
-class _Mean(NamedTuple):
-    """The average `[G]` of the largest elements, and the steps seen."""
+@exportable("clipfx.ClipSpikesState")
+class ClipSpikesState(NamedTuple):
+    """What `clip_spikes` learns.
+
+    Attributes:
+      count: int32, steps seen.
+      mean: float32 `[G]`, the average of the largest elements.
+
+    Reference: none.
+    """
 
     count: jax.Array
     mean: jax.Array
@@ -32,10 +38,10 @@ class _Mean(NamedTuple):
 
 @helpful
 def clip_spikes(
-    decay: Any = 0.999,
+    decay: Scalar = 0.999,
     *,
-    groups: Any = "leaf",
-    axis_name: Any = None,
+    groups: GroupSpec = "leaf",
+    axis_name: AxisName | None = None,
     nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Presses elements that stand out below the mean of the largest ones.
@@ -75,36 +81,37 @@ def clip_spikes(
     Reference: Huang et al., `Stable-SPAM <https://arxiv.org/abs/2502.17055>`_, 2025.
     """
     check_number("decay", decay, "[0, 1)", "0.999 is what the paper takes")
-    check_nonfinite(nonfinite)
 
-    def init(params):
-        members = group_leaves(groups, params)
-        mean = jnp.zeros(len(members.names), jnp.float32)
-        state = _Mean(jnp.zeros([], jnp.int32), mean)
-        return ClipState(state, fresh_metrics(params, members))
+    def init(groups, params):
+        mean = jnp.zeros(len(groups.names), jnp.float32)
+        return ClipSpikesState(jnp.zeros([], jnp.int32), mean)
 
-    def update(updates, state, params=None, **extra_args):
-        members = group_leaves(groups, updates)
-        check_same_groups(state, members)
-        norms = group_norms(updates, members, math.inf, axis_name)
-        count = increment(state.rule_state.count)
-        weight, mean = unbiased_weight(decay, count), state.rule_state.mean
-        peak = finite_norms(norms)
-        mean = average(weight, mean, peak)
-        before, factor = factors(norms, mean, responses.hard, nonfinite)
-        total, finite = before * factor, jnp.isfinite(peak)
+    def learn(peak, state, **_):
+        count = increment(state.count)
+        mean = average(unbiased_weight(decay, count), state.mean, peak)
+        return mean, ClipSpikesState(count, mean)
 
-        def press(x, i):
+    def press(updates, step):
+        (before, factor), finite = step.factors, jnp.isfinite(step.norm)
+        total = step.factor()
+
+        def one(x, i):
             size = jnp.abs(x)
-            above = size > mean[i].astype(size.dtype)
+            above = size > step.threshold[i].astype(size.dtype)
             spiked = (above & (total[i] < 1)) | ~finite[i]
             pressed = times(times(x, before[i]), factor[i])
             if nonfinite == "zero":
                 pressed = jnp.where(finite[i], pressed, jnp.zeros_like(x))
             return jnp.where(spiked, pressed, x)
 
-        pressed = map_counted(press, updates, members)
-        learned = _Mean(count, mean)
-        return pressed, next_state(state, learned, peak, mean, total)
+        return map_counted(one, updates, step.groups), total
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return builder.by_norm(
+        Threshold(init, learn),
+        responses.hard,
+        groups=groups,
+        ord=math.inf,
+        axis_name=axis_name,
+        nonfinite=nonfinite,
+        apply=press,
+    )

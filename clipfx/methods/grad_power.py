@@ -1,21 +1,23 @@
 """Powers of single elements."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 
+from clipfx._core import builder
 from clipfx._core.checks import check_number, helpful
-from clipfx._core.groups import group_leaves
+from clipfx._core.groups import counted_leaves
 from clipfx._core.leaves import (
-    _raise,
     map_counted,
+    signed_power,
+    widen,
 )
-from clipfx._core.state import no_state
+from clipfx._types import AxisName, Scalar
 
 
 @helpful
-def grad_power(power: Any = 1.2) -> optax.GradientTransformationExtraArgs:
+def grad_power(
+    power: Scalar = 1.2, *, axis_name: AxisName | None = None
+) -> optax.GradientTransformationExtraArgs:
     r"""Raises every element to a power, keeping its sign.
 
     .. math:: x_i \leftarrow \operatorname{sign}(x_i)\,|x_i|^p
@@ -26,16 +28,19 @@ def grad_power(power: Any = 1.2) -> optax.GradientTransformationExtraArgs:
 
     Args:
       power: p >= 0.
+      axis_name: Of the metrics alone. See `clipfx.clip_by_norm`. Static.
 
     Returns:
-      A transform without state. Updates `[...]` keep structure, shapes and dtypes.
+      A transform with `clipfx.ClipState`, whose metrics are `[1]`: the norm is the
+      largest magnitude. Updates `[...]` keep structure, shapes and dtypes.
 
     Raises:
       TypeError: If `power` is not a number.
       ValueError: If it is negative or not finite.
 
     Example:
-      >>> updates, _ = grad_power(2.0).update({"w": jnp.array([3.0, -0.5])}, ())
+      >>> tx, grads = grad_power(2.0), {"w": jnp.array([3.0, -0.5])}
+      >>> updates, _ = tx.update(grads, tx.init(grads))
       >>> updates["w"]
       Array([ 9.  , -0.25], dtype=float32)
 
@@ -43,9 +48,13 @@ def grad_power(power: Any = 1.2) -> optax.GradientTransformationExtraArgs:
     """
     check_number("power", power, "[0, inf)", "1.2 is what the paper takes")
 
-    def update(updates, state, params=None, **extra_args):
-        members = group_leaves("global", updates)
-        raised = lambda x, i: _raise(x, jnp.asarray(power), jnp.ones([]))
-        return map_counted(raised, updates, members), state
+    exponent = jnp.asarray(power)
 
-    return optax.GradientTransformationExtraArgs(no_state, update)
+    def change(updates, groups, state, params):
+        shaped = lambda x, i: signed_power(x, exponent, jnp.ones([]))
+        sizes = [jnp.abs(widen(x)) for x, _ in counted_leaves(updates, groups)]
+        became = lambda size: signed_power(size, exponent, jnp.ones([]))
+        raised = map_counted(shaped, updates, groups)
+        return builder.Parts(raised, state, sizes, None, became)
+
+    return builder.by_part(change, axis_name=axis_name)

@@ -1,6 +1,6 @@
 """Norms pulled to their average."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,22 @@ from clipfx._core.running_stats import (
     increment,
     unbiased_weight,
 )
+from clipfx._types import AxisName, GroupSpec, Scalar
 from clipfx.methods.clip_by_norm import clip_by_norm
 from clipfx.thresholds import Threshold
 
-_DECAY = "0.99 remembers about 100 steps"
 
+@exportable("clipfx.NormStabilizerState")
+class NormStabilizerState(NamedTuple):
+    """What `norm_stabilizer` learns.
 
-@exportable("clipfx.norm_stabilizer.Spread")
-class _Spread(NamedTuple):
-    """Mean and root mean square `[G]` of the norms, bias corrected."""
+    Attributes:
+      count: int32, steps seen.
+      mean: float32 `[G]`, of the norms, bias corrected.
+      rms: float32 `[G]`, their root mean square, bias corrected.
+
+    Reference: none.
+    """
 
     count: jax.Array
     mean: jax.Array
@@ -33,11 +40,12 @@ class _Spread(NamedTuple):
 
 @helpful
 def norm_stabilizer(
-    mean_decay: Any = 0.7,
-    square_decay: Any = 0.9,
+    mean_decay: Scalar = 0.7,
+    square_decay: Scalar = 0.9,
     *,
-    groups: Any = "leaf",
-    axis_name: Any = None,
+    groups: GroupSpec = "leaf",
+    ord: float | None = None,
+    axis_name: AxisName | None = None,
     nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gives each tensor a norm near 1, longer where the norms have been steady.
@@ -54,6 +62,7 @@ def norm_stabilizer(
       mean_decay: :math:`\gamma_1`, in [0, 1).
       square_decay: :math:`\gamma_2`, in [0, 1).
       groups: See `clipfx.clip_by_norm`. Static.
+      ord: See `clipfx.clip_by_norm`. Static.
       axis_name: See `clipfx.clip_by_norm`. Static.
       nonfinite: See `clipfx.clip_by_norm`. Static.
 
@@ -80,7 +89,7 @@ def norm_stabilizer(
 
     def init(groups, params):
         zeros = [jnp.zeros(len(groups.names), jnp.float32) for _ in range(2)]
-        return _Spread(jnp.zeros([], jnp.int32), *zeros)
+        return NormStabilizerState(jnp.zeros([], jnp.int32), *zeros)
 
     def update(norm, state, **_):
         count = increment(state.count)
@@ -89,12 +98,13 @@ def norm_stabilizer(
         weight = unbiased_weight(square_decay, count)
         rms = hypot(jnp.sqrt(1 - weight) * state.rms, jnp.sqrt(weight) * norm)
         became = divide(mean, jnp.where(rms > 0, rms, 1))
-        return became, _Spread(count, mean, rms)
+        return became, NormStabilizerState(count, mean, rms)
 
     return clip_by_norm(
         Threshold(init, update),
         groups=groups,
         response=responses.normalize,
+        ord=ord,
         axis_name=axis_name,
         nonfinite=nonfinite,
     )

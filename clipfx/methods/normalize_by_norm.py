@@ -1,21 +1,20 @@
 """Updates of one norm."""
 
-from typing import Any
-
 import optax
 
 from clipfx import responses
 from clipfx._core.checks import helpful
+from clipfx._types import AxisName, GroupSpec, Limit
 from clipfx.methods.clip_by_norm import clip_by_norm
 
 
 @helpful
 def normalize_by_norm(
-    target: Any = 1.0,
+    target_norm: Limit = 1.0,
     *,
-    groups: Any = "global",
+    groups: GroupSpec = "global",
     ord: float | None = None,
-    axis_name: Any = None,
+    axis_name: AxisName | None = None,
     nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gives every update the same norm, whether longer or shorter.
@@ -26,8 +25,8 @@ def normalize_by_norm(
     against each other: Adam divides the scale out again.
 
     Args:
-      target: :math:`c`: a number >= 0, an array `[G]`, a dict by group, or an Optax
-        schedule.
+      target_norm: :math:`c`: a number >= 0, an array `[G]`, a dict by group, or an
+        Optax schedule.
       groups: See `clipfx.clip_by_norm`. Static.
       ord: p of the norm, None for 2. Static. See `clipfx.clip_by_norm`.
       axis_name: See `clipfx.clip_by_norm`. Static.
@@ -49,7 +48,7 @@ def normalize_by_norm(
     <https://arxiv.org/abs/2002.03305>`_, 2020.
     """
     return clip_by_norm(
-        target,
+        target_norm,
         groups=groups,
         response=responses.normalize,
         ord=ord,

@@ -1,26 +1,26 @@
 """A running quantile of norms, in O(1)."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 
 from clipfx import responses
 from clipfx._core.checks import check_number, helpful
 from clipfx._core.running_stats import multiple
+from clipfx._types import AxisName, GroupSpec, Scalar
 from clipfx.methods.clip_by_norm import clip_by_norm
 from clipfx.thresholds import Threshold
 
 
 @helpful
 def quantile_clip(
-    quantile: Any = 0.5,
-    rate: Any = 0.2,
+    quantile: Scalar = 0.5,
+    step_size: Scalar = 0.2,
     *,
-    min_norm: Any = 0.0,
-    groups: Any = "global",
+    min_norm: Scalar = 0.0,
+    groups: GroupSpec = "global",
     response: responses.Response | None = None,
-    axis_name: Any = None,
+    ord: float | None = None,
+    axis_name: AxisName | None = None,
     nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clips at a quantile of the norms, tracked with one number per group.
@@ -34,11 +34,12 @@ def quantile_clip(
 
     Args:
       quantile: :math:`\gamma`, in [0, 1], the share of norms that stay as they are.
-      rate: :math:`\eta` > 0, by how much the logarithm of the threshold moves.
+      step_size: :math:`\eta` > 0, by how much the logarithm of the threshold moves.
       min_norm: :math:`c_{\min}`, which the threshold never falls below. Without it a
         loss that is fitted exactly takes the threshold to zero along with it.
       groups: See `clipfx.clip_by_norm`. Static.
       response: See `clipfx.clip_by_norm`; None means `hard`. Static.
+      ord: See `clipfx.clip_by_norm`. Static.
       axis_name: See `clipfx.clip_by_norm`. Static.
       nonfinite: See `clipfx.clip_by_norm`. Static.
 
@@ -61,7 +62,9 @@ def quantile_clip(
     clipping <https://arxiv.org/abs/2506.01396>`_, 2025.
     """
     check_number("quantile", quantile, "[0, 1]", "0.5 is the median")
-    check_number("rate", rate, "(0, inf)", "0.2 follows a change within some 30 steps")
+    check_number(
+        "step_size", step_size, "(0, inf)", "0.2 follows a change within some 30 steps"
+    )
     check_number("min_norm", min_norm, "[0, inf)", "0 sets no lower bound")
 
     def init(groups, params):
@@ -71,13 +74,14 @@ def quantile_clip(
         limit = jnp.maximum(jnp.where(limit > 0, limit, norm), min_norm)
         inside = (norm <= limit).astype(jnp.float32)
         # Its powers of e are in the range of float32.
-        growth = jnp.exp(jnp.clip(-rate * (inside - quantile), -80, 80))
+        growth = jnp.exp(jnp.clip(-step_size * (inside - quantile), -80, 80))
         return limit, jnp.maximum(multiple(growth, limit), min_norm)
 
     return clip_by_norm(
         Threshold(init, update),
         groups=groups,
         response=response or responses.hard,
+        ord=ord,
         axis_name=axis_name,
         nonfinite=nonfinite,
     )

@@ -1,24 +1,24 @@
 """Division by the smoothness that a gradient implies."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 
 from clipfx._core.checks import check_number, helpful
 from clipfx._core.leaves import divide
 from clipfx._core.running_stats import LARGEST
+from clipfx._types import AxisName, GroupSpec, Scalar
 from clipfx.methods.clip_by_norm import clip_by_norm
 from clipfx.thresholds import Threshold
 
 
 @helpful
 def smooth_norm(
-    l0: Any,
-    l1: Any,
+    l0: Scalar,
+    l1: Scalar,
     *,
-    groups: Any = "global",
-    axis_name: Any = None,
+    groups: GroupSpec = "global",
+    ord: float | None = None,
+    axis_name: AxisName | None = None,
     nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divides by the smoothness that the gradient's norm implies.
@@ -35,6 +35,7 @@ def smooth_norm(
       l0: :math:`L_0` >= 0, in units of curvature.
       l1: :math:`L_1` >= 0, in units of curvature per gradient norm; not both zero.
       groups: See `clipfx.clip_by_norm`. Static.
+      ord: See `clipfx.clip_by_norm`. Static.
       axis_name: See `clipfx.clip_by_norm`. Static.
       nonfinite: See `clipfx.clip_by_norm`. Static.
 
@@ -74,6 +75,7 @@ def smooth_norm(
         Threshold(lambda groups, params: (), half_way),
         groups=groups,
         response=respond,
+        ord=ord,
         axis_name=axis_name,
         nonfinite=nonfinite,
     )

@@ -6,22 +6,31 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from clipfx._core import builder
 from clipfx._core.checks import check_number, helpful
 from clipfx._core.export import exportable
-from clipfx._core.groups import group_leaves
-from clipfx._core.leaves import counted_zeros, narrow_counted, times, widen
-from clipfx._core.matching import check_state, places, put, take
+from clipfx._core.leaves import counted_zeros, divide, narrow_counted, times, widen
+from clipfx._core.matching import places, put, take
 from clipfx._core.running_stats import (
+    LARGEST,
     hypot,
     increment,
     is_before,
     multiple,
 )
+from clipfx._types import AxisName, Limit, Scalar
 
 
-@exportable("clipfx.spam_clip.Moment")
-class _Moment(NamedTuple):
-    """The root of the second moment of every element, and the steps seen."""
+@exportable("clipfx.SpamClipState")
+class SpamClipState(NamedTuple):
+    """What `spam_clip` learns.
+
+    Attributes:
+      count: int32, steps seen.
+      rms: The root of the second moment of every element, float32 or wider.
+
+    Reference: none.
+    """
 
     count: jax.Array
     rms: Any
@@ -29,7 +38,11 @@ class _Moment(NamedTuple):
 
 @helpful
 def spam_clip(
-    threshold: Any = 5000.0, *, decay: Any = 0.999, warmup_steps: Any = 20
+    threshold: Limit = 5000.0,
+    *,
+    decay: Scalar = 0.999,
+    warmup_steps: Scalar = 20,
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Bounds every element by a multiple of its own second moment.
 
@@ -45,10 +58,13 @@ def spam_clip(
       threshold: :math:`\theta` >= 0, of the square.
       decay: :math:`\beta`, in [0, 1), as of Adam's second moment.
       warmup_steps: Steps that learn without clipping, >= 1.
+      axis_name: Of the metrics alone. See `clipfx.clip_by_norm`. Static.
 
     Returns:
-      A transform whose state holds one number of float32 or wider for every element.
-      Updates `[...]` keep structure, shapes and dtypes.
+      A transform with `clipfx.ClipState`, whose rule's state holds one number of
+      float32 or wider for every element. Its metrics are `[1]`: the norm is the largest
+      ratio of an element to its bound, the share that of clipped elements. Updates
+      `[...]` keep structure, shapes and dtypes.
 
     Raises:
       TypeError: If an argument is not a number.
@@ -69,32 +85,37 @@ def spam_clip(
 
     def init(params):
         real = jax.tree.map(jnp.real, counted_zeros(params, wide=True))
-        return _Moment(jnp.zeros([], jnp.int32), real)
+        return SpamClipState(jnp.zeros([], jnp.int32), real)
 
-    def update(updates, state, params=None, **extra_args):
-        members = group_leaves("global", updates)
-        check_state(state, _Moment, "spam_clip")
+    def change(updates, groups, state, params):
         warming = is_before(state.count, warmup_steps)
 
         def bound(x, rms):
             size = jnp.abs(jnp.where(x == 0, 1, x))
             of = lambda v: jnp.asarray(v).astype(size.dtype)
             limit = multiple(jnp.sqrt(of(threshold)), rms)
-            spiked = (size > limit) & (rms > 0) & (x != 0) & ~warming
+            bounded = (rms > 0) & (x != 0) & ~warming
+            spiked = (size > limit) & bounded
             kept = jnp.where(spiked, limit, jnp.where(x == 0, 0, size))
             after = hypot(jnp.sqrt(of(decay)) * rms, jnp.sqrt(1 - of(decay)) * kept)
             learned = jnp.where(jnp.isfinite(x), after, rms)
+            over = divide(size, jnp.where(limit > 0, limit, size))
+            over = jnp.where(bounded, jnp.where(limit > 0, over, LARGEST), 0)
             if jnp.iscomplexobj(x):
-                return jnp.where(spiked, times(x, limit / size), x), learned
-            return jnp.where(spiked, jnp.where(x < 0, -limit, limit), x), learned
+                return jnp.where(spiked, times(x, limit / size), x), learned, over
+            return jnp.where(spiked, jnp.where(x < 0, -limit, limit), x), learned, over
 
-        at = places(state.rms, updates, members, "the state of spam_clip")
+        at = places(state.rms, updates, groups, "the state of spam_clip")
         leaves, treedef = jax.tree.flatten(updates)
-        roots = take(state.rms, at, updates)
-        for k, i in enumerate(members.index):
+        roots, sizes = take(state.rms, at, updates), []
+        for k, i in enumerate(groups.index):
             if i is not None:
-                leaves[k], roots[k] = bound(widen(jnp.asarray(leaves[k])), roots[k])
-        clipped = narrow_counted(treedef.unflatten(leaves), updates, members)
-        return clipped, _Moment(increment(state.count), put(state.rms, at, roots))
+                x = widen(jnp.asarray(leaves[k]))
+                leaves[k], roots[k], over = bound(x, roots[k])
+                sizes.append(over)
+        clipped = narrow_counted(treedef.unflatten(leaves), updates, groups)
+        learned = SpamClipState(increment(state.count), put(state.rms, at, roots))
+        became = lambda size: jnp.minimum(size, 1)
+        return builder.Parts(clipped, learned, sizes, 1.0, became)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return builder.by_part(change, init=init, axis_name=axis_name)

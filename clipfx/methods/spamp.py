@@ -1,41 +1,43 @@
 """SPAMP: large entries compressed by a power."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from clipfx import responses
+from clipfx._core import builder
 from clipfx._core.checks import check_choice, check_number, helpful
-from clipfx._core.clip_factors import check_nonfinite, exceeds, factors, finite_norms
+from clipfx._core.clip_factors import exceeds, factors, finite_norms
 from clipfx._core.export import exportable
-from clipfx._core.groups import group_leaves
 from clipfx._core.leaves import (
-    _raise,
     divide,
     narrow_counted,
     scale_groups,
+    signed_power,
     widen_counted,
 )
 from clipfx._core.norms import group_norms, group_sizes
 from clipfx._core.running_stats import average, increment, unbiased_weight
-from clipfx._core.state import (
-    ClipState,
-    check_same_groups,
-    fresh_metrics,
-    next_state,
-)
+from clipfx._types import AxisName, GroupSpec, Scalar
 from clipfx.methods.clip_by_norm import clip_by_norm
 from clipfx.thresholds import Threshold
 
 _Curve = Callable[[jax.Array], jax.Array]
 
 
-@exportable("clipfx.spamp.Mean")
-class _Mean(NamedTuple):
-    """The average `[G]`, and the steps seen."""
+@exportable("clipfx.SpampState")
+class SpampState(NamedTuple):
+    """What `spamp` learns.
+
+    Attributes:
+      count: int32, steps seen.
+      mean: float32 `[G]`, the average of the norms.
+
+    Reference: none.
+    """
 
     count: jax.Array
     mean: jax.Array
@@ -43,14 +45,14 @@ class _Mean(NamedTuple):
 
 @helpful
 def spamp(
-    decay: Any = 0.99,
-    min_power: Any = 0.7,
+    decay: Scalar = 0.99,
+    min_power: Scalar = 0.7,
     *,
     init: str = "first",
     power_of: str = "entry",
     curve: _Curve | None = None,
-    groups: Any = "leaf",
-    axis_name: Any = None,
+    groups: GroupSpec = "leaf",
+    axis_name: AxisName | None = None,
     nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Compresses large entries by a power, then projects on the ball of the mean norm.
@@ -111,7 +113,6 @@ def spamp(
     check_number("min_power", min_power, "(0, 1]", "0.7 is the lowest in the paper")
     check_choice("init", init, ("first", "zero", "debias"))
     check_choice("power_of", power_of, ("entry", "rms", "norm"))
-    check_nonfinite(nonfinite)
     if curve is not None and not callable(curve):
         raise TypeError(
             f"curve must be a function from ratios to powers, got {curve!r}; None is "
@@ -120,7 +121,7 @@ def spamp(
 
     def fresh(groups, params):
         mean = jnp.zeros(len(groups.names), jnp.float32)
-        return _Mean(jnp.zeros([], jnp.int32), mean)
+        return SpampState(jnp.zeros([], jnp.int32), mean)
 
     def learn(norm, state, **_):
         count = increment(state.count)
@@ -130,7 +131,7 @@ def spamp(
         elif init == "first":
             weight = jnp.where(count == 1, 1, weight)
         mean = average(weight, state.mean, norm)
-        return mean, _Mean(count, mean)
+        return mean, SpampState(count, mean)
 
     def power_at(norm, limit):
         above = (limit > 0) & exceeds(
@@ -143,7 +144,7 @@ def spamp(
 
     if power_of == "norm":
 
-        def compress(norm, limit):
+        def shape(norm, limit):
             usable = (norm > 0) & (limit > 0) & (limit < jnp.inf)
             n, c = jnp.where(usable, norm, 1), jnp.where(usable, limit, 1)
             power = power_at(n, c)
@@ -154,34 +155,34 @@ def spamp(
         return clip_by_norm(
             Threshold(fresh, learn),
             groups=groups,
-            response=compress,
+            response=shape,
             axis_name=axis_name,
             nonfinite=nonfinite,
         )
 
-    def begin(params):
-        members = group_leaves(groups, params)
-        return ClipState(fresh(members, params), fresh_metrics(params, members))
-
-    def update(updates, state, params=None, **extra_args):
-        members = group_leaves(groups, updates)
-        check_same_groups(state, members)
-        norm = finite_norms(group_norms(updates, members, axis_name=axis_name))
-        limit, learned = learn(norm, state.rule_state)
+    def compress(updates, step):
+        members, norm = step.groups, step.norm
+        limit = step.threshold.astype(norm.dtype)
         power, unit = power_at(norm, limit), jnp.ones_like(norm)
         if power_of == "rms":
             root = jnp.sqrt(group_sizes(updates, members, axis_name))
             unit = jnp.where(limit > 0, limit / jnp.maximum(root, 1), 1)
-        raised = lambda x, i: _raise(x, power[i], unit[i])
-        shaped = widen_counted(raised, updates, members)
+        one = lambda x, i: signed_power(x, power[i], unit[i])
+        shaped = widen_counted(one, updates, members)
         norms = group_norms(shaped, members, axis_name=axis_name)
         before, factor = factors(norms, limit, responses.hard, nonfinite)
         drop = ~jnp.isfinite(norm) if nonfinite == "zero" else None
         clipped = scale_groups(shaped, members, before, factor, drop=drop)
-        clipped = narrow_counted(clipped, updates, members)
         became = finite_norms(norms) * (before * factor).astype(jnp.float32)
         total = divide(became, jnp.where(norm > 0, norm, 1))
-        total = jnp.where(norm > 0, total, 1)
-        return clipped, next_state(state, learned, norm, limit, total)
+        clipped = narrow_counted(clipped, updates, members)
+        return clipped, jnp.where(norm > 0, total, 1)
 
-    return optax.GradientTransformationExtraArgs(begin, update)
+    return builder.by_norm(
+        Threshold(fresh, learn),
+        responses.hard,
+        groups=groups,
+        axis_name=axis_name,
+        nonfinite=nonfinite,
+        apply=compress,
+    )

@@ -1,6 +1,6 @@
 """Where a clipped step and weight decay hold each other."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from clipfx._core.export import exportable
 from clipfx._core.groups import group_leaves
 from clipfx._core.matching import places, take
 from clipfx._core.norms import cosines, measure_together
+from clipfx._types import AxisName, GroupSpec, Scalar, Tree
 
 
 @exportable("clipfx.WeightDecayBalance")
@@ -46,14 +47,14 @@ class WeightDecayBalance(NamedTuple):
 
 @helpful
 def weight_decay_balance(
-    updates: Any,
-    params: Any,
+    updates: Tree,
+    params: Tree,
     *,
-    weight_decay: Any,
-    learning_rate: Any,
+    weight_decay: Scalar,
+    learning_rate: Scalar,
     scaled: bool = True,
-    groups: Any = "layer",
-    axis_name: Any = None,
+    groups: GroupSpec = "layer",
+    axis_name: AxisName | None = None,
 ) -> WeightDecayBalance:
     r"""Finds the thresholds at which a clipped step cancels weight decay.
 

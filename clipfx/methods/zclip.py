@@ -1,6 +1,6 @@
 """ZClip: norms that stand out by their z-score."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,22 @@ import optax
 from clipfx._core.checks import check_choice, check_number, helpful
 from clipfx._core.export import exportable
 from clipfx._core.running_stats import LARGEST, hypot, increment, is_before, multiple
+from clipfx._types import AxisName, GroupSpec, Limit, Scalar
 from clipfx.methods.clip_by_norm import clip_by_norm
 from clipfx.thresholds import Threshold
 
 
-@exportable("clipfx.zclip.Spread")
-class _Spread(NamedTuple):
-    """Mean and standard deviation `[G]` of the norms, and the steps seen."""
+@exportable("clipfx.ZClipState")
+class ZClipState(NamedTuple):
+    """What `zclip` learns.
+
+    Attributes:
+      count: int32, steps seen.
+      mean: float32 `[G]`, of the norms.
+      std: float32 `[G]`, of the norms.
+
+    Reference: none.
+    """
 
     count: jax.Array
     mean: jax.Array
@@ -24,16 +33,17 @@ class _Spread(NamedTuple):
 
 @helpful
 def zclip(
-    z_threshold: Any = 2.5,
+    z_threshold: Scalar = 2.5,
     *,
-    decay: Any = 0.97,
-    max_norm: Any = float("inf"),
-    clip_factor: Any = 1.0,
-    warmup_steps: Any = 25,
-    target: str = "reciprocal",
+    decay: Scalar = 0.97,
+    max_norm: Limit = float("inf"),
+    clip_factor: Scalar = 1.0,
+    warmup_steps: Scalar = 25,
+    clip_to: str = "reciprocal",
     learn_spikes: bool | None = None,
-    groups: Any = "global",
-    axis_name: Any = None,
+    groups: GroupSpec = "global",
+    ord: float | None = None,
+    axis_name: AxisName | None = None,
     nonfinite: str = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Cuts back the norms that stand out from the last ones.
@@ -66,10 +76,11 @@ def zclip(
       clip_factor: f, in (0, 1]; 0.5 to 0.9 is aggressive. It scales the mean as well.
       warmup_steps: Steps to collect norms from, >= 1. A spike among them inflates the
         deviation for long afterwards.
-      target: `"reciprocal"`, `"mean"` or `"edge"`. Static.
+      clip_to: `"reciprocal"`, `"mean"` or `"edge"`. Static.
       learn_spikes: Whether the statistics learn :math:`n^*` at a spike (None, True) or
         nothing (False). Static.
       groups: See `clipfx.clip_by_norm`. Static.
+      ord: See `clipfx.clip_by_norm`. Static.
       axis_name: See `clipfx.clip_by_norm`. Static.
       nonfinite: See `clipfx.clip_by_norm`. Static.
 
@@ -80,7 +91,7 @@ def zclip(
 
     Raises:
       TypeError: If an argument is of the wrong kind.
-      ValueError: If a number is out of range, or `target` unknown.
+      ValueError: If a number is out of range, or `clip_to` unknown.
 
     Example:
       >>> tx = optax.chain(zclip(max_norm=1.0), optax.adamw(3e-4))
@@ -96,11 +107,11 @@ def zclip(
     check_number("max_norm", max_norm, "[0, inf]", "math.inf sets no bound besides")
     check_number("clip_factor", clip_factor, "(0, 1]", "1 is what the paper takes")
     check_number("warmup_steps", warmup_steps, "[1, inf)", "25 is the usual number")
-    check_choice("target", target, ("reciprocal", "mean", "edge"))
+    check_choice("clip_to", clip_to, ("reciprocal", "mean", "edge"))
 
     def init(groups, params):
         zeros = [jnp.zeros(len(groups.names), jnp.float32) for _ in range(2)]
-        return _Spread(jnp.zeros([], jnp.int32), *zeros)
+        return ZClipState(jnp.zeros([], jnp.int32), *zeros)
 
     def update(norm, state, **_):
         count, mean, std = state
@@ -108,11 +119,11 @@ def zclip(
         margin = multiple(z_threshold, jnp.maximum(std, 1e-6 * mean))
         edge = 2 * jnp.minimum(mean / 2 + margin / 2, LARGEST / 2)
         spike = (norm > edge) & ~warming
-        if target == "reciprocal":
+        if clip_to == "reciprocal":
             share = jnp.where(spike, margin, 0) / jnp.where(spike, norm - mean, 1)
             after = (mean + margin * share) * clip_factor
         else:
-            after = mean if target == "mean" else edge
+            after = mean if clip_to == "mean" else edge
         after = jnp.where(spike, after, edge)
         limit = jnp.minimum(jnp.where(warming, LARGEST, after), max_norm)
 
@@ -128,11 +139,12 @@ def zclip(
             ignored = spike & ~jnp.asarray(learn_spikes).astype(bool)
             pairs = zip(state[1:], learned, strict=True)
             learned = [jnp.where(ignored, old, new) for old, new in pairs]
-        return limit, _Spread(increment(count), *learned)
+        return limit, ZClipState(increment(count), *learned)
 
     return clip_by_norm(
         Threshold(init, update),
         groups=groups,
+        ord=ord,
         axis_name=axis_name,
         nonfinite=nonfinite,
     )

@@ -17,19 +17,24 @@ already, and `explain` tells what each parameter costs.
 from clipfx.per_example.clip_per_example import clip_per_example
 from clipfx.per_example.clipped_grad import ClippedGrad, clipped_grad
 from clipfx.per_example.engine.clip import PerExample
-from clipfx.per_example.explain import explain
+from clipfx.per_example.engine.rules import Rule, register_rule
+from clipfx.per_example.explain import ExplainRow, Report, explain
 from clipfx.per_example.fair_grad import PerPopulation, fair_grad
 from clipfx.per_example.norms import norms
 from clipfx.per_example.population_grad import population_grad
 
 __all__ = [
     "ClippedGrad",
+    "ExplainRow",
     "PerExample",
     "PerPopulation",
+    "Report",
+    "Rule",
     "clip_per_example",
     "clipped_grad",
     "explain",
     "fair_grad",
     "norms",
     "population_grad",
+    "register_rule",
 ]

@@ -11,14 +11,21 @@ import optax
 
 from clipfx import _compat, responses
 from clipfx._core.checks import check_choice, helpful
-from clipfx._core.clip_factors import exceeds, factors, finite_norms
+from clipfx._core.clip_factors import SLACK, exceeds, factors, finite_norms
 from clipfx._core.groups import Groups, counted_leaves, group_leaves
 from clipfx._core.leaves import narrow, times, widen, widest
 from clipfx._core.norms import Norms
 from clipfx._core.paths import check_stacked, ranks
 from clipfx._core.reductions import Layout, axes_apart, combine
 from clipfx._core.safe_sums import abs_power, add_up, largest, reciprocal_power_of_two
-from clipfx._core.state import ClipMetrics, ClipState, check_same_groups, fresh_metrics
+from clipfx._core.state import (
+    ClipMetrics,
+    ClipState,
+    check_same_groups,
+    fresh_metrics,
+    joint_norm,
+)
+from clipfx._types import AxisName, GroupSpec, Limit
 from clipfx.per_example.engine.clip import with_rounding_margin
 from clipfx.per_example.engine.thresholds import check_limit, limits
 from clipfx.per_example.engine.trace import batch_size
@@ -26,12 +33,12 @@ from clipfx.per_example.engine.trace import batch_size
 
 @helpful
 def clip_per_example(
-    max_norm: Any,
+    max_norm: Limit,
     *,
-    groups: Any = "global",
+    groups: GroupSpec = "global",
     response: responses.Response | None = None,
     reduce: str = "mean",
-    axis_name: Any = None,
+    batch_axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Bounds each example's gradient in stacked updates, and reduces them to one.
 
@@ -52,9 +59,9 @@ def clip_per_example(
       groups: Which leaves share a norm, see `clipfx.clip_by_norm`. Static.
       response: From norms and thresholds to new norms, None for `hard`. Static.
       reduce: `"mean"` over the B examples, dropped ones included, or `"sum"`. Static.
-      axis_name: The mesh axes that examples are split over, a name or a tuple of names,
-        `()` for none. Needed in `shard_map`, whose types do not tell these axes from
-        those that parameters are split over; and in `pmap` and under
+      batch_axis_name: The mesh axes that examples are split over, a name or a tuple of
+        names, `()` for none. Needed in `shard_map`, whose types do not tell these axes
+        from those that parameters are split over; and in `pmap` and under
         `check_vma=False`, where nothing tells, and all but these are taken to hold the
         same. Static.
 
@@ -67,7 +74,7 @@ def clip_per_example(
       TypeError: If an argument is of the wrong kind.
       ValueError: If a threshold is negative or does not fit the groups, `reduce` is
         unknown, updates have no common axis of examples, or they are split in
-        `shard_map` and `axis_name` says nothing of it.
+        `shard_map` and `batch_axis_name` says nothing of it.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -99,7 +106,12 @@ def clip_per_example(
         advice = "jax.vmap(jax.grad(loss), (None, 0)) makes such"
         check_stacked(updates, params, state.rule_state, "examples", advice)
         size = batch_size((updates,), (0,))
-        axes = axes_apart(updates, axis_name, "the examples of clip_per_example")
+        axes = axes_apart(
+            updates,
+            batch_axis_name,
+            "batch_axis_name",
+            "the examples of clip_per_example",
+        )
         over = functools.partial(_add_up, axes=axes)
         norms = _norms(updates, members, axes)
         limit = limits(max_norm, members, size).astype(norms.value.dtype)
@@ -164,13 +176,18 @@ def _next(
     total = lambda x: over(jnp.where(finite, x.astype(jnp.float32), 0).sum(0))
     count = lambda x: over(x.astype(jnp.int32).sum(0))
     number = jnp.maximum(total(every), 1)
+    joint = jax.vmap(joint_norm)(norm)[:, None]
+    clipped = finite & exceeds(norm, limit)
     return state._replace(
         metrics=ClipMetrics(
             norm=total(norm) / number,
+            total=(total(joint) / jnp.maximum(total(jnp.ones_like(joint)), 1))[0],
             threshold=limit.max(0, initial=0).astype(jnp.float32),
             factor=total(factor) / number,
+            share=total(clipped) / number,
             steps=seen.steps + count(every),
-            clipped=seen.clipped + count(finite & exceeds(norm, limit)),
+            clipped=seen.clipped + count(clipped),
+            lifted=seen.lifted + count(finite & (factor > 1 + SLACK)),
             nonfinite=seen.nonfinite + count(~finite & every),
             groups=seen.groups,
         )

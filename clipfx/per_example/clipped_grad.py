@@ -12,9 +12,15 @@ from clipfx import responses
 from clipfx._core.checks import check_choice, helpful
 from clipfx._core.groups import group_leaves
 from clipfx._core.leaves import widen
+from clipfx._types import AxisName, GroupSpec, Limit, LossFn, Positions
 from clipfx.per_example.engine import clip, trace
 from clipfx.per_example.engine.clip import PerExample
-from clipfx.per_example.engine.microbatch import check_step, in_parts, measuring
+from clipfx.per_example.engine.microbatch import (
+    check_step,
+    in_parts,
+    measuring,
+    reduced,
+)
 from clipfx.per_example.engine.thresholds import check_limit, limits
 from clipfx.per_example.engine.trace import Signature
 
@@ -30,7 +36,8 @@ class ClippedGrad:
       response: What happens to a norm.
       ord: p of the norm.
       microbatch_size: How many examples at a time.
-      axis_name: Mesh axes to add up over.
+      reduce: `"sum"` or `"mean"`.
+      batch_axis_name: Mesh axes to add up over.
 
     Reference: none.
     """
@@ -41,7 +48,8 @@ class ClippedGrad:
     response: responses.Response
     ord: int
     microbatch_size: int | None
-    axis_name: Any
+    reduce: str
+    batch_axis_name: Any
 
     __name__ = "clipped_grad"  # of the compiled function
 
@@ -91,8 +99,7 @@ class ClippedGrad:
         if limit is not None:
             limit = jnp.broadcast_to(limit, (size, limit.shape[1]))
         sums, info = self._parts(some, args, keep, limit, size)
-        if self.axis_name is not None:
-            sums = [jax.lax.psum(x, self.axis_name) for x in sums]
+        sums = reduced(sums, info.value, keep, self.reduce, self.batch_axis_name)
         return jax.tree.structure(params).unflatten(sums), info
 
     def _parts(
@@ -128,6 +135,11 @@ class ClippedGrad:
         relations = ("add_or_remove_one", "replace_one", "replace_special")
         check_choice("relation", relation, relations)
         check_bounded(self.response)
+        if self.reduce != "sum":
+            raise ValueError(
+                f'reduce must be "sum" for a sensitivity, got {self.reduce!r}; divide '
+                "by an expected batch size after the noise, as privacy.dp_grad does."
+            )
         limit = self.max_norm if max_norm is None else max_norm
         if callable(limit):
             raise ValueError(
@@ -162,17 +174,19 @@ def check_bounded(response: responses.Response) -> None:
 
 @helpful
 def clipped_grad(
-    fun: Callable,
-    max_norm: Any,
+    fun: LossFn,
+    max_norm: Limit,
     *,
-    argnums: int | tuple[int, ...] = 0,
-    batch_argnums: int | tuple[int, ...] = 1,
+    argnums: Positions = 0,
+    batch_argnums: Positions = 1,
     has_aux: bool = False,
-    groups: Any = "global",
-    response: responses.Response = responses.hard,
-    ord: int = 2,
+    groups: GroupSpec = "global",
+    response: responses.Response | None = None,
+    ord: int | None = None,
+    norm_method: Any = "auto",
     microbatch_size: int | None = None,
-    axis_name: Any = None,
+    reduce: str = "sum",
+    batch_axis_name: AxisName | None = None,
 ) -> ClippedGrad:
     r"""Sums the gradients of a batch, each example's bounded, at one gradient's price.
 
@@ -184,7 +198,7 @@ def clipped_grad(
     No gradient of a single example is formed where it can be helped: the loss is
     traced once, norms come from what each equation that uses a parameter has seen and
     from the gradient of its output, and sums from the same. Right for every loss of one
-    example that JAX can differentiate; `explain` tells which road each parameter takes.
+    example that JAX can differentiate; `explain` tells how each norm is found.
 
     The result is a *sum*, in float32 or wider whatever the dtype of the parameters:
     rounded to bfloat16 it would have no provable sensitivity. Divide it, cast it, pass
@@ -199,20 +213,29 @@ def clipped_grad(
     Args:
       fun: `fun(params, example, ...)` returns the loss of one example, a scalar.
       max_norm: :math:`c`: a number >= 0, `[G]`, a dict by group name, or a function of
-        the norms of a batch; can be given at each call, also for every example.
+        the norms of a batch; can be given at each call, also for every example,
+        `[B, 1]` or `[B, G]`.
       argnums: Which arguments to differentiate, as in `jax.grad`. Static.
       batch_argnums: Which arguments have an axis of examples in front: trees of arrays
         `[B, ...]`. All others are the same for every example. Static.
       has_aux: Whether `fun` returns `(loss, aux)`. Static.
       groups: Which leaves share a norm, see `clipfx.clip_by_norm`. Static.
       response: From norms and thresholds to new norms, one of `clipfx.responses` or
-        your own.
-      ord: p of the norm, 2 or 1. The 1-norm, for Laplace noise, has a cheap road where
-        an example uses a parameter once; all others are instantiated. Static.
+        your own; None means `hard`.
+      ord: p of the norm, 2 or 1; None means 2. The 1-norm, for Laplace noise, has a
+        cheap method where an example uses a parameter once; all others are
+        instantiated. Static.
+      norm_method: How norms are found: `"auto"`, the cheapest way by a count of FLOPs
+        and bytes; `"ghost"`, without forming an example's gradient wherever that can
+        be; `"instantiate"`, by forming it; or a tree prefix of these. The result is the
+        same to rounding. Static.
       microbatch_size: How many examples at a time, by a scan; None takes all. Bounds
         memory, the result is the same. A function of norms needs one more pass. Static.
-      axis_name: Mesh axes to add up over, for `pmap` and `shard_map(check_vma=False)`;
-        under `jit` and `shard_map` this happens by itself. Static.
+      reduce: `"sum"`, or `"mean"` over the examples that `where` keeps, also over
+        devices. Static.
+      batch_axis_name: Mesh axes to add up over, for `pmap` and
+        `shard_map(check_vma=False)`; under `jit` and `shard_map` this happens by
+        itself. Static.
 
     Returns:
       A function of the same arguments, batches in place of examples, and `where=`
@@ -244,12 +267,17 @@ def clipped_grad(
     optimization on large model at small cost <https://arxiv.org/abs/2210.00038>`_,
     2023.
     """
-    signature = Signature(fun, argnums, batch_argnums, has_aux)
-    trace.check_signature(signature)
-    responses.check_response(response)
+    signature = Signature(fun, argnums, batch_argnums, has_aux, norm_method)
+    trace.check_signature(signature, "where", "max_norm")
     check_limit(max_norm)
-    trace.check_ord(ord)
-    microbatch_size = check_step(microbatch_size)
+    check_choice("reduce", reduce, ("sum", "mean"))
     return ClippedGrad(
-        signature, max_norm, groups, response, ord, microbatch_size, axis_name
+        signature=signature,
+        max_norm=max_norm,
+        groups=groups,
+        response=responses.check_response(response),
+        ord=trace.check_ord(ord),
+        microbatch_size=check_step(microbatch_size),
+        reduce=reduce,
+        batch_axis_name=batch_axis_name,
     )

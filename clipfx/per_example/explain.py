@@ -1,46 +1,95 @@
-"""Which road each parameter takes, what it costs, and why."""
+"""How each parameter's norms are found, what that costs, and why."""
 
 import collections
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from clipfx._core.paths import leaves_with_path
+from clipfx._types import LossFn, Positions
 from clipfx.per_example.engine import trace
-from clipfx.per_example.engine.cost_model import factored_cost
+from clipfx.per_example.engine.cost_model import BIAS_SUM, factored_cost
 from clipfx.per_example.engine.outer_products import sizes
-from clipfx.per_example.engine.plan import Plan
-from clipfx.per_example.engine.sites import ADD
+from clipfx.per_example.engine.plan import INSTANTIATED, Plan
 from clipfx.per_example.engine.trace import Signature
+
+# More elements than this are worth a word where a gradient is formed for each example.
+LARGE = 1_000_000
+
+
+class ExplainRow(NamedTuple):
+    """What is known of one leaf.
+
+    Attributes:
+      leaf: Its name.
+      shape: Its shape.
+      method: How the norm of its gradient is found.
+      sites: The equations that use it, by name, and how many of each.
+      flops: Of the norm of one example, beyond an ordinary gradient.
+      bytes: Moved for it, in float32.
+      because: What kept it from a cheaper method.
+
+    Reference: none.
+    """
+
+    leaf: str
+    shape: tuple[int, ...]
+    method: str
+    sites: dict[str, int]
+    flops: int
+    bytes: int
+    because: str
+
+
+class Report(NamedTuple):
+    """What `explain` tells; `str` of it is a table.
+
+    Attributes:
+      rows: One `ExplainRow` for each leaf.
+      notes: Sentences about the whole program, and warnings.
+
+    Reference: none.
+    """
+
+    rows: tuple[ExplainRow, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """The table, and the notes below it."""
+        head = ("leaf", "shape", "method", "used in", "FLOPs", "bytes", "because")
+        cells = [(row.leaf, str(list(row.shape)), row.method, _used(row.sites),
+                  f"{row.flops:,}", f"{row.bytes:,}", row.because)
+                 for row in self.rows]  # fmt: skip
+        return "\n".join([_aligned([head, *cells]), *self.notes])
 
 
 def explain(
-    fun: Callable,
+    fun: LossFn,
     *args: Any,
-    argnums: int | tuple[int, ...] = 0,
-    batch_argnums: int | tuple[int, ...] = 1,
+    argnums: Positions = 0,
+    batch_argnums: Positions = 1,
     has_aux: bool = False,
+    ord: int | None = None,
+    norm_method: Any = "auto",
     **kwargs: Any,
-) -> str:
+) -> Report:
     r"""Tells how `clipped_grad` will measure each parameter's gradient, and why so.
 
     =============== ==================================================================
-    road            squared norm of one example's gradient
+    method          squared norm of one example's gradient
     =============== ==================================================================
-    direct          of what is added: :math:`\|\sum_t d_t\|^2`
+    bias sum        of what is added: :math:`\|\sum_t d_t\|^2`
     outer product   :math:`|u|^2 |v|^2`, for one position
     Gram            :math:`\sum_{t,s} (u_t^T u_s)(v_t^T v_s)`, for several
     segment sum     gradients of a look-up, added up by row
-    formed          the gradient is formed after a loop, for each example
-    instantiated    the gradient is formed, for each example
+    instantiated    of the gradient itself, formed for each example
     unused          0
     =============== ==================================================================
 
     FLOPs and bytes are those of the norm of one example, beyond an ordinary gradient,
-    which the cheapest road has the fewest of: a word that is formed and moved is
+    which the cheapest method has the fewest of: a word that is formed and moved is
     counted like some hundred multiplications.
 
     Args:
@@ -50,11 +99,15 @@ def explain(
       argnums: See `clipped_grad`.
       batch_argnums: Which arguments are the example's.
       has_aux: See `clipped_grad`.
+      ord: See `clipped_grad`.
+      norm_method: See `clipped_grad`.
       kwargs: Of the loss.
 
     Returns:
-      A table, a line for each leaf: its name and shape, the road, the equations where
-      it is used, FLOPs and bytes, and what kept it from a cheaper road.
+      A `Report`: a row for each leaf, with its name and shape, the method, the
+      equations that use it, FLOPs and bytes, and what kept it from a cheaper one; and a
+      warning for each large leaf whose gradient is formed for every example. `print`
+      shows it as a table.
 
     Raises:
       TypeError: See `clipped_grad`.
@@ -66,14 +119,15 @@ def explain(
       ...     return jnp.tanh(x @ params["w"] + jnp.sin(params["b"])).sum()
       >>> params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
       >>> print(clipfx.per_example.explain(loss, params, jnp.ones(3)))
-      leaf  shape   road           used in      FLOPs  bytes  because
+      leaf  shape   method         used in      FLOPs  bytes  because
       b     [4]     instantiated   -                8     48  sin
       w     [3, 4]  outer product  dot_general     14     28
 
     Reference: none.
     """
-    signature = Signature(fun, argnums, batch_argnums, has_aux)
+    signature = Signature(fun, argnums, batch_argnums, has_aux, norm_method)
     trace.check_signature(signature)
+    p = trace.check_ord(ord)
     leaves, treedef = jax.tree.flatten((args, kwargs))
     # Numbers of Python's stay what they are, all else need only have a shape.
     shaped = [k for k, x in enumerate(leaves) if hasattr(x, "shape")]
@@ -86,54 +140,65 @@ def explain(
         filled = list(filled)
         for k in trace.numbers(signature, "batch_argnums", len(args)):
             filled[k] = jax.tree.map(lambda x: jnp.asarray(x)[None], filled[k])
-        traced.append(trace.prepare(signature, filled, kwargs))
+        traced.append(trace.prepare(signature, filled, kwargs, ord=p))
 
     jax.eval_shape(follow, [leaves[k] for k in shaped])
     (call,) = traced
     plan = call.program.plan
-    rows: list[tuple[str, ...]] = []
-    rows.append(("leaf", "shape", "road", "used in", "FLOPs", "bytes", "because"))
+    rows, notes = [], []
     for k, (path, leaf) in enumerate(leaves_with_path(call.params)):
-        name = jax.tree_util.keystr(path, simple=True, separator="/") or "(root)"
-        flops, moved = _cost(plan, k, math.prod(jnp.shape(leaf)))
-        used = collections.Counter(site.kind for site, _ in plan.uses[k])
-        where = ", ".join(
-            f"{n} x {kind}" if n > 1 else kind for kind, n in used.items()
+        size = math.prod(jnp.shape(leaf))
+        row = ExplainRow(
+            leaf=jax.tree_util.keystr(path, simple=True, separator="/") or "(root)",
+            shape=jnp.shape(leaf),
+            method=plan.methods[k],
+            sites=dict(collections.Counter(site.name for site, _ in plan.uses[k])),
+            flops=_cost(plan, k, size)[0],
+            bytes=_cost(plan, k, size)[1],
+            because=", ".join(dict.fromkeys(plan.reasons[k])) or _why(plan, k),
         )
-        because = ", ".join(dict.fromkeys(plan.reasons[k])) or _why(plan, k)
-        rows.append((name, str(list(jnp.shape(leaf))), plan.roads[k], where or "-",
-                     f"{flops:,}", f"{moved:,}", because))  # fmt: skip
+        rows.append(row)
+        if row.method == INSTANTIATED and size > LARGE:
+            notes.append(
+                f"Warning: for every example {size * 4 / 1e6:,.0f} MB of {row.leaf!r} "
+                f"are formed ({row.because}); microbatch_size bounds the memory."
+            )
     if plan.remat:
-        note = "\nThe program rematerializes: norms take one pass, the sum a second."
-    else:
-        note = ""
-    return _aligned(rows) + note
+        notes.append(
+            "The program rematerializes: norms take one pass, the sum a second."
+        )
+    return Report(tuple(rows), tuple(notes))
+
+
+def _used(sites: dict[str, int]) -> str:
+    names = (f"{n} x {name}" if n > 1 else name for name, n in sites.items())
+    return ", ".join(names) or "-"
 
 
 def _cost(plan: Plan, leaf: int, size: int) -> tuple[int, int]:
     """FLOPs and bytes of the norm, float32."""
-    road = plan.roads[leaf]
-    if road == "unused":
+    method = plan.methods[leaf]
+    if method == "unused":
         return 0, 0
-    if road in ("formed", "instantiated"):
+    if method == INSTANTIATED:
         return 2 * size, 3 * 4 * size
-    if road == "direct":
+    if method == BIAS_SUM:
         return 2 * size, 4 * size
     words = 0
     for site, part in plan.uses[leaf]:
-        if site.kind not in ADD:
+        if not site.adds:
             s, t, k, n = sizes(site, part)
             words += s * t * (k + n)
     return 2 * factored_cost(plan.uses[leaf])[1], 4 * words
 
 
 def _why(plan: Plan, leaf: int) -> str:
-    road = plan.roads[leaf]
-    if road not in ("formed", "instantiated"):
+    if plan.methods[leaf] != INSTANTIATED:
         return ""
-    if all(site.kind in ADD for site, _ in plan.uses[leaf]):
+    if all(site.adds for site, _ in plan.uses[leaf]):
         return "added in several places"
-    return f"cheaper than {factored_cost(plan.uses[leaf])[0]}"
+    when = "" if leaf in plan.differentiated else "after loops, "
+    return f"{when}cheaper than {factored_cost(plan.uses[leaf])[0]}"
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from clipfx._core.checks import helpful
 from clipfx._core.groups import group_leaves
+from clipfx._types import GroupSpec, LossFn, Positions
 from clipfx.per_example.engine import trace
 from clipfx.per_example.engine.clip import PerExample
 from clipfx.per_example.engine.microbatch import check_step, in_parts, measuring
@@ -13,13 +14,14 @@ from clipfx.per_example.engine.trace import Signature
 
 @helpful
 def norms(
-    fun: Callable,
+    fun: LossFn,
     *,
-    argnums: int | tuple[int, ...] = 0,
-    batch_argnums: int | tuple[int, ...] = 1,
+    argnums: Positions = 0,
+    batch_argnums: Positions = 1,
     has_aux: bool = False,
-    groups: Any = "global",
-    ord: int = 2,
+    groups: GroupSpec = "global",
+    ord: int | None = None,
+    norm_method: Any = "auto",
     microbatch_size: int | None = None,
 ) -> Callable[..., PerExample]:
     r"""Measures the gradient of every example, :math:`n_{b,k} = \|g_{b,k}\|_p`.
@@ -34,6 +36,7 @@ def norms(
       has_aux: See `clipped_grad`. Static.
       groups: See `clipfx.clip_by_norm`. Static.
       ord: See `clipped_grad`. Static.
+      norm_method: See `clipped_grad`. Static.
       microbatch_size: See `clipped_grad`. Static.
 
     Returns:
@@ -55,16 +58,16 @@ def norms(
     Reference: Goodfellow, `Efficient per-example gradient computations
     <https://arxiv.org/abs/1510.01799>`_, 2015.
     """
-    signature = Signature(fun, argnums, batch_argnums, has_aux)
-    trace.check_signature(signature)
-    trace.check_ord(ord)
+    signature = Signature(fun, argnums, batch_argnums, has_aux, norm_method)
+    trace.check_signature(signature, "where")
+    power = trace.check_ord(ord)
     microbatch_size = check_step(microbatch_size)
 
     def measure(*args: Any, where: Any = None, **kwargs: Any) -> PerExample:
         members = group_leaves(groups, trace.params_of(signature, args))
         size = trace.size_of(signature, args)
         keep = trace.mask_of(where, size)
-        some = measuring(signature, members, ord, kwargs)
+        some = measuring(signature, members, power, kwargs)
         return in_parts(some, signature, microbatch_size, args, keep, None, size)[1]
 
     return measure

@@ -1,12 +1,12 @@
 """Bounded, summed, noised, divided: differentially private training in one call."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from clipfx import responses
 from clipfx._core.checks import check_choice, check_number, helpful
+from clipfx._types import AxisName, GroupSpec, Limit, LossFn, Positions
 from clipfx.per_example.clipped_grad import check_bounded, clipped_grad
 from clipfx.privacy import noise
 from clipfx.privacy.step import DPGrad
@@ -15,21 +15,22 @@ from clipfx.privacy.thresholds import PrivateThreshold, check_finite, check_star
 
 @helpful
 def dp_grad(
-    fun: Callable,
+    fun: LossFn,
     *,
-    max_norm: Any,
+    max_norm: Limit,
     noise_multiplier: float,
     expected_batch_size: float,
     key: jax.Array,
-    ord: int = 2,
-    argnums: int | tuple[int, ...] = 0,
-    batch_argnums: int | tuple[int, ...] = 1,
+    ord: int | None = None,
+    argnums: Positions = 0,
+    batch_argnums: Positions = 1,
     has_aux: bool = False,
-    groups: Any = "global",
-    response: responses.Response = responses.hard,
+    groups: GroupSpec = "global",
+    response: responses.Response | None = None,
+    norm_method: Any = "auto",
     allocation: str = "global",
     microbatch_size: int | None = None,
-    axis_name: Any = None,
+    batch_axis_name: AxisName | None = None,
 ) -> DPGrad:
     r"""Makes the gradient of differentially private training, DP-SGD in one call.
 
@@ -61,16 +62,17 @@ def dp_grad(
       batch_argnums: See `clipfx.per_example.clipped_grad`. Static.
       has_aux: See `clipfx.per_example.clipped_grad`. Static.
       groups: Which leaves share a norm, see `clipfx.clip_by_norm`. Static.
-      response: A bounded response: `responses.hard`, `auto_s()`, `psac()`, ... Static.
+      response: A bounded response, None for `hard`: `auto_s()`, `psac()`, ... Static.
+      norm_method: See `clipfx.per_example.clipped_grad`. Static.
       allocation: Between groups: `"global"`, the same noise everywhere, or
         `"equal_budget"`, :math:`z G^{1/p} C_k` for group k, less where thresholds are
         small. Both cost the same. Static.
       microbatch_size: How many examples at a time, by a scan; None takes all. Static.
-      axis_name: Mesh axes that batches are split over, for `pmap` and
+      batch_axis_name: Mesh axes that batches are split over, for `pmap` and
         `shard_map(check_vma=False)`; elsewhere this happens by itself. Static.
 
     Returns:
-      A function `grad(state, *args, where=, population=None)` of the state, from
+      A function `grad(state, *args, where=, population_ids=None)` of the state, from
       `grad.init(params)`, and the arguments of the loss, batches in place of examples;
       `where` is the mask bool `[B]` of those who are not padding, or None if nobody is.
       It returns the noised mean, with the structure and dtypes of the parameters; the
@@ -126,11 +128,12 @@ def dp_grad(
         groups=groups,
         response=response,
         ord=ord,
+        norm_method=norm_method,
         microbatch_size=microbatch_size,
-        axis_name=axis_name,
+        batch_axis_name=batch_axis_name,
     )
-    check_bounded(response)
-    if rule.num_groups is not None and groups != "global":
+    check_bounded(clipped.response)
+    if rule.num_populations is not None and groups != "global":
         raise ValueError(
             f'groups must be "global" for a rule by population, got {groups!r}; '
             "each population has one threshold."

@@ -12,6 +12,7 @@ from clipfx._core.checks import check_number, helpful
 from clipfx._core.export import exportable
 from clipfx._core.groups import is_counted
 from clipfx._core.leaves import times, widen
+from clipfx._types import AxisName
 
 
 class Secret:
@@ -55,7 +56,7 @@ class NoiseState(NamedTuple):
 
 @helpful
 def add_gaussian_noise(
-    stddev: float | optax.Schedule, key: jax.Array, *, axis_name: Any = None
+    stddev: float | optax.Schedule, key: jax.Array, *, axis_name: AxisName | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds :math:`\mathcal N(0, \sigma^2)` to every coordinate.
 
@@ -110,7 +111,7 @@ def add_gaussian_noise(
 
 @helpful
 def add_laplace_noise(
-    scale: float | optax.Schedule, key: jax.Array, *, axis_name: Any = None
+    scale: float | optax.Schedule, key: jax.Array, *, axis_name: AxisName | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds Laplace noise of scale b to every coordinate.
 

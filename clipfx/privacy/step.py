@@ -102,7 +102,7 @@ class DPGrad:
             self.rule.ask,
             rule,
             jax.ShapeDtypeStruct((1, count), jnp.float32),
-            jax.ShapeDtypeStruct((1, self.rule.num_groups or 1), jnp.float32),
+            jax.ShapeDtypeStruct((1, self.rule.num_populations or 1), jnp.float32),
         )
         return DPState(
             step=jnp.zeros([], jnp.int32),
@@ -176,7 +176,7 @@ class DPGrad:
         state: DPState,
         *args: Any,
         where: Any = ...,
-        population: Any = None,
+        population_ids: Any = None,
         **kwargs: Any,
     ) -> tuple[Any, DPState, PerExample]:
         """Returns the noised mean, the next state, and what must stay secret.
@@ -186,7 +186,7 @@ class DPGrad:
           *args: Of the loss, with a batch in place of an example.
           where: bool `[B]`, False for padding, which contributes exactly nothing; None
             where nobody is. Required.
-          population: Integers `[B]`, for a rule that distinguishes populations.
+          population_ids: Integers `[B]`, for a rule that distinguishes populations.
           **kwargs: Of the loss, the same for every example.
         """
         if not isinstance(state, DPState):
@@ -195,7 +195,7 @@ class DPGrad:
                 "from grad.init(params) or the last call."
             )
         if where is ...:
-            check_keywords("dp_grad", {"mask"} & {*kwargs}, ["where", "population"])
+            check_keywords("dp_grad", {"mask"} & {*kwargs}, ["where", "population_ids"])
             raise TypeError(
                 "where must be passed to dp_grad, got nothing; pass the mask of those "
                 "who are not padding (batches that libraries pad with the index -1 "
@@ -206,7 +206,7 @@ class DPGrad:
         members = group_leaves(self.clipped.groups, params)
         size = size_of(signature, args)
         keep = mask_of(where, size)
-        member = self._member(population, size)
+        member = self._member(population_ids, size)
         if member is not None:
             known = member.sum(1) > 0
             keep = known if keep is None else keep & known
@@ -254,16 +254,15 @@ class DPGrad:
         )
         return self._noised(sums, params, members, stddev, key), new, info
 
-    def _member(self, population: Any, size: int) -> Any:
-        count = self.rule.num_groups
-        if (population is None) != (count is None):
-            needed = "be passed with" if population is None else "not be passed without"
+    def _member(self, population_ids: Any, size: int) -> Any:
+        count = self.rule.num_populations
+        if (population_ids is None) != (count is None):
+            needed = "passed with" if population_ids is None else "left out without"
             raise TypeError(
-                f"population must {needed} a rule that distinguishes populations, got "
-                f"{population!r}; clipfx.privacy.dpsgd_f is one."
+                f"population_ids must be {needed} a rule that distinguishes "
+                f"populations, got {population_ids!r}; clipfx.privacy.dpsgd_f is one."
             )
-        return None if count is None else membership(
-            population, count, size, "population")  # fmt: skip
+        return None if count is None else membership(population_ids, count, size)
 
     def _counts(
         self, state: Any, norm: jax.Array, member: Any, keep: Any, key: jax.Array
@@ -276,8 +275,8 @@ class DPGrad:
         answers = jnp.asarray(self.rule.ask(state, norm, member), jnp.float32)
         total = jnp.where(good[:, None], answers, 0).sum(0)
         total = over(total, _compat.varying_axes(total))
-        if self.clipped.axis_name is not None:
-            total = jax.lax.psum(total, self.clipped.axis_name)
+        if self.clipped.batch_axis_name is not None:
+            total = jax.lax.psum(total, self.clipped.batch_axis_name)
         if not self.noisy:
             return total
         key = jax.random.fold_in(key, COUNTS)

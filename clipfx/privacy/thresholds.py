@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipfx._core.checks import check_count, check_number, helpful, is_known, is_number
+from clipfx._types import Limit
 from clipfx.per_example.engine.thresholds import check_limit
 from clipfx.responses import Response, bounded
 
@@ -43,7 +44,7 @@ class PrivateThreshold(NamedTuple):
       count_stddev: :math:`\sigma_b`.
       response: `response(state) -> response`, with an attribute `bounded = True`; None
         for that of `dp_grad`.
-      num_groups: P, None if populations play no part.
+      num_populations: P, None if populations play no part.
       at_once: Whether thresholds depend on the counts of the same batch.
 
     Reference: none; the shape is that of `clipfx.thresholds.Threshold`.
@@ -57,11 +58,11 @@ class PrivateThreshold(NamedTuple):
     reach: Callable[[int], float]
     count_stddev: float
     response: Callable[[Any], Response] | None = None
-    num_groups: int | None = None
+    num_populations: int | None = None
     at_once: bool = False
 
 
-def fixed(max_norm: Any) -> PrivateThreshold:
+def fixed(max_norm: Limit) -> PrivateThreshold:
     """A rule that counts nothing."""
     return PrivateThreshold(
         max_norm,
@@ -76,10 +77,10 @@ def fixed(max_norm: Any) -> PrivateThreshold:
 
 @helpful
 def quantile(
-    max_norm: Any,
+    max_norm: Limit,
     *,
     count_stddev: float,
-    target: float = 0.5,
+    quantile: float = 0.5,
     step_size: float = 0.2,
     min_norm: float = 0.0,
 ) -> PrivateThreshold:
@@ -99,7 +100,7 @@ def quantile(
       max_norm: :math:`C_0`: a number > 0, `[G]`, or a dict by group name.
       count_stddev: :math:`\sigma_b > 0`; a twentieth of the batch size is usual, and
         with one group the noise multiplier is always enough.
-      target: :math:`\gamma` in [0, 1], the share of examples below the threshold.
+      quantile: :math:`\gamma` in [0, 1], the share of examples below the threshold.
       step_size: :math:`\eta > 0`.
       min_norm: :math:`C_{\min} \ge 0`. Without a bound a majority that fits can draw
         the threshold to 0, and with it what a minority has to say.
@@ -120,14 +121,14 @@ def quantile(
     """
     check_limit(max_norm)
     _check_stddev(count_stddev)
-    check_number("target", target, "[0, 1]", "0.5 follows the median")
+    check_number("quantile", quantile, "[0, 1]", "0.5 follows the median")
     check_number("step_size", step_size, "(0, inf)", "0.2 is usual")
     check_number("min_norm", min_norm, "[0, inf)", "0 bounds nothing")
-    target, step_size, min_norm = map(plain, (target, step_size, min_norm))
+    share_below, step_size, min_norm = map(plain, (quantile, step_size, min_norm))
 
     def update(limit: jax.Array, counts: jax.Array, size: float) -> jax.Array:
         share = counts / size + 0.5
-        return jnp.maximum(_grown(limit, -step_size * (share - target)), min_norm)
+        return jnp.maximum(_grown(limit, -step_size * (share - share_below)), min_norm)
 
     return PrivateThreshold(
         max_norm,
@@ -142,7 +143,7 @@ def quantile(
 
 @helpful
 def dpsgd_f(
-    max_norm: float, num_groups: int, *, count_stddev: float
+    max_norm: float, num_populations: int, *, count_stddev: float
 ) -> PrivateThreshold:
     r"""Gives populations with many large gradients a larger threshold, DPSGD-F.
 
@@ -156,12 +157,13 @@ def dpsgd_f(
 
     Args:
       max_norm: :math:`C_0 > 0`.
-      num_groups: K >= 1. Static.
+      num_populations: K >= 1. Static.
       count_stddev: :math:`\sigma_b > 0`; 8 to 10 is usual. A population with fewer
         examples in a batch has a count that says nothing.
 
     Returns:
-      A rule for `dp_grad(max_norm=...)`, which then needs `population=` at each call.
+      A rule for `dp_grad(max_norm=...)`, which then needs `population_ids=` at each
+      call.
       In microbatches it takes one more pass, for the counts.
 
     Raises:
@@ -181,7 +183,9 @@ def dpsgd_f(
     <https://arxiv.org/abs/2003.03699>`_, 2021.
     """
     check_number("max_norm", max_norm, "(0, inf)", "0.5 to 1 is usual")
-    count = check_count("num_groups", num_groups, 1, "it is the number of populations")
+    count = check_count(
+        "num_populations", num_populations, 1, "it is how many there are"
+    )
     _check_stddev(count_stddev)
     bound = plain(max_norm)
 
@@ -206,7 +210,7 @@ def dpsgd_f(
         update=lambda state, counts, size: state,
         reach=lambda groups: 1.0,
         count_stddev=float(count_stddev),
-        num_groups=count,
+        num_populations=count,
         at_once=True,
     )
 
@@ -344,7 +348,7 @@ def _check_upper(max_norm: Any, upper: Any) -> None:
     check_number("upper", upper, "(0, inf)", "50 to 100 times max_norm is usual")
 
 
-def check_finite(max_norm: Any) -> None:
+def check_finite(max_norm: Limit) -> None:
     """Checks that a threshold is finite where noise is."""
     values = max_norm.values() if isinstance(max_norm, Mapping) else [max_norm]
     known = [np.asarray(x, np.float64) for x in values if is_known(x)]
@@ -355,7 +359,7 @@ def check_finite(max_norm: Any) -> None:
         )
 
 
-def check_start(max_norm: Any) -> None:
+def check_start(max_norm: Limit) -> None:
     """Checks that it is a number or several; what changes with the data pays for it."""
     if isinstance(max_norm, Mapping) or is_number(max_norm):
         return

@@ -17,6 +17,7 @@ from clipfx._core.norms import measure_together
 from clipfx._core.running_stats import (
     multiple,
 )
+from clipfx._types import AxisName, Scalar
 
 
 @exportable("clipfx.ErrorFeedbackState")
@@ -37,10 +38,10 @@ class ErrorFeedbackState(NamedTuple):
 
 @helpful
 def error_feedback(
-    clip: optax.GradientTransformation,
+    inner: optax.GradientTransformation,
     *,
-    max_ratio: Any = 1.0,
-    axis_name: Any = None,
+    max_ratio: Scalar = 1.0,
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Carries on what clipping removed, and adds it to later gradients.
 
@@ -55,7 +56,7 @@ def error_feedback(
     from unclipped gradients: it must never be released.
 
     Args:
-      clip: A transform that shortens updates.
+      inner: A transform that shortens updates.
       max_ratio: :math:`\rho` >= 0; 0 carries nothing, `math.inf` everything.
       axis_name: See `clipfx.clip_by_norm`. Static.
 
@@ -77,12 +78,12 @@ def error_feedback(
     Reference: Zhang et al., `DiceSGD <https://arxiv.org/abs/2311.14632>`_, 2024; for
     many workers Khirirat et al., `Clip21 <https://arxiv.org/abs/2305.18929>`_, 2023.
     """
-    check_transform("clip", clip)
+    check_transform("inner", inner)
     check_number("max_ratio", max_ratio, "[0, inf]", "1 carries at most one step")
-    inner = optax.with_extra_args_support(clip)
+    wrapped = optax.with_extra_args_support(inner)
 
     def init(params):
-        return ErrorFeedbackState(counted_zeros(params, wide=True), clip.init(params))
+        return ErrorFeedbackState(counted_zeros(params, wide=True), inner.init(params))
 
     def update(updates, state, params=None, **extra_args):
         check_state(state, ErrorFeedbackState, "error_feedback")
@@ -99,7 +100,7 @@ def error_feedback(
         error = combine(updates, 1)
         total = jax.tree.structure(updates).unflatten(error)
         total = narrow_counted(total, updates, members)
-        out, after = inner.update(total, state.inner, params, **extra_args)
+        out, after = wrapped.update(total, state.inner, params, **extra_args)
         error = combine(out, -1)
         left, through = measure_together((error, out), members, axis_name)
         limit = multiple(max_ratio, through.value / through.scale)

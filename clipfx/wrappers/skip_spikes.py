@@ -1,5 +1,6 @@
 """Steps that stand out are skipped."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from clipfx._core.running_stats import (
 )
 from clipfx._core.safe_sums import reciprocal_power_of_two
 from clipfx._core.state import ClipState, fresh_metrics, next_state
+from clipfx._types import AxisName, Limit, Scalar
 from clipfx.methods.clip_by_norm import global_norm
 
 
@@ -47,10 +49,11 @@ class SkipState(NamedTuple):
 def skip_spikes(
     inner: optax.GradientTransformation,
     *,
-    window: Any = 128,
-    num_std: Any = 6.0,
-    min_steps: Any = 64,
-    axis_name: Any = None,
+    window: Scalar = 128,
+    num_std: Scalar = 6.0,
+    min_steps: Scalar = 64,
+    max_norm: Limit = math.inf,
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Skips the steps whose loss or gradient norm stands out from the last ones.
 
@@ -78,6 +81,7 @@ def skip_spikes(
       window: Number of steps to remember. Static.
       num_std: k > 0.
       min_steps: Finite steps to see before any is skipped as a spike, at least 2.
+      max_norm: Skips every step whose norm is above it, from the first step on.
       axis_name: See `clipfx.clip_by_norm`. Static.
 
     Returns:
@@ -104,6 +108,7 @@ def skip_spikes(
     check_window(window)
     check_number("num_std", num_std, "(0, inf]", "6 is the usual number")
     check_number("min_steps", min_steps, "[2, inf)", "64 is the usual number")
+    check_number("max_norm", max_norm, "[0, inf]", "math.inf sets no bound")
     wrapped = optax.with_extra_args_support(inner)
     names = Groups(("global", "loss"), ())
 
@@ -124,10 +129,12 @@ def skip_spikes(
         loss = jnp.asarray(0.0 if value is None else value).astype(jnp.float32)
         seen = jnp.stack([norm, loss])
         edge = _edge(state.clip.rule_state, num_std, min_steps)
+        bound = jnp.asarray(max_norm).astype(jnp.float32)
+        edge = jnp.stack([jnp.minimum(edge[0], bound), edge[1]])
         taken = jnp.isfinite(seen).all() & (seen <= edge).all()
         factor = jnp.broadcast_to(taken.astype(jnp.float32), (2,))
         learned = push(state.clip.rule_state, seen)
-        clip = next_state(state.clip, learned, seen, edge, factor)
+        clip = next_state(state.clip, learned, seen, edge, factor, total=norm)
         leaves, treedef = jax.tree.flatten(updates)
         counted = [at for at, x in enumerate(leaves) if is_counted(x)]
 

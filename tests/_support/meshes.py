@@ -13,9 +13,10 @@ NUMBER = {
     "spamp_rms": 2,
     "error_feedback": 2,  # its own, after that of the clip inside
     "skip_spikes": 2,  # its own, before that of the clip inside
-    **dict.fromkeys(
-        ["clip_by_value", "tanh_by_value", "grad_power", "spam_clip",
-         "clip_by_params_element"], 0,
+    **dict.fromkeys(  # the largest, and how many exceed their bound
+        ["agc", "clip_by_params_element", "clip_by_value", "spam_clip",
+         "tanh_by_value"],
+        2,
     ),
 }  # fmt: skip
 

@@ -108,7 +108,9 @@ METHODS: dict[str, Method] = {
     "clip_by_block_rms": Method(
         clipfx.clip_by_block_rms, {"max_rms": 0.1}, groups="leaf"
     ),
-    "normalize_by_norm": Method(clipfx.normalize_by_norm, {"target": 0.5}, hard=False),
+    "normalize_by_norm": Method(
+        clipfx.normalize_by_norm, {"target_norm": 0.5}, hard=False
+    ),
     "ord_1": Method(by_norm(ord=1), {"threshold": 0.5}, ord=1),
     "ord_inf": Method(by_norm(ord=math.inf), {"threshold": 0.5}, ord=math.inf),
     "ord_3_per_layer": Method(
@@ -139,7 +141,7 @@ METHODS: dict[str, Method] = {
     ),
     "clip_by_snr": Method(clipfx.clip_by_snr, {"max_norm": 0.5}, extra={"snr": 7.0}),
     "autoclip": rule(clipfx.autoclip, {"percentile": 50.0}, static=("window",)),
-    "quantile_clip": rule(clipfx.quantile_clip, {"quantile": 0.5, "rate": 0.2}),
+    "quantile_clip": rule(clipfx.quantile_clip, {"quantile": 0.5, "step_size": 0.2}),
     "zclip": rule(clipfx.zclip, {"z_threshold": 2.5, "max_norm": 0.5}),
     "zclip_after_warm_up": rule(
         clipfx.zclip, {"z_threshold": 2.5, "warmup_steps": 1, "decay": 0.9}
@@ -219,4 +221,45 @@ ELSEWHERE = {
     "per_stacked_layer",
     "tree_clip",
     "weight_decay_balance",
+}
+
+# All but the rows that are another row's program with another response, or whose rule
+# begins later.
+UNLIKE = METHODS.keys() - {
+    "softsign",
+    "pseudo_huber",
+    "arctan",
+    "log",
+    "power",
+    "band",
+    "tanh_by_value",
+    "zclip",
+    "adagc",
+}
+# One row for each way in which a transform is written, for what compiles much.
+FEW = {
+    "clip_by_labels",
+    "ord_3_per_layer",
+    "drop_nonfinite",
+    "tanh",
+    "clip_by_value",
+    "smooth_norm",
+    "autoclip",
+    "zclip_after_warm_up",
+    "adagc_after_warm_up",
+    "clip_by_curvature",
+    "spamp",
+    "clip_by_params",
+    "agc",
+    "spam_clip",
+    "error_feedback",
+}
+# The most different of these, for what runs op by op or once more in another dtype.
+FEWEST = {
+    "ord_3_per_layer",
+    "clip_by_value",
+    "autoclip",
+    "spamp",
+    "agc",
+    "error_feedback",
 }

@@ -61,7 +61,7 @@ def results(mesh) -> Iterator[tuple[str, object]]:
                 updates, state = update(grads[step], state)
             yield f"{name}/{way}", (updates, state)
 
-    fair = clipfx.clip_fair_groups(1.2, num_groups=2)
+    fair = clipfx.clip_fair_groups(1.2, num_populations=2)
     stacked = jax.tree.map(lambda spec: P(None, *spec), SPECS)
     parts = tree_of(mesh, 7, lead=(2,), specs=stacked)
     start = jax.jit(fair.init)(grads[0])

@@ -1,5 +1,6 @@
 """Rules over sequences of norms: clipfx in one scan, the paper in a float64 loop."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,6 +38,21 @@ def norms(seed: int, steps: int = 200, groups: int = 2, bad: bool = True) -> np.
     return values.astype(np.float32).astype(np.float64)
 
 
+@functools.cache
+def scan_of(tx):
+    """All steps in one program, compiled once for all sequences of a shape."""
+
+    def steps(state, trees, extra):
+        def step(state, tree):
+            out, state = tx.update(tree, state, tree, **extra)
+            m = state.metrics
+            return state, (out, m.threshold, m.norm, m.nonfinite)
+
+        return jax.lax.scan(step, state, trees)
+
+    return jax.jit(steps)
+
+
 def run(tx, values: np.ndarray, size: int = 3, **extra: Any):
     """Norms before, norms after and thresholds, `[T, G]` each, and the last state.
 
@@ -50,14 +66,9 @@ def run(tx, values: np.ndarray, size: int = 3, **extra: Any):
         for k in range(values.shape[1])
     }
 
-    def step(state, tree):
-        out, state = tx.update(tree, state, tree, **extra)
-        m = state.metrics
-        return state, (out, m.threshold, m.norm, m.nonfinite)
-
     first = jax.tree.map(lambda x: x[0], trees)
-    scan = jax.jit(lambda state, trees: jax.lax.scan(step, state, trees))
-    state, (out, limits, seen, nonfinite) = scan(tx.init(first), trees)
+    scan = scan_of(tx)
+    state, (out, limits, seen, nonfinite) = scan(tx.init(first), trees, extra)
     bad = np.diff(nonfinite, axis=0, prepend=0) > 0  # the metrics are finite there
     length = lambda x: np.linalg.norm(np.asarray(x, np.float64), axis=-1)
     after = np.stack([length(x) for x in jax.tree.leaves(out)], axis=-1)

@@ -67,3 +67,8 @@ def assert_close(a, b, rtol: float = 1e-6, atol: float = 0.0) -> None:
             np.testing.assert_allclose(x, y, rtol, atol)
         else:
             np.testing.assert_array_equal(x, y)
+
+
+def once(tx, tree):
+    """The first update of a transform."""
+    return tx.update(tree, tx.init(tree), tree)[0]

@@ -12,12 +12,16 @@ import sys
 
 DEVICES = "--xla_force_host_platform_device_count=8"
 _LEVEL = "--xla_backend_optimization_level"
-_QUICK = (f"{_LEVEL}=0", "--xla_cpu_use_fusion_emitters=false")
+_QUICK = (
+    f"{_LEVEL}=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 
 
-def _is_known(flag: str) -> bool:
+def _are_known(*flags: str) -> bool:
     """XLA ends a process that has a flag of another version."""
-    env = {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", "import jax; jax.devices()"]
     return not subprocess.run(command, env=env, capture_output=True).returncode
 
@@ -26,7 +30,7 @@ def configure() -> None:
     """Sets `XLA_FLAGS`, for this process and those that it starts."""
     flags = os.environ.get("XLA_FLAGS", "").split()
     if not any(flag.startswith(_LEVEL) for flag in flags):
-        flags += filter(_is_known, _QUICK)
+        flags += _QUICK if _are_known(*_QUICK) else filter(_are_known, _QUICK)
     if DEVICES not in flags:
         flags.append(DEVICES)
     os.environ["XLA_FLAGS"] = " ".join(flags)

@@ -96,7 +96,7 @@ def clip(tree, max_norm, ratio, **kwargs):
 def test_inverse_on_the_unweighted_gradient_bounds_the_weighted_one(ratio):
     """SNR * clip(h; c / SNR) = clip(SNR * h; c)."""
     h = sample()
-    clipped, _ = clip(h, 0.5, ratio, rule=snr.inverse)
+    clipped, _ = clip(h, 0.5, ratio, weight=snr.inverse)
     weighted = jax.tree.map(lambda x: ratio * x, h)
     expected, _ = clipfx.tree_clip(weighted, 0.5)
     assert_close(jax.tree.map(lambda x: ratio * x, clipped), expected, rtol=2e-6)
@@ -115,11 +115,11 @@ def test_min_snr_equals_the_weighting_where_gradients_are_alike():
 def test_the_ends_of_the_schedule_are_clamped():
     tree = sample(scale=1e6)
     for rule in (snr.inverse, snr.inverse_sqrt, snr.power):
-        _, state = clip(tree, 2.0, 0.0, rule=rule)
+        _, state = clip(tree, 2.0, 0.0, weight=rule)
         assert state.metrics.threshold[0] == pytest.approx(2e3)
-        _, state = clip(tree, 2.0, jnp.inf, rule=rule)
+        _, state = clip(tree, 2.0, jnp.inf, weight=rule)
         assert state.metrics.threshold[0] == pytest.approx(2e-3)
-    _, state = clip(tree, 2.0, 0.0, low=0.5, high=2.0, rule=snr.inverse)
+    _, state = clip(tree, 2.0, 0.0, low=0.5, high=2.0, weight=snr.inverse)
     assert state.metrics.threshold[0] == pytest.approx(4.0)
     _, state = clip(tree, 2.0, 0.0)
     assert state.metrics.threshold[0] == pytest.approx(2.0)
@@ -144,7 +144,7 @@ def test_the_ratio_may_be_traced_and_comes_from_a_table():
         assert_close(step(t), clip(tree, 1.0, float(ratios[t]))[0])
     partial = functools.partial(snr.power, exponent=1.0, reference=2.0)
     assert_same(
-        clip(tree, 1.0, 4.0, rule=partial), clip(tree, 0.5, 4.0, rule=lambda s: 1.0)
+        clip(tree, 1.0, 4.0, weight=partial), clip(tree, 0.5, 4.0, weight=lambda s: 1.0)
     )
     bf16, _ = clip(tree, 1.0, jnp.bfloat16(4.0))
     assert_same(bf16, clip(tree, 1.0, 4)[0])

@@ -140,8 +140,13 @@ ERRORS = [
         TypeError,
         'window must be a static .*static_args="window"',
     ),
+    (
+        lambda: clipfx.clip_fair_groups(num_populations=True),
+        TypeError,
+        "num_populations must be .*got True",
+    ),
     (lambda: clipfx.quantile_clip(1.5), ValueError, "quantile must be"),
-    (lambda: clipfx.quantile_clip(rate=0), ValueError, "rate must be"),
+    (lambda: clipfx.quantile_clip(step_size=0), ValueError, "step_size must be"),
     (lambda: clipfx.quantile_clip(min_norm=-1), ValueError, "min_norm must be"),
     (lambda: clipfx.zclip(0), ValueError, "z_threshold must be"),
     (lambda: clipfx.zclip(decay=1.0), ValueError, r"decay must be .*\[0, 1\), got 1.0"),
@@ -149,7 +154,7 @@ ERRORS = [
     (lambda: clipfx.zclip(max_norm=-1), ValueError, "max_norm must be"),
     (lambda: clipfx.zclip(clip_factor=2), ValueError, "clip_factor must be"),
     (lambda: clipfx.zclip(warmup_steps=0), ValueError, "warmup_steps must be"),
-    (lambda: clipfx.zclip(target="max"), ValueError, "target must be .*got 'max'"),
+    (lambda: clipfx.zclip(clip_to="max"), ValueError, "clip_to must be .*got 'max'"),
     (lambda: clipfx.adagc(-1), ValueError, "max_ratio must be"),
     (lambda: clipfx.adagc(decay=1), ValueError, "decay must be"),
     (lambda: clipfx.adagc(decay=jnp.float32(1)), ValueError, "decay must be"),
@@ -200,9 +205,11 @@ ERRORS = [
         "max_ratio must be",
     ),
     (
-        lambda: updated(clipfx.clip_group_ratio(1, groups="layer", reference="x")),
+        lambda: updated(
+            clipfx.clip_group_ratio(1, groups="layer", reference_group="x")
+        ),
         ValueError,
-        r"reference must be .*got 'x'.*\('decoder', 'encoder'\)",
+        r"reference_group must be .*got 'x'.*\('decoder', 'encoder'\)",
     ),
     (lambda: clipfx.clip_by_curvature(0), ValueError, "learning_rate must be"),
     (lambda: clipfx.clip_by_curvature(0.1, decay=1), ValueError, "decay must be"),
@@ -322,7 +329,11 @@ ERRORS = [
     (lambda: clipfx.clip_by_snr(-1.0), ValueError, "must be >= 0"),
     (lambda: clipfx.clip_by_snr(1.0, gamma=0), ValueError, "gamma must be"),
     (lambda: clipfx.clip_by_snr(1.0, low=-1), ValueError, "low must be"),
-    (lambda: clipfx.clip_by_snr(1.0, rule="min_snr"), TypeError, "clipfx.snr has them"),
+    (
+        lambda: clipfx.clip_by_snr(1.0, weight="min_snr"),
+        TypeError,
+        "clipfx.snr has them",
+    ),
     (lambda: updated(clipfx.clip_by_snr(1.0)), TypeError, "snr must be passed"),
     (
         lambda: updated(clipfx.clip_by_snr(1.0), snr=jnp.ones(8)),

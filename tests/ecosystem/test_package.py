@@ -22,7 +22,7 @@ _TESTS = pathlib.Path(__file__).parents[1]
 PACKAGE = pathlib.Path(clipfx.__file__).parent
 # What stands in a row imports only from rows above it, and within it in no circle.
 LAYERS = [
-    ("_compat",),
+    ("_compat", "_types"),
     ("_core",),
     ("responses", "thresholds", "snr", "metrics"),
     ("methods",),
@@ -30,6 +30,7 @@ LAYERS = [
     ("per_example.engine",),
     ("per_example",),
     ("privacy",),
+    ("states",),
 ]
 NAMESPACES = [clipfx.metrics, clipfx.per_example, clipfx.privacy, clipfx.responses,
               clipfx.snr, clipfx.thresholds]  # fmt: skip

@@ -1,11 +1,14 @@
+import importlib.util
 import pathlib
+import subprocess
 
 import jupytext
 import nbclient
 import nbformat
 import pytest
 
-COLABS = pathlib.Path(__file__).parents[2] / "colabs"
+ROOT = pathlib.Path(__file__).parents[2]
+COLABS = ROOT / "colabs"
 NOTEBOOKS = sorted(path.stem for path in COLABS.glob("*.py"))
 
 
@@ -24,6 +27,28 @@ def test_notebook_agrees_with_its_text(name):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("where", ["checkout", "elsewhere", "installed"])
+def test_notebook_installs_what_is_missing(name, where, monkeypatch, tmp_path):
+    """As it is, from the checkout that it is in or from the index."""
+    cells = read(COLABS / f"{name}.ipynb").cells
+    install = next(cell.source for cell in cells if cell.cell_type == "code")
+    assert "assert" not in install and "OWNER" not in install
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: commands.append((a[0], k)))
+    if where != "installed":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.chdir(COLABS if where == "checkout" else tmp_path)
+    exec(install, {})
+    if where == "installed":
+        assert not commands
+        return
+    ((command, options),) = commands
+    source = ROOT if where == "checkout" else "clipfx-jax"
+    assert command[1:4] == ["-m", "pip", "install"] and f"{source}[plots]" in command
+    assert options == {"check": True}
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_runs_top_to_bottom(name, monkeypatch):
     monkeypatch.setenv("CLIPFX_QUICK", "1")
     notebook = read(COLABS / f"{name}.ipynb")
@@ -37,4 +62,5 @@ def test_notebook_runs_top_to_bottom(name, monkeypatch):
     client.execute()
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
     assert any("image/png" in out.get("data", {}) for out in outputs)
+    assert not [out.text for out in outputs if out.get("name") == "stderr"]
     assert sorted(COLABS.iterdir()) == before

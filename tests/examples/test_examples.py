@@ -60,12 +60,14 @@ def test_char_rnn_end_to_end(tmp_path, text_file, capsys):
     assert picture.exists()
 
 
+@pytest.mark.full
 def test_char_rnn_default_text(tmp_path):
     rows = run_main(tmp_path, clip=["global"], steps=2)
     assert len(char_rnn.load_text()) > 400_000
     assert len(rows) == 2
 
 
+@pytest.mark.full
 def test_char_rnn_few_characters(tmp_path):
     path = tmp_path / "few.txt"
     path.write_text("a\U0001f40d" * 30, encoding="utf-8")
@@ -73,6 +75,7 @@ def test_char_rnn_few_characters(tmp_path):
     assert all(row["loss"] is not None for row in rows)
 
 
+@pytest.mark.full
 def test_char_rnn_nonfinite_run(tmp_path, text_file, capsys):
     rows = run_main(tmp_path, text=text_file, learning_rate=1e38, clip=["none"])
     assert rows[-1]["loss"] is None
@@ -94,6 +97,7 @@ def test_char_rnn_clipped_is_finite(clip):
     assert math.isfinite(history.held_out)
 
 
+@pytest.mark.full
 def test_char_rnn_same_seed_same_result():
     a, b = small_run("layer"), char_rnn.train(TEXT, "layer", SMALL)
     assert a.held_out == b.held_out
@@ -117,6 +121,7 @@ def test_char_rnn_norm_is_of_the_whole_gradient():
     np.testing.assert_allclose(whole, history.column("norm"), rtol=1e-5)
 
 
+@pytest.mark.full
 def test_char_rnn_learns():
     settings = char_rnn.Settings(steps=60, hidden=32, length=10, batch=8)
     history = char_rnn.train(TEXT, "global", settings)
@@ -207,6 +212,7 @@ def test_format_table_aligns():
     ]
 
 
+@pytest.mark.full
 def test_char_rnn_takes_every_method():
     clips = [clip for clip in char_rnn.CLIPPERS if clip not in char_rnn.DEFAULT]
     assert len(clips) == 20

@@ -106,6 +106,7 @@ def test_end_to_end(tmp_path_factory):
     assert_table_is_of_the_file(small)
 
 
+@pytest.mark.full
 def test_same_seed_same_run():
     with standard:
         settings = dataclasses.replace(SMALL, steps=5)
@@ -193,6 +194,7 @@ def test_bound_holds_in_a_step(split, max_ratio):
         assert seen.factor.min() < 0.9
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("max_ratio", [1.0, math.inf])
 def test_step_is_along_bounded_contributions(split, max_ratio):
     learner, batch = start(), batch_of(split)
@@ -213,6 +215,7 @@ def test_step_is_along_bounded_contributions(split, max_ratio):
     )
 
 
+@pytest.mark.full
 def test_transform_behind_group_grad_is_the_same(split):
     learner, batch, max_ratio = start(), batch_of(split), 2.0
     tx = optax.chain(
@@ -224,7 +227,9 @@ def test_transform_behind_group_grad_is_the_same(split):
     @jax.jit
     def step(learner, batch):
         params, state = learner
-        sums, _ = grad(params, (batch.inputs, batch.approved), batch.population)
+        sums, _ = grad(
+            params, (batch.inputs, batch.approved), population_ids=batch.population
+        )
         updates, state = tx.update(sums, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -275,6 +280,7 @@ def test_judge():
     assert math.isnan(fair_loans.judge(logits * math.nan, test)["auc"])
 
 
+@pytest.mark.full
 def test_learns():
     with standard:
         rows = list(fair_loans.train(math.inf, dataclasses.replace(SMALL, steps=50)))
@@ -282,6 +288,7 @@ def test_learns():
     assert rows[0]["ratio_all"].mean() > 1.5 * rows[-1]["ratio_all"].mean()
 
 
+@pytest.mark.full
 def test_batch_of_one():
     with standard:
         (row,) = fair_loans.train(2.0, dataclasses.replace(SMALL, batch=1, steps=3))

@@ -112,12 +112,14 @@ def test_table_is_of_the_file(small):
     assert re.split(r"\s{2,}", line)[1:] == cells
 
 
+@pytest.mark.full
 def test_diverged_run(tmp_path, capsys):
     rows = run_main(tmp_path, rates=(1e30,), runs=1)
     assert [row["loss"] for row in rows if row["variant"] == "none"][-1] is None
     assert "nan" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_same_seed_same_run():
     with standard:
         one, same, other = (
@@ -129,6 +131,7 @@ def test_same_seed_same_run():
     assert not np.array_equal(one.wrong, other.wrong)
 
 
+@pytest.mark.full
 def test_variants_share_start_and_batches():
     settings = dataclasses.replace(SMALL, max_norm=1e6, steps=3)
     with standard:
@@ -196,6 +199,7 @@ def sums(max_norm, batch):
     return jax.jit(summed)(PARAMS, batch)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_padding_adds_nothing(variant):
     summed = jax.jit(VARIANTS[variant](0.5)[0])
@@ -266,6 +270,7 @@ def test_summary():
     assert math.isnan(runs[0].found(np.array([1.0, math.nan, 0.0, 0.0])))
 
 
+@pytest.mark.full
 def test_learns_and_finds_wrong_labels():
     with standard:
         settings = dataclasses.replace(SMALL, steps=150)

@@ -123,6 +123,7 @@ def test_epsilon_is_that_of_the_event(small):
         assert 0.98 * row["target"] < row["epsilon"] <= row["target"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["quantile", "laplace"])
 def test_noise_is_what_is_accounted(name):
     """Laplace noise by its scale, Gaussian noise with counts as one release."""
@@ -148,6 +149,7 @@ def test_noise_is_what_is_accounted(name):
     np.testing.assert_allclose(size, state.stddev[0], rtol=0.1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["none", "quantile"])
 def test_padding_changes_nothing(name):
     plan = plan_of(name)
@@ -180,6 +182,7 @@ def test_batches_are_poisson_samples():
     assert not np.array_equal(other[2], again[2])
 
 
+@pytest.mark.full
 def test_same_seed_same_run():
     plan = plan_of("linear", noise_multiplier=0.3, steps=5, rates=(0.1, 0.3))
     step = jax.jit(jax.vmap(private_digits.make_step(plan), (0, 0, None, None)))
@@ -187,6 +190,7 @@ def test_same_seed_same_run():
     assert one == same != other
 
 
+@pytest.mark.full
 def test_noise_differs_between_steps_and_seeds():
     plan = plan_of("linear")
     learner, key = private_digits.start(plan, DATA, 0)
@@ -203,6 +207,7 @@ def test_noise_differs_between_steps_and_seeds():
     assert not np.allclose(kernel(first), kernel(params(learner[2], other)[0]))
 
 
+@pytest.mark.full
 def test_learns():
     plan = plan_of("hard", noise_multiplier=1.0, steps=30, rates=(0.3,))
     settings = dataclasses.replace(SMALL, runs=1)
@@ -211,6 +216,7 @@ def test_learns():
     assert row["test"] > 0.7
 
 
+@pytest.mark.full
 def test_without_privacy_step_is_of_the_mean():
     plan = plan_of("linear none")
     batch = next(private_digits.draw_batches(DATA, plan, 0))
@@ -266,6 +272,7 @@ def test_load_mnist(tmp_path, suffix):
     np.testing.assert_array_equal(data.test_labels, np.arange(10))
 
 
+@pytest.mark.full
 def test_mnist_end_to_end(tmp_path, capsys, monkeypatch):
     write_mnist(tmp_path)
     few = {key: private_digits.RECIPES[key] for key in (0.97, 0.99)}

@@ -108,6 +108,7 @@ def assert_close(one, other, **tolerances):
     )
 
 
+@pytest.mark.full
 def test_same_seed_same_run():
     data, batches = rare_digit.collect(SMALL)
     one, same = (rare_digit.train("fixed", SMALL, data, batches) for _ in range(2))
@@ -166,6 +167,7 @@ def gradients(params, data, index):
     return [one(params, (data.images[i], data.labels[i])) for i in index]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("variant", ["none", "fixed"])
 def test_step_without_noise(variant):
     settings = dataclasses.replace(SMALL, noise_multiplier=0.0, batch=8)
@@ -184,6 +186,7 @@ def test_step_without_noise(variant):
     assert_close(after.params, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full
 def test_padding_is_not_counted():
     _, data, step = step_of("dpsgd_f", SMALL)
     index = batch_of(20, data, padding=12)
@@ -251,6 +254,7 @@ def test_summary():
     assert rows[0] == {"rate": 0.1, "fixed": "0.275 (0.025)"}
 
 
+@pytest.mark.full
 def test_learns():
     settings = dataclasses.replace(SMALL, rates=(1.0,), steps=60)
     result = rare_digit.train("none", settings, *rare_digit.collect(settings))
@@ -258,6 +262,7 @@ def test_learns():
     assert result.rare.mean() < 0.3 < result.usual.mean()
 
 
+@pytest.mark.full
 def test_diverged_run():
     data, batches = rare_digit.collect(SMALL)
     seeds = jnp.arange(2, dtype=jnp.uint32)

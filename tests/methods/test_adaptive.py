@@ -119,7 +119,7 @@ def test_quantile_clip_never_falls_below_its_bound_and_recovers_from_zero():
 
 def test_quantile_clip_stays_finite_at_any_rate():
     values = np.array([[0.0], [1e38], [0.0], [1e-30], [0.0], [1.0]])
-    _, after, limits, state = run(clipfx.quantile_clip(rate=1e6), values)
+    _, after, limits, state = run(clipfx.quantile_clip(step_size=1e6), values)
     assert np.isfinite([after, limits]).all()
     assert np.isfinite(state.rule_state).all()
 
@@ -162,14 +162,14 @@ def zclip_oracle(z=2.5, a=0.97, cap=np.inf, f=1.0, warm=25, target="reciprocal")
     "kwargs",
     [
         {},
-        {"target": "mean", "decay": 0.9, "z_threshold": 2.0},
-        {"target": "edge", "max_norm": 2.0},
+        {"clip_to": "mean", "decay": 0.9, "z_threshold": 2.0},
+        {"clip_to": "edge", "max_norm": 2.0},
         {"clip_factor": 0.7, "warmup_steps": 3},
     ],
 )
 def test_zclip_follows_the_recursion(kwargs, groups):
     names = {"z_threshold": "z", "decay": "a", "max_norm": "cap", "clip_factor": "f",
-             "warmup_steps": "warm", "target": "target"}  # fmt: skip
+             "warmup_steps": "warm", "clip_to": "target"}  # fmt: skip
     oracle = zclip_oracle(**{names[k]: v for k, v in kwargs.items()})
     tx = clipfx.zclip(groups=groups, **kwargs)
     # Sums of squares in float64 lose the deviation after a spike of 1e12; ours do not.

@@ -37,7 +37,3 @@ def test_smooth_shaping_is_odd_with_slope_one_at_zero(name):
     slope = jax.vmap(jax.grad(lambda x: clip(x, 0.5, response=response)))
     assert float(slope(jnp.zeros(1))[0]) == 1.0
     assert (np.asarray(slope(x)) > 0).all()
-
-
-def test_the_state_is_empty():
-    assert jax.tree.leaves(clipfx.clip_by_value(1.0).init(jnp.ones(3))) == []

@@ -13,6 +13,8 @@ from trees import enable_x64
 import clipfx
 from clipfx import per_example
 from clipfx._core import populations as bounds_of
+from clipfx._core.clip_factors import factors as scales
+from clipfx._core.clip_factors import finite_norms
 from clipfx.per_example.engine import population_norms, populations, trace
 
 
@@ -37,7 +39,7 @@ def bounded(tree, norm, ratio, floor=0.0, usual=None, here=None):
 
 
 def clip(tree, ratio, count=5, state=None, present=None, **settings):
-    tx = clipfx.clip_fair_groups(ratio, num_groups=count, **settings)
+    tx = clipfx.clip_fair_groups(ratio, num_populations=count, **settings)
     tree = jax.tree.map(jnp.float32, tree)
     state = tx.init(jax.tree.map(lambda x: x[0], tree)) if state is None else state
     extra = {} if present is None else {"present": present}
@@ -72,7 +74,10 @@ def test_largest_is_at_most_max_ratio_times_smallest(count):
     def terms(tree, ratio):
         rows = [[x[k] for x in tree.values()] for k in range(count)]
         bounds = bounds_of.Bounds(ratio, "min", 0.0)
-        factors, norm, _, _ = bounds_of.bound(bounds_of.measure(rows), bounds)
+        norms = bounds_of.measure(rows)
+        limit, _ = bounds_of.bound(norms, bounds)
+        norms = bounds_of.each(norms)
+        norm, factors = finite_norms(norms), scales(norms, limit, jnp.minimum, "zero")
         alone = lambda k: [row if j == k else [jnp.zeros_like(x) for x in row]
                            for j, row in enumerate(rows)]  # fmt: skip
         return [bounds_of.combine(alone(k), factors, norm) for k in range(count)]
@@ -225,7 +230,7 @@ def test_ratio_and_floor_in_float64():
         tree = {"w": jnp.array([[9.0, 0.0], [0.0, 1.0]])}
         for reference in ("min", 1, np.int64(1)):
             tx = clipfx.clip_fair_groups(
-                1.1, reference=reference, num_groups=np.int64(2)
+                1.1, reference=reference, num_populations=np.int64(2)
             )
             out, state = tx.update(tree, tx.init({"w": tree["w"][0]}))
             np.testing.assert_allclose(out["w"], [1.1, 1.0], rtol=1e-14)
@@ -237,8 +242,10 @@ def test_hyperparameters_are_injected():
     tree = {"w": jnp.array([[9.0, 0.0], [0.0, 1.0]])}
     out, _ = jax.jit(tx.update)(tree, tx.init({"w": tree["w"][0]}))
     np.testing.assert_allclose(out["w"], [2.0, 1.0], rtol=2e-6)
-    tx = optax.inject_hyperparams(clipfx.clip_fair_groups)(max_ratio=2.0, num_groups=2)
-    with pytest.raises(TypeError, match='static_args="num_groups"'):
+    tx = optax.inject_hyperparams(clipfx.clip_fair_groups)(
+        max_ratio=2.0, num_populations=2
+    )
+    with pytest.raises(TypeError, match='static_args="num_populations"'):
         tx.init({"w": tree["w"][0]})
 
 
@@ -295,16 +302,15 @@ def test_fair_grad_equals_the_transform_and_the_definition(count):
         here, norm, 1)), 1)  # fmt: skip
     right = jax.tree.map(lambda x: np.tensordot(factor, x, 1), tree)
     grad = per_example.fair_grad(loss, count, 1.3, floor=0.0)
-    sums, info = jax.jit(grad)(params, batch, jnp.asarray(group))
+    sums, info = jax.jit(grad)(params, batch, population_ids=jnp.asarray(group))
     near(sums, right, 2e-5)
     near(info.norm, norm, 1e-5)
     near(info.factor, factor, 1e-5)
     assert info.count.tolist() == np.bincount(group, minlength=count).tolist()
-    stacked, _ = per_example.population_grad(loss, count)(
-        params, batch, jnp.asarray(group)
-    )
-    tx = clipfx.clip_fair_groups(1.3, num_groups=count, floor=0.0)
-    near(tx.update(stacked, tx.init(params))[0], right, 2e-5)
+    stack = jax.jit(per_example.population_grad(loss, count))
+    stacked, _ = stack(params, batch, population_ids=jnp.asarray(group))
+    tx = clipfx.clip_fair_groups(1.3, num_populations=count, floor=0.0)
+    near(jax.jit(tx.update)(stacked, tx.init(params))[0], right, 2e-5)
 
 
 def roads(params, batch, count, loss=loss):
@@ -312,8 +318,8 @@ def roads(params, batch, count, loss=loss):
 
     def look(params, batch):
         signature = populations.Signature(loss, 0, 1, False)
-        args = (params, batch, jnp.zeros(len(batch[1]), jnp.int32))
-        args, _, member = populations.by_group(signature, args, None, count)
+        args, ids = (params, batch), jnp.zeros(len(batch[1]), jnp.int32)
+        *_, member = populations.by_population(signature, args, None, ids, count)
         call = trace.prepare(signature, args, {}, norms=False)
         seen.append(population_norms.choose(populations.one_pass(call, member)))
         return 0
@@ -330,7 +336,9 @@ def test_norms_that_are_cheaper_are_not_of_formed_contributions():
     assert roads(params, batch, 1) == {}  # one population: nothing to save
     assert "table" not in roads(params, batch_of(200), 2)
     grad = jax.jit(per_example.fair_grad(loss, 2))
-    text = grad.lower(params, batch, jnp.asarray(GROUP)).compile().as_text()
+    text = (
+        grad.lower(params, batch, population_ids=jnp.asarray(GROUP)).compile().as_text()
+    )
     assert "f32[2,300,6]" not in text
 
 
@@ -343,7 +351,7 @@ def test_neighbours_of_a_table_that_look_up_the_same_row():
     one = lambda table, e: (table[e[0]] * e[1]).sum()
     assert roads(table, batch, 3, one) == {"": "rows"}
     sums, info = jax.jit(per_example.fair_grad(one, 3, 1.2, floor=0.0))(
-        table, batch, jnp.asarray(group)
+        table, batch, population_ids=jnp.asarray(group)
     )
     tree = np.zeros((3, 90, 4))
     np.add.at(tree, (np.repeat(group, 2), ids.ravel()), rows.reshape(-1, 4))
@@ -374,7 +382,7 @@ def test_gradients_that_cancel_are_formed_after_all(others):
     right = [np.linalg.norm(rows[np.asarray(group) == k].sum(0)) for k in (0, 1)]
     size = np.sqrt((rows**2).sum())
     assert (np.array(right) < size / 1000).tolist() == [True, others < 0]
-    _, info = jax.jit(per_example.fair_grad(one, 2))(w, batch, group)
+    _, info = jax.jit(per_example.fair_grad(one, 2))(w, batch, population_ids=group)
     np.testing.assert_allclose(info.norm, right, rtol=1e-3)
 
 
@@ -382,15 +390,19 @@ def test_padding_and_bad_examples_are_counted_nowhere():
     params, (ids, labels) = model(), batch_of()
     where = jnp.arange(10) < 7
     grad = jax.jit(per_example.fair_grad(loss, 2, 1.3, floor=0.0))
-    sums, info = grad(params, (ids, labels), jnp.asarray(GROUP), where=where)
+    sums, info = grad(
+        params, (ids, labels), population_ids=jnp.asarray(GROUP), where=where
+    )
     few = jax.tree.map(lambda x: x[:7], (ids, labels))
-    right, other = grad(params, few, jnp.asarray(GROUP[:7]))
+    right, other = grad(params, few, population_ids=jnp.asarray(GROUP[:7]))
     near(sums, jax.tree.map(np.float64, right), 1e-5)
     assert info.count.tolist() == other.count.tolist()
     scaled = lambda p, e: e[0] * loss(p, e[1])
     weight = jnp.ones(10).at[jnp.array([2, 8])].set(jnp.nan)
     grad = jax.jit(per_example.fair_grad(scaled, 2, 1.3, floor=0.0))
-    sums, info = grad(params, (weight, (ids, labels)), jnp.asarray(GROUP))
+    sums, info = grad(
+        params, (weight, (ids, labels)), population_ids=jnp.asarray(GROUP)
+    )
     assert info.count.tolist() == [7, 1]
     good = np.isfinite(weight)
     _, norm = contributions(
@@ -407,15 +419,15 @@ ERRORS = [
     (lambda: clipfx.clip_fair_groups(floor=-1.0), ValueError, "floor"),
     (lambda: clipfx.clip_fair_groups(reference="max"), ValueError, "reference"),
     (lambda: clipfx.clip_fair_groups(reference=2), ValueError, "one of 2"),
-    (lambda: clipfx.clip_fair_groups(num_groups=0), ValueError, "num_groups"),
+    (lambda: clipfx.clip_fair_groups(num_populations=0), ValueError, "num_populations"),
     (
-        lambda: clipfx.clip_fair_groups(num_groups=2.0),
+        lambda: clipfx.clip_fair_groups(num_populations=2.0),
         TypeError,
         "an int >= 1, got 2.0",
     ),
     (lambda: clipfx.clip_fair_groups(reference=True), ValueError, "got True"),
     (lambda: clipfx.clip_fair_groups().update({}, None), TypeError, "tree_clip"),
-    (lambda: clip({"w": ONE}, 2.0, 3), ValueError, "axis of num_groups=3"),
+    (lambda: clip({"w": ONE}, 2.0, 3), ValueError, "axis of num_populations=3"),
     (lambda: clip({"w": ONE}, 2.0, 2, present=np.ones(3, bool)), ValueError, "bool"),
     (lambda: eager(present=np.zeros(2, bool)), ValueError, "all absent"),
     (lambda: per_example.fair_grad(loss, 2, 0.0), ValueError, "max_ratio"),
@@ -435,7 +447,7 @@ def eager(**extra):
 
 def fair(group, size=2):
     batch = jax.tree.map(lambda x: x[:size], batch_of())
-    return per_example.fair_grad(loss, 2)(model(), batch, group)
+    return per_example.fair_grad(loss, 2)(model(), batch, population_ids=group)
 
 
 @pytest.mark.parametrize("case", ERRORS, ids=[case[2] for case in ERRORS])

@@ -281,9 +281,9 @@ def test_no_group_is_longer_than_a_multiple_of_the_median():
 
 
 def test_a_named_group_may_be_the_measure():
-    assert group_norms(2.0, [1.0, 3.0, 100.0], reference="b")[0] == [1, 3, 6]
-    assert group_norms(0.5, [1.0, 3.0, 100.0], reference="b")[0] == [1, 3, 1.5]
-    assert group_norms(0.5, [1.0, 0.0, 100.0], reference="b")[0] == [1, 0, 100]
+    assert group_norms(2.0, [1.0, 3.0, 100.0], reference_group="b")[0] == [1, 3, 6]
+    assert group_norms(0.5, [1.0, 3.0, 100.0], reference_group="b")[0] == [1, 3, 1.5]
+    assert group_norms(0.5, [1.0, 0.0, 100.0], reference_group="b")[0] == [1, 0, 100]
 
 
 def test_the_ratio_does_not_see_the_scale_of_the_loss():

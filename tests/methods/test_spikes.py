@@ -97,21 +97,21 @@ def test_spam_clip_follows_the_recursion(theta, decay, warm):
         tx = clipfx.spam_clip(theta, decay=decay, warmup_steps=warm)
         out, state = outputs(tx, values)
         np.testing.assert_allclose(out, want, rtol=1e-4)
-        np.testing.assert_allclose(state.rms["w"], np.sqrt(v), rtol=1e-4)
-        assert int(state.count) == len(values)
+        np.testing.assert_allclose(state.rule_state.rms["w"], np.sqrt(v), rtol=1e-4)
+        assert int(state.rule_state.count) == len(values)
 
 
 def test_spam_clip_learns_no_bad_element_and_frees_silent_ones():
     tx = clipfx.spam_clip(4.0, decay=0.9, warmup_steps=1)
     state = tx.init({"w": jnp.zeros(4)})
     _, state = tx.update({"w": jnp.array([1.0, 1.0, 1.0, 0.0])}, state)
-    before = state.rms["w"]
+    before = state.rule_state.rms["w"]
     out, state = tx.update({"w": jnp.array([jnp.nan, jnp.inf, -9.0, 7.0])}, state)
     limit = 2 * float(before[2])
     assert np.isnan(out["w"][0])
     np.testing.assert_allclose(out["w"][1:], [limit, -limit, 7.0], rtol=1e-6)
-    np.testing.assert_array_equal(state.rms["w"][:2], before[:2])
-    assert float(state.rms["w"][3]) > 0
+    np.testing.assert_array_equal(state.rule_state.rms["w"][:2], before[:2])
+    assert float(state.rule_state.rms["w"][3]) > 0
 
 
 def test_spam_clip_remembers_in_float32_what_comes_in_half():
@@ -120,8 +120,8 @@ def test_spam_clip_remembers_in_float32_what_comes_in_half():
     state = tx.init(tree)
     out, state = tx.update(tree, state)
     assert_same(out, tree)
-    assert {k: v.dtype for k, v in state.rms.items()} == {
+    assert {k: v.dtype for k, v in state.rule_state.rms.items()} == {
         "w": "float32",
         "z": "float32",
     }
-    np.testing.assert_allclose(state.rms["z"], 5 * np.sqrt(0.001), rtol=1e-4)
+    np.testing.assert_allclose(state.rule_state.rms["z"], 5 * np.sqrt(0.001), rtol=1e-4)

@@ -159,9 +159,9 @@ LINEN = {
 # By the last part of a leaf's name; "" is for all of them.
 LINEN_ROADS = {
     "mlp": {"kernel": "outer product"},
-    "lstm": {"bias": "direct"},
-    "lstm optimized": {"bias": "direct"},
-    "transformer": {"embedding": "Gram", "kernel": "Gram", "position": "direct"},
+    "lstm": {"bias": "bias sum"},
+    "lstm optimized": {"bias": "bias sum"},
+    "transformer": {"embedding": "Gram", "kernel": "Gram", "position": "bias sum"},
     "scanned": {"embedding": "segment sum", "kernel": "Gram"},
     "experts": {"up": "Gram", "kernel": "Gram"},
 }

@@ -59,7 +59,7 @@ PARAMS, BATCH = draw()
 
 
 def clipped_grad(loss, axis_name=None):
-    grad = per_example.clipped_grad(loss, 2.0, groups="leaf", axis_name=axis_name)
+    grad = per_example.clipped_grad(loss, 2.0, groups="leaf", batch_axis_name=axis_name)
     return lambda params, batch: grad(params, batch["examples"])
 
 
@@ -69,17 +69,21 @@ def norms(loss):
 
 
 def population_grad(loss, axis_name=None):
-    grad = per_example.population_grad(loss, K, axis_name=axis_name)
-    return lambda params, batch: grad(params, batch["examples"], batch["group"])
+    grad = per_example.population_grad(loss, K, batch_axis_name=axis_name)
+    return lambda params, batch: grad(
+        params, batch["examples"], population_ids=batch["group"]
+    )
 
 
 def fair_grad(loss, axis_name=None):
-    grad = per_example.fair_grad(loss, K, 1.2, axis_name=axis_name)
-    return lambda params, batch: grad(params, batch["examples"], batch["group"])
+    grad = per_example.fair_grad(loss, K, 1.2, batch_axis_name=axis_name)
+    return lambda params, batch: grad(
+        params, batch["examples"], population_ids=batch["group"]
+    )
 
 
 def clip_fair_groups(loss, axis_name=None):
-    tx = clipfx.clip_fair_groups(1.2, num_groups=K, axis_name=axis_name)
+    tx = clipfx.clip_fair_groups(1.2, num_populations=K, batch_axis_name=axis_name)
 
     def run(params, batch):
         parts, _ = population_grad(loss)(params, batch)
@@ -90,7 +94,7 @@ def clip_fair_groups(loss, axis_name=None):
 
 def clip_per_example(loss, axis_name=None):
     tx = per_example.clip_per_example(
-        2.0, groups="leaf", reduce="sum", axis_name=axis_name
+        2.0, groups="leaf", reduce="sum", batch_axis_name=axis_name
     )
     return lambda params, batch: tx.update(batch["stacked"], tx.init(params))
 
@@ -102,7 +106,7 @@ def dp_grad(loss, axis_name=None):
         noise_multiplier=0.5,
         expected_batch_size=B,
         key=jax.random.key(3),
-        axis_name=axis_name,
+        batch_axis_name=axis_name,
     )
     return lambda params, batch: grad(
         grad.init(params), params, batch["examples"], where=None
@@ -238,7 +242,7 @@ def test_sharded_equals_whole(name, way):
 
 def stacked_in_shard_map(axis_name, stacked):
     """The mean, and the state, of gradients that "model" splits too."""
-    tx = per_example.clip_per_example(2.0, axis_name=axis_name)
+    tx = per_example.clip_per_example(2.0, batch_axis_name=axis_name)
     specs, batch = specs_of(PLACES["tensor"])
     update = jax.shard_map(
         tx.update,
@@ -261,5 +265,5 @@ def test_one_bad_part_drops_the_whole_example():
 
 
 def test_axes_of_examples_are_asked_for():
-    with pytest.raises(ValueError, match=r"axis_name must say .*'data', 'model'"):
+    with pytest.raises(ValueError, match=r"batch_axis_name must say .*'data', 'model'"):
         stacked_in_shard_map(None, BATCH["stacked"])

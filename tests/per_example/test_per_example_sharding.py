@@ -122,7 +122,7 @@ def test_batch_and_parameters_on_a_mesh(kind, model):
 def test_shard_map_with_a_local_batch(alone, check):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     grad = per_example.clipped_grad(
-        loss, 0.5, groups="leaf", axis_name=None if check else "data"
+        loss, 0.5, groups="leaf", batch_axis_name=None if check else "data"
     )
     run = jax.shard_map(
         grad,

@@ -284,3 +284,11 @@ def test_audit_finds_what_is_broken():
     assert lower > claim
     honest, _ = audited(4.0, claimed=4.0, longer=40.0)
     assert honest <= claim
+
+
+@pytest.mark.parametrize("q", [0.5, 0.75, 0.99])
+def test_sampling_helps_also_where_most_are_drawn(q):
+    spent = lambda q: privacy.epsilon(
+        privacy.event(1.0, 10, sampling_probability=q), DELTA
+    )
+    assert spent(q) < spent(1.0) * (1 - 0.1 * (1 - q))

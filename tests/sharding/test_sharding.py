@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiers import in_tiers
 from trees import assert_close, norm
 from xla import number_of
 
@@ -200,22 +201,28 @@ def test_stacked_layers_may_be_split_within_or_across(spec):
     assert_equal_to_1e_6(got, update(grads, tx.init(grads)))
 
 
-@pytest.mark.parametrize(
-    ("spec", "axis_name"),
-    [(P("x"), "x"), (P(None, "y"), ()), (P("x", "y"), ("x",))],
-    ids=["across", "within", "both"],
-)
-@pytest.mark.parametrize(
-    "clip",
-    [clipfx.clip_by_global_norm(0.5), clipfx.spamp(), clipfx.clip_by_block_rms(0.1),
-     clipfx.skip_spikes(clipfx.clip_by_global_norm(0.5))],
-    ids=["global", "spamp", "block_rms", "skip_spikes"],
-)  # fmt: skip
-def test_stacked_layers_in_shard_map_have_a_norm_each(clip, spec, axis_name):
+STACKS = {
+    "across": (P("x"), "x"),
+    "within": (P(None, "y"), ()),
+    "both": (P("x", "y"), ("x",)),
+}
+CLIPS = {
+    "global": clipfx.clip_by_global_norm(0.5),
+    "spamp": clipfx.spamp(),
+    "block_rms": clipfx.clip_by_block_rms(0.1),
+    "skip_spikes": clipfx.skip_spikes(clipfx.clip_by_global_norm(0.5)),
+}
+STACKED = {f"{a}-{b}": (x, *STACKS[b]) for a, x in CLIPS.items() for b in STACKS}
+FEW_STACKED = {"global-across", "global-within", *(f"{a}-both" for a in CLIPS)}
+
+
+@pytest.mark.parametrize("case", in_tiers(STACKED, FEW_STACKED))
+def test_stacked_layers_in_shard_map_have_a_norm_each(case):
+    clip, spec, axis_name = case
     grads = {"w": jnp.linspace(-1, 2, 48).reshape(8, 6)}
     whole = clipfx.per_stacked_layer(clip)
     want = jax.jit(whole.update)(grads, whole.init(grads))
-    tx, layers = clipfx.per_stacked_layer(clip, axis_name=axis_name), P(*spec[:1])
+    tx, layers = clipfx.per_stacked_layer(clip, layer_axis_name=axis_name), P(*spec[:1])
     spread = {"in_specs": (spec, layers), "out_specs": (spec, layers)}
     update = jax.shard_map(tx.update, mesh=mesh_of(AxisType.Auto), **spread)
     assert_equal_to_1e_6(jax.jit(update)(grads, tx.init(grads)), want)
@@ -237,18 +244,19 @@ def test_a_jitted_update_is_told_where_it_is(first):
     clip = clipfx.clip_by_global_norm(1.0)
     clip = clip._replace(update=jax.jit(clip.update))
     layers = jnp.array([[3.0, 4, 0], [0.3, 0.4, 0], [30, 40, 0], [3, 0, 0]])
-    tx = clipfx.per_stacked_layer(clip, axis_name="x")
+    tx = clipfx.per_stacked_layer(clip, layer_axis_name="x")
     spread = {"mesh": mesh, "in_specs": P("x"), "out_specs": P("x")}
 
     def inside():
         run = lambda u: tx.update({"w": u}, tx.init({"w": u}))[0]["w"]
-        got = jax.shard_map(run, **spread)(layers)
+        got = jax.jit(jax.shard_map(run, **spread))(layers)
         np.testing.assert_allclose(np.linalg.norm(got, axis=1), [1, 0.5, 1, 1], 1e-6)
 
     def outside():
         vary = lambda x: clipfx._compat.vary(x, frozenset({"x"}))
         run = lambda u: clip.update({"w": u}, jax.tree.map(vary, clip.init({"w": u})))
-        got = jax.shard_map(lambda u: run(u[0])[0]["w"][None], **spread)(layers)
+        one = lambda u: run(u[0])[0]["w"][None]
+        got = jax.jit(jax.shard_map(one, **spread))(layers)
         assert np.linalg.norm(got) == pytest.approx(1, rel=1e-6)
 
     order = [inside, outside] if first == "inside" else [outside, inside]
@@ -258,11 +266,14 @@ def test_a_jitted_update_is_told_where_it_is(first):
 
 def test_stacks_of_stacks_are_split_over_two_axes():
     layers = jnp.linspace(-1, 2, 4 * 2 * 6).reshape(4, 2, 6)
-    each = clipfx.per_stacked_layer(clipfx.clip_by_global_norm(0.5), axis_name="y")
-    tx = clipfx.per_stacked_layer(each, axis_name="x")
+    each = clipfx.per_stacked_layer(
+        clipfx.clip_by_global_norm(0.5), layer_axis_name="y"
+    )
+    tx = clipfx.per_stacked_layer(each, layer_axis_name="x")
     run = lambda u: tx.update(u, tx.init(u))[0]
     spread = {"in_specs": P("x", "y"), "out_specs": P("x", "y")}
-    got = jax.shard_map(run, mesh=mesh_of(AxisType.Auto), **spread)(layers)
+    mapped = jax.shard_map(run, mesh=mesh_of(AxisType.Auto), **spread)
+    got = jax.jit(mapped)(layers)
     size = np.linalg.norm(layers, axis=-1, keepdims=True)
     np.testing.assert_allclose(got, layers * np.minimum(1, 0.5 / size), rtol=1e-6)
 
@@ -331,12 +342,12 @@ def test_one_bad_element_on_one_shard_is_seen_by_all(way, bad, name):
 
 # -------------------------------------------------------------------- communication
 
-LAYERS = {f"layer_{i:02}": {"bias": (8,), "kernel": (8, 4)} for i in range(24)}
+LAYERS = {f"layer_{i:02}": {"bias": (8,), "kernel": (8, 4)} for i in range(6)}
 
 
 @functools.cache
 def program(way, name, bias, kernel):
-    """A clip of 48 leaves, ready to be compiled."""
+    """A clip of 12 leaves, ready to be compiled."""
     grads = jax.tree.map(lambda shape: jnp.ones(shape), LAYERS, is_leaf=is_shape)
     specs = {layer: {"bias": bias, "kernel": kernel} for layer in LAYERS}
     mesh = mesh_of(AxisType.Explicit if way == "explicit" else AxisType.Auto)

@@ -13,14 +13,14 @@ from clipfx.per_example.engine import (
     ghost_norm,
     interpreter,
     outer_products,
+    primitives,
     scaled_sums,
-    sites,
 )
 from clipfx.per_example.engine.cost_model import by_region
-from clipfx.per_example.engine.param_views import Part
+from clipfx.per_example.engine.param_views import LeafSlice
 from clipfx.per_example.engine.plan import Plan
+from clipfx.per_example.engine.rules.site import Site
 from clipfx.per_example.engine.scaled_sums import Power
-from clipfx.per_example.engine.sites import Site
 
 
 class Program(NamedTuple):
@@ -56,11 +56,11 @@ class Tape(NamedTuple):
     powers: jax.Array | None
 
     def operand(self, site: Site) -> Any:
-        """What was recorded for a site, None for an addition."""
+        """What was recorded for a site, None if it needs nothing."""
         return None if site.data is None else self.data[site.data]
 
 
-def record(
+def backward_pass(
     program: Program, inputs: Sequence[Any], *, norms: bool
 ) -> tuple[list[jax.Array], Tape]:
     """Runs forward and backward once.
@@ -74,7 +74,6 @@ def record(
       Outputs `[B, ...]`, and the `Tape`.
     """
     plan = program.plan
-    direct = [k for k, road in enumerate(plan.roads) if road == "instantiated"]
     params = [inputs[k] for k in program.params]
     ghost = plan.remat and norms
 
@@ -89,8 +88,8 @@ def record(
             )
             return outs[0], (outs[1:], data)
 
-        taps = _found(plan) if ghost else _taps(plan)
-        leaves = {k: params[k] for k in direct}
+        taps = _no_powers(plan) if ghost else _taps(plan)
+        leaves = {k: params[k] for k in sorted(plan.differentiated)}
         value, pull, (aux, data) = jax.vjp(loss, leaves, taps, has_aux=True)
         leaves, deltas = pull(jnp.ones_like(value))
         return [value, *aux], data, leaves, deltas
@@ -105,8 +104,8 @@ def record(
     formed = {}
     for n in plan.formed if norms else ():
         site = plan.sites[n]
-        form = lambda x, d, site=site: sites.weight_gradient(
-            site, x if x is None else x[None], widen(d)[None])  # fmt: skip
+        form = lambda x, d, site=site: site.rule.gradient(
+            site, x if x is None else x[None], widen(d)[None], None)  # fmt: skip
         formed[n] = jax.vmap(form)(data.get(site.data), deltas[site.tap])
     rest = [site for n, site in plan.sites.items() if n not in formed]
     data = {site.data: data[site.data] for site in rest if site.data is not None}
@@ -155,10 +154,10 @@ def _settled(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x) if half else x
 
 
-def _found(plan: Plan) -> jax.Array:
+def _no_powers(plan: Plan) -> jax.Array:
     """Where powers of norms are added up, `[L, 4, 2]`."""
     value = plan.root.jaxpr.outvars[0].aval
-    shape = (len(plan.roads), scaled_sums.SCALES, 2)
+    shape = (len(plan.methods), scaled_sums.SCALES, 2)
     return _zeros(shape, value).astype(dtype(plan))
 
 
@@ -177,9 +176,9 @@ def _zeros(shape: tuple[int, ...], like: Any) -> jax.Array:
 
 def dtype(plan: Plan) -> Any:
     """Of norms: float32, or wider where gradients are."""
-    found = [site.eqn.outvars[0].aval.dtype for site in plan.sites.values()]
-    found += [plan.root.jaxpr.outvars[0].aval.dtype, *plan.dtypes]
-    return widest(found)
+    dtypes = [site.eqn.outvars[0].aval.dtype for site in plan.sites.values()]
+    dtypes += [plan.root.jaxpr.outvars[0].aval.dtype, *plan.dtypes]
+    return widest(dtypes)
 
 
 def powers(
@@ -189,27 +188,27 @@ def powers(
 
     Args:
       plan: Decisions.
-      tape: From `record`.
+      tape: From `backward_pass`.
       size: B.
       split: Per leaf the mesh axes of `jax.shard_map` that it is split over.
     """
-    leaves = range(len(plan.roads))
+    leaves = range(len(plan.methods))
     if tape.powers is None:
         one = lambda tape: spread(
             plan, [_of_leaf(plan, k, tape) for k in leaves], split
         )
         return jax.vmap(one, axis_size=size)(tape)
-    found = tape.powers.astype(dtype(plan))
+    sums = tape.powers.astype(dtype(plan))
     one = lambda x: [scaled_sums.power(x, plan.ord)]
     power = lambda x: scaled_sums.spread(one(x), dtype(plan))[0]
     for leaf, x in tape.leaves.items():
-        found = found.at[:, leaf].add(jax.vmap(power)(x))
+        sums = sums.at[:, leaf].add(jax.vmap(power)(x))
     every = frozenset().union(*split)
     if not every:
-        return found
+        return sums
     # Together they count as varying over what one of them does.
-    same = lambda k: jax.lax.pmean(found[:, k], tuple(sorted(every - split[k])))
-    columns = [same(k) if every - split[k] else found[:, k] for k in leaves]
+    same = lambda k: jax.lax.pmean(sums[:, k], tuple(sorted(every - split[k])))
+    columns = [same(k) if every - split[k] else sums[:, k] for k in leaves]
     return jnp.stack([over(x, a) for x, a in zip(columns, split, strict=True)], 1)
 
 
@@ -222,11 +221,11 @@ def spread(
     plan: Plan, powers: Sequence[list[Power]], split: Sequence[frozenset[str]]
 ) -> jax.Array:
     """Powers by leaf, any number of each, as `[L, 4, 2]`, added up over a mesh."""
-    if all(len(some) == 1 for some in powers) and not any(split):
+    if all(len(terms) == 1 for terms in powers) and not any(split):
         return scaled_sums.spread([x for (x,) in powers], dtype(plan))
     rows = []
-    for some, axes in zip(powers, split, strict=True):
-        row = scaled_sums.spread(some, dtype(plan)).sum(0) if some else _nothing(plan)
+    for terms, axes in zip(powers, split, strict=True):
+        row = scaled_sums.spread(terms, dtype(plan)).sum(0) if terms else _nothing(plan)
         rows.append(over(row, axes))
     return jnp.stack(rows)
 
@@ -239,19 +238,21 @@ def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> list[Power]:
     """The norm of one example's gradient to the power of p, in parts to add up."""
     if leaf in tape.leaves:
         return [scaled_sums.power(tape.leaves[leaf], plan.ord)]
-    found = []
+    powers = []
     for places in by_region(plan.uses[leaf]):
         (site, part), *_ = places
         if site.number in tape.formed:
             formed = _part(site, part, tape.formed[site.number])
-            found.append(scaled_sums.power(formed, plan.ord))
+            powers.append(scaled_sums.power(formed, plan.ord))
         else:
-            some = [(s, p, tape.operand(s), tape.deltas[s.tap]) for s, p in places]
-            found += _of_region(some, plan.ord)
-    return found
+            uses_of_region = [
+                (s, p, tape.operand(s), tape.deltas[s.tap]) for s, p in places
+            ]
+            powers += _of_region(uses_of_region, plan.ord)
+    return powers
 
 
-def _part(site: Site, part: Part, formed: jax.Array) -> jax.Array:
+def _part(site: Site, part: LeafSlice, formed: jax.Array) -> jax.Array:
     """The gradient of one part from that of a weight, `[loops that slice..., ...]`."""
     if site.view.axis is not None:
         axis = sum(site.sliced) + site.view.axis
@@ -266,44 +267,43 @@ def _part(site: Site, part: Part, formed: jax.Array) -> jax.Array:
 def _of_region(places: list, ord: int) -> list[Power]:
     """From all uses of one region of a leaf, each with what was recorded there."""
     site = places[0][0]
-    if site.kind in sites.ADD:
-        parts = [outer_products.direct(s, p, d) for s, p, _, d in places]
+    if site.adds:
+        parts = [s.rule.factors(s, p, x, d) for s, p, x, d in places]
         rows = [rows.reshape(rows.shape[0], -1) for _, rows in parts]
-        found = functools.reduce(jnp.add, [x.reshape(-1) for x, _ in parts])
-        found = scaled_sums.power(found, ord)
+        total = functools.reduce(jnp.add, [x.reshape(-1) for x, _ in parts])
+        total = scaled_sums.power(total, ord)
         if sum(len(x) for x in rows) == 1:
-            return [found]
+            return [total]
         # What positions add up to may cancel.
-        zero = jnp.zeros_like(found.value)
+        zero = jnp.zeros_like(total.value)
         each = [scaled_sums.power(x, ord)._replace(value=zero) for x in rows]
-        return [found._replace(terms=zero), *each]
+        return [total._replace(terms=zero), *each]
     factors = [outer_products.factors(*place) for place in places]
-    precision = site.eqn.params.get("precision")
+    precision = primitives.precision(site.eqn)
     return [ghost_norm.power_of_products(factors, precision, ord)]
 
 
 def _probe(
-    plan: Plan, found: jax.Array, site: Site, inputs: list, apply: Callable, _: Any
+    plan: Plan, sums: jax.Array, site: Site, inputs: list, out: jax.Array, _: Any
 ) -> jax.Array:
-    """The output; its backward pass adds powers of norms to the gradient of `found`.
+    """The output; its backward pass adds powers of norms to the gradient of `sums`.
 
     So nothing is kept, and rematerialization goes on saving memory.
     """
-    direct = {k for k, road in enumerate(plan.roads) if road == "instantiated"}
-    parts = [p for p in site.view.parts if p.leaf not in (None, *direct)]
+    parts = [p for p in site.view.parts if p.leaf not in (None, *plan.differentiated)]
 
     @jax.custom_vjp
-    def probe(data, out, found):
+    def probe(data, out, sums):
         return out
 
     def backward(data, delta):
-        found = _found(plan)
+        sums = _no_powers(plan)
         turn = site._replace(loops=())
         for part in parts:
             x = _of_region([(turn, part._replace(stack=()), data, delta)], plan.ord)
-            found = found.at[part.leaf].add(scaled_sums.spread(x, found.dtype).sum(0))
-        return None, delta, found
+            sums = sums.at[part.leaf].add(scaled_sums.spread(x, sums.dtype).sum(0))
+        return None, delta, sums
 
-    probe.defvjp(lambda data, out, found: (out, data), backward)
-    data = None if site.data is None else inputs[site.operand]
-    return probe(data, apply(*inputs), found)
+    probe.defvjp(lambda data, out, sums: (out, data), backward)
+    data = None if site.operand is None else inputs[site.operand]
+    return probe(data, out, sums)

@@ -57,7 +57,7 @@ def bounded_sum(
       The sum by leaf, and what is known of every example.
     """
     inputs, index, plan = call.inputs, members.index, call.program.plan
-    outs, tape = bookkeeping.record(call.program, inputs, norms=True)
+    outs, tape = bookkeeping.backward_pass(call.program, inputs, norms=True)
     group = functools.partial(_grouped, call, members)
     norms, trusted = group(bookkeeping.powers(plan, tape, call.size, call.split))
     good = jnp.isfinite(norms.value / norms.scale).all(1)
@@ -66,8 +66,8 @@ def bounded_sum(
     each = functools.partial(one_by_one.each, call, tape, group=lambda x: group(x)[0])
     if callable(limit):
         if plan.adds_up:
-            start = one_by_one.Found(norms, jnp.zeros_like(norms.value), [])
-            norms = each(alone, found=start, bound=None).norms
+            start = one_by_one.Progress(norms, jnp.zeros_like(norms.value), [])
+            norms = each(alone, progress=start, bound=None).norms
         limit = limit(_shown(norms, keep), keep)
     limit = jnp.broadcast_to(
         with_rounding_margin(limit.astype(norms.value.dtype)), norms.value.shape
@@ -83,13 +83,15 @@ def bounded_sum(
     factor = jnp.where((good & keep)[:, None], factor_of(norms, limit), 0)
     if not plan.adds_up:
         sums = weighted_sum(call.program, inputs, tape, factor, index, good)
-        return total(call, sums), known(call, outs, keep, _shown(norms, keep), factor)
+        return total(call, sums), make_info(
+            call, outs, keep, _shown(norms, keep), factor
+        )
     # What is flushed to 0 of a sum may make it longer, not only shorter.
     reached = factor * (norms.value / norms.scale)
     alone |= good & keep & ((reached > 0) & (reached < _tiny(reached.dtype))).any(1)
-    some = jnp.where(alone[:, None], jnp.zeros_like(factor), factor)
+    usual_factor = jnp.where(alone[:, None], jnp.zeros_like(factor), factor)
     kept = None if tape.powers is None else good
-    sums = weighted_sum(call.program, inputs, tape, some, index, kept)
+    sums = weighted_sum(call.program, inputs, tape, usual_factor, index, kept)
     # A factor of 0 is not enough for what is not finite, 0 times NaN is NaN: then all
     # others are added up anew, one by one.
     anew = jnp.zeros((), bool) if kept is not None else ~good.all()
@@ -102,10 +104,12 @@ def bounded_sum(
                   for x, i in zip(gradient, index, strict=True)]  # fmt: skip
         return [jnp.where(finite, x, jnp.zeros_like(x)) for x in scaled], factor
 
-    start = one_by_one.Found(norms, factor, sums)
-    found = each(alone, found=start, bound=bound, anew=anew)
-    shown = _shown(found.norms, keep)
-    return total(call, found.sums), known(call, outs, keep, shown, found.factor)
+    start = one_by_one.Progress(norms, factor, sums)
+    progress = each(alone, progress=start, bound=bound, anew=anew)
+    shown = _shown(progress.norms, keep)
+    return total(call, progress.sums), make_info(
+        call, outs, keep, shown, progress.factor
+    )
 
 
 # Factors beyond these are no normal numbers, or their products are not.
@@ -129,7 +133,7 @@ def _grouped(call: Call, members: Groups, powers: jax.Array) -> tuple[Norms, jax
     return scaled_sums.norms(sums, call.program.plan.ord)
 
 
-def known(
+def make_info(
     call: Call, outs: list, keep: jax.Array, norm: Any, factor: Any
 ) -> PerExample:
     """Puts together what is known; the loss of padding is 0."""
@@ -141,7 +145,7 @@ def known(
 def empty(call: Call, groups: int) -> PerExample:
     """What is known of no examples."""
     nothing = jnp.zeros((0, groups), jnp.float32)
-    return known(call, _none(call), jnp.ones(0, bool), nothing, nothing)
+    return make_info(call, _none(call), jnp.ones(0, bool), nothing, nothing)
 
 
 def total(call: Call, sums: Sequence[jax.Array]) -> list[jax.Array]:
@@ -168,7 +172,7 @@ def by_group(rows: jax.Array, index: Sequence[int | None], count: int) -> jax.Ar
 
 def measure(call: Call, members: Groups, where: jax.Array | None) -> PerExample:
     """Norms alone."""
-    outs, tape = bookkeeping.record(call.program, call.inputs, norms=True)
+    outs, tape = bookkeeping.backward_pass(call.program, call.inputs, norms=True)
     group = functools.partial(_grouped, call, members)
     norms, trusted = group(
         bookkeeping.powers(call.program.plan, tape, call.size, call.split)
@@ -177,10 +181,10 @@ def measure(call: Call, members: Groups, where: jax.Array | None) -> PerExample:
     keep = _compat.as_like(keep, outs[0])
     if call.program.plan.adds_up:
         alone = jnp.isfinite(norms.value / norms.scale).all(1) & keep & ~trusted.all(1)
-        start = one_by_one.Found(norms, jnp.zeros_like(norms.value), [])
+        start = one_by_one.Progress(norms, jnp.zeros_like(norms.value), [])
         one = lambda x: group(x)[0]
         norms = one_by_one.each(call, tape, alone, one, start, None).norms
-    return known(call, outs, keep, _shown(norms, keep), None)
+    return make_info(call, outs, keep, _shown(norms, keep), None)
 
 
 def _none(call: Call) -> list[jax.Array]:

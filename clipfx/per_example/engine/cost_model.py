@@ -5,15 +5,16 @@ from typing import Any
 
 from clipfx.per_example.engine import ghost_norm
 from clipfx.per_example.engine.outer_products import key, sizes
-from clipfx.per_example.engine.param_views import Part
-from clipfx.per_example.engine.sites import ADD, Site
+from clipfx.per_example.engine.param_views import LeafSlice
+from clipfx.per_example.engine.rules.site import IDS, Site
 
 # Moving a word through memory costs as much as this many multiplications: a gradient
-# that is formed is written, read for its norm and read for the sum.
+# that is instantiated is written, read for its norm and read for the sum.
 WORDS = 256
+BIAS_SUM = "bias sum"
 
 
-def unaligned(places: list[tuple[Site, Part]], remat: bool) -> str:
+def unaligned(places: list[tuple[Site, LeafSlice]], remat: bool) -> str:
     """Why several uses of a leaf cannot be measured together, empty if they can."""
     if remat:
         if len(places) > 1:
@@ -31,19 +32,20 @@ def unaligned(places: list[tuple[Site, Part]], remat: bool) -> str:
     return ""
 
 
-def _measured_together(*places: tuple[Site, Part]) -> bool:
+def _measured_together(*places: tuple[Site, LeafSlice]) -> bool:
     keys = [key(site, part) for site, part in places]
-    kinds = {site.kind in ADD for site, _ in places}
-    rows = all(site.kind == "gather" for site, _ in places)
+    rows = all(site.rule.left == IDS for site, _ in places)
     same = keys[0] == keys[1] if rows else ghost_norm.fits(keys)
-    return same and len(kinds) == 1
+    return same and len({site.adds for site, _ in places}) == 1
 
 
 def _apart(a: tuple, b: tuple) -> bool:
     return any(x[1] <= y[0] or y[1] <= x[0] for x, y in zip(a, b, strict=True))
 
 
-def by_region(places: list[tuple[Site, Part]]) -> list[list[tuple[Site, Part]]]:
+def by_region(
+    places: list[tuple[Site, LeafSlice]],
+) -> list[list[tuple[Site, LeafSlice]]]:
     """The uses of a leaf, together where they are of the same region of it."""
     groups: dict[Any, list] = {}
     for site, part in places:
@@ -53,21 +55,21 @@ def by_region(places: list[tuple[Site, Part]]) -> list[list[tuple[Site, Part]]]:
     return list(groups.values())
 
 
-def factored_cost(places: list[tuple[Site, Part]]) -> tuple[str, int]:
-    """The road by outer products, and its cost in multiplications."""
-    cost, road = 0, "direct"
+def factored_cost(places: list[tuple[Site, LeafSlice]]) -> tuple[str, int]:
+    """The method by outer products, and its cost in multiplications."""
+    cost, method = 0, BIAS_SUM
     for region in by_region(places):
-        some = [(site.kind, *sizes(site, part)) for site, part in region]
-        if some[0][0] in ADD:
+        if region[0][0].adds:
             continue
-        road = "outer product" if road == "direct" else road
-        s, k, n = some[0][1], some[0][3], some[0][4]
-        dense = sum(t for kind, _, t, _, _ in some if kind != "gather")
-        rows = sum(t for kind, _, t, _, _ in some if kind == "gather")
+        method = "outer product" if method == BIAS_SUM else method
+        each = [(site.rule, *sizes(site, part)) for site, part in region]
+        _, s, _, k, n = each[0]
+        dense = sum(t for rule, _, t, _, _ in each if rule.left != IDS)
+        rows = sum(t for rule, _, t, _, _ in each if rule.left == IDS)
         cost += s * (dense + rows) * (k * (dense > 0) + n)
         if dense + rows > 1:
-            road = "Gram" if dense else "segment sum"
+            method = "Gram" if dense else "segment sum"
             cost += s * (dense * dense * (k + n) // 2 + dense * rows * n + rows * n)
-        if any(kind == "conv_general_dilated" for kind, *_ in some):
-            cost += 2 * WORDS * s * dense * k  # patches are copied together
-    return road, cost
+        if any(rule.copied for rule, *_ in each):
+            cost += 2 * WORDS * s * dense * k
+    return method, cost

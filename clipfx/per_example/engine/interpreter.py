@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from clipfx import _compat
-from clipfx.per_example.engine.plan import CALLS, REMAT, Node
-from clipfx.per_example.engine.sites import Site
+from clipfx.per_example.engine import primitives
+from clipfx.per_example.engine.plan import JaxprPlan
+from clipfx.per_example.engine.primitives import CALLS, REMAT
+from clipfx.per_example.engine.rules.site import Site
 
-Visit = Callable[[Site, list, Callable, Any], Any]
+Visit = Callable[[Site, list, jax.Array, Any], Any]
 
 
 @jax.custom_jvp
@@ -36,7 +38,7 @@ def _literal(v: Any) -> jax.Array:
 
 
 def run(
-    node: Node,
+    node: JaxprPlan,
     values: Sequence[Any],
     sites: Mapping[int, Site],
     taps: Mapping[int, Any],
@@ -50,8 +52,8 @@ def run(
       values: Of its inputs.
       sites: By number, those that matter.
       taps: By number, `[loops..., ...]`; may be empty.
-      visit: `visit(site, inputs, apply, given) -> output` is called instead of
-        recording; `apply(*inputs)` runs the equation.
+      visit: `visit(site, inputs, output, given) -> output` is called instead of
+        recording.
       given: By number of the site what `visit` is given, `[loops..., ...]`.
 
     Returns:
@@ -65,19 +67,20 @@ def run(
     for k, eqn in enumerate(jaxpr.eqns):
         inputs = [read(v) for v in eqn.invars]
         keep = [i for i, v in enumerate(eqn.outvars) if v in node.users]
-        inner, site = node.inner.get(k), node.sites.get(k)
+        inner = node.inner.get(k)
         if inner is not None and inner.numbers() & sites.keys():
             again = functools.partial(_again, inner, sites, visit)
-            outs, found = _inside(inner, eqn, inputs, taps, given, again)
-            records.update(found)
+            outs, inside = _inside(inner, eqn, inputs, taps, given, again)
+            records.update(inside)
             outs = [outs[i] for i in keep]
-        elif site is not None and site.number in sites and visit is not None:
-            apply = functools.partial(_apply, jaxpr, eqn)
-            outs = [visit(site, inputs, apply, given.get(site.number))][: len(keep)]
         else:
-            outs = _compat.evaluate(jaxpr, eqn, inputs, keep)
-            if site is not None and site.number in sites and site.data is not None:
-                records[site.data] = inputs[site.operand]
+            every = _compat.evaluate(eqn, inputs)
+            for site in node.sites.get(k, ()):
+                if site.number in sites and visit is not None:
+                    every[0] = visit(site, inputs, every[0], given.get(site.number))
+                elif site.number in sites and site.operand is not None:
+                    records[site.data] = inputs[site.operand]
+            outs = [every[i] for i in keep]
         if outs and node.taps.get(k) in taps:
             outs = [tap(outs[0], taps[node.taps[k]]), *outs[1:]]
         env.update(zip([eqn.outvars[i] for i in keep], outs, strict=True))
@@ -85,25 +88,19 @@ def run(
 
 
 def _again(
-    inner: Node, sites: Any, visit: Any, values: Any, taps: Any, given: Any
+    inner: JaxprPlan, sites: Any, visit: Any, values: Any, taps: Any, given: Any
 ) -> tuple[list, dict]:
     return run(inner, values, sites, taps, visit, given)
 
 
-def _apply(jaxpr: Any, eqn: Any, *inputs: Any) -> Any:
-    return _compat.evaluate(jaxpr, eqn, inputs, [0])[0]
-
-
 def _inside(
-    inner: Node, eqn: Any, inputs: list, taps: Any, given: Any, again: Callable
+    inner: JaxprPlan, eqn: Any, inputs: list, taps: Any, given: Any, again: Callable
 ) -> tuple[list, dict]:
-    p, name = eqn.params, eqn.primitive.name
+    name = eqn.primitive.name
     taps = {n: taps[n] for n in inner.all_taps() if n in taps}
     given = {n: given[n] for n in inner.numbers() if n in given}
     if name in REMAT:
-        wrapped = jax.checkpoint(
-            again, prevent_cse=p["prevent_cse"], policy=p["policy"]
-        )
+        wrapped = jax.checkpoint(again, **primitives.remat_options(eqn))
         return wrapped(inputs, taps, given)
     if name in CALLS:
         return again(inputs, taps, given)
@@ -115,23 +112,21 @@ def _inside(
 
     def body(carry, turn):
         xs, taps, given = turn
-        outs, found = again([*inputs[:const], *carry, *xs], taps, given)
-        found = {n: x for n, x in found.items() if n not in known}
-        return outs[:carried], (outs[carried:], found)
+        outs, records = again([*inputs[:const], *carry, *xs], taps, given)
+        records = {n: x for n, x in records.items() if n not in known}
+        return outs[:carried], (outs[carried:], records)
 
-    carry, (ys, found) = lax.scan(
+    carry, (ys, records) = lax.scan(
         body,
         inputs[const:first],
         (inputs[first:], taps, given),
-        length=p["length"],
-        reverse=p["reverse"],
-        unroll=p["unroll"],
+        **primitives.scan_options(eqn),
     )
-    return [*carry, *ys], found | known
+    return [*carry, *ys], records | known
 
 
 def weights(
-    node: Node, values: Sequence[Any], sites: Mapping[int, Site], depth: int = 0
+    node: JaxprPlan, values: Sequence[Any], sites: Mapping[int, Site], depth: int = 0
 ) -> tuple[list[Any], dict[int, jax.Array]]:
     """Views of parameters up to the sites where they are used, without casts.
 
@@ -145,30 +140,32 @@ def weights(
       The outputs that are views, None for others; and by number the weights,
       `[loops that slice..., weight]`.
     """
-    jaxpr, found = node.jaxpr, {}
+    jaxpr, at_sites = node.jaxpr, {}
     env = dict(zip(jaxpr.invars, values, strict=True))
     read = lambda v: None if _compat.is_literal(v) else env.get(v)
     for k, eqn in enumerate(jaxpr.eqns):
         inputs = [read(v) for v in eqn.invars]
         if all(x is None for x in inputs):
             continue
-        inner, site = node.inner.get(k), node.sites.get(k)
+        inner, node_sites = node.inner.get(k), node.sites.get(k, ())
         if inner is not None and eqn.primitive.name in CALLS:
             outs, inside = weights(inner, inputs, sites, depth)
             env.update(zip(eqn.outvars, outs, strict=True))
-            found.update(inside)
+            at_sites.update(inside)
         elif inner is not None:
-            found.update(_in_loop(inner, eqn, inputs, sites, depth))
-        elif site is not None and site.number in sites:
-            found[site.number] = inputs[site.weight]
+            at_sites.update(_in_loop(inner, eqn, inputs, sites, depth))
+        elif node_sites:
+            at_sites |= {
+                s.number: inputs[s.weight] for s in node_sites if s.number in sites
+            }
         elif any(node.views.get(k, ())):
-            env.update(zip(eqn.outvars, _move(jaxpr, eqn, inputs), strict=True))
-    return [read(v) for v in jaxpr.outvars], found
+            env.update(zip(eqn.outvars, _move(eqn, inputs), strict=True))
+    return [read(v) for v in jaxpr.outvars], at_sites
 
 
-def _move(jaxpr: Any, eqn: Any, inputs: list) -> list:
+def _move(eqn: Any, inputs: list) -> list:
     """A cast is left out, what is not a parameter is zero."""
-    if eqn.primitive.name == "convert_element_type":
+    if eqn.primitive.name == primitives.CONVERT:
         return inputs
     known = next(x for x in inputs if x is not None)
     zeros = lambda v: jnp.zeros(
@@ -177,22 +174,22 @@ def _move(jaxpr: Any, eqn: Any, inputs: list) -> list:
     )
     values = [_literal(v) if _compat.is_literal(v) else zeros(v) if x is None else x
               for x, v in zip(inputs, eqn.invars, strict=True)]  # fmt: skip
-    return _compat.evaluate(jaxpr, eqn, values, list(range(len(eqn.outvars))))
+    return _compat.evaluate(eqn, values)
 
 
-def _in_loop(inner: Node, eqn: Any, inputs: list, sites: Any, depth: int) -> dict:
+def _in_loop(inner: JaxprPlan, eqn: Any, inputs: list, sites: Any, depth: int) -> dict:
     """A slice each turn becomes a dimension, what is the same each turn stays so."""
     consts, carried = _compat.scan_sizes(eqn)
     first = consts + carried
-    here = {n: sites[n] for n in inner.numbers() & sites.keys()}
-    if not here:
+    inside = {n: sites[n] for n in inner.numbers() & sites.keys()}
+    if not inside:
         return {}
     fixed = [*inputs[:consts], *[None] * carried]
-    turn = lambda xs: weights(inner, [*fixed, *xs], here, depth + 1)[1]
+    turn = lambda xs: weights(inner, [*fixed, *xs], inside, depth + 1)[1]
     if all(x is None for x in inputs[first:]):
         return turn(inputs[first:])
     # In a mapped function a site that no parameter reaches would be missing.
     present = jax.eval_shape(lambda xs: turn([x if x is None else x[0] for x in xs]),
                              inputs[first:])  # fmt: skip
-    axes = {n: 0 if here[n].sliced[depth] else None for n in present}
+    axes = {n: 0 if inside[n].sliced[depth] else None for n in present}
     return jax.vmap(turn, out_axes=axes)(inputs[first:])

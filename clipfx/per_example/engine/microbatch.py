@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from clipfx import _compat
 from clipfx._core.checks import check_count
 from clipfx._core.groups import Groups
 from clipfx.per_example.engine import clip, trace
@@ -14,7 +15,7 @@ from clipfx.per_example.engine.trace import Signature
 
 
 def in_parts(
-    some: Callable,
+    compute: Callable,
     signature: Signature,
     step: int | None,
     args: Any,
@@ -25,8 +26,8 @@ def in_parts(
     """All at once, or `step` examples at a time, added up in the order of a scan.
 
     Args:
-      some: `some(args, keep, by_example) -> (sums, rows)` of a part: sums are added up
-        over parts, rows `[B, ...]` put together.
+      compute: `compute(args, keep, by_example) -> (sums, rows)` of a part: sums are
+        added up over parts, rows `[B, ...]` put together.
       signature: Which arguments are batches.
       step: How many examples at a time, None for all.
       args: Of the loss.
@@ -35,7 +36,7 @@ def in_parts(
       size: B.
     """
     if step is None or size <= step:
-        return some(args, keep, by_example)
+        return compute(args, keep, by_example)
     count = -(-size // step)
     numbers = trace.numbers(signature, "batch_argnums", len(args))
     batches = [args[k] for k in numbers]
@@ -56,7 +57,7 @@ def in_parts(
         filled = list(args)
         for k, batch in zip(numbers, batches, strict=True):
             filled[k] = batch
-        return some(tuple(filled), keep, by_example)
+        return compute(tuple(filled), keep, by_example)
 
     def body(sums, part):
         more, rows = of_part(part)
@@ -74,16 +75,46 @@ def measuring(
 ) -> Callable:
     """What `in_parts` needs to measure norms, without `by_example`."""
 
-    def some(args: Any, keep: Any, _: None) -> tuple[list, PerExample]:
+    def compute(args: Any, keep: Any, _: None) -> tuple[list, PerExample]:
         call = trace.prepare(signature, args, kwargs, ord=ord)
         if call.size:
             return [], clip.measure(call, members, keep)
         return [], clip.empty(call, len(members.names))._replace(factor=None)
 
-    return some
+    return compute
 
 
 def check_step(step: Any) -> int | None:
     """Checks `microbatch_size`."""
     advice = "it is the number of examples computed at a time, None for all"
     return None if step is None else check_count("microbatch_size", step, 1, advice)
+
+
+def reduced(
+    sums: list[jax.Array], value: jax.Array, keep: Any, reduce: str, axis_name: Any
+) -> list[jax.Array]:
+    """Sums over all devices, divided by the number of examples for `"mean"`.
+
+    Args:
+      sums: By leaf, added up over the axes that types tell of.
+      value: `[B]`, losses, for the mesh axes that examples vary over.
+      keep: bool `[B]` or None.
+      reduce: `"sum"` or `"mean"`.
+      axis_name: Mesh axes that types do not tell of.
+    """
+    if axis_name is not None:
+        sums = [jax.lax.psum(x, axis_name) for x in sums]
+    if reduce == "sum":
+        return sums
+    number = jnp.ones_like(value) if keep is None else keep.astype(jnp.float32)
+    number = number.sum(dtype=jnp.float32)
+    apart = _compat.varying_axes(value)
+
+    def mean(x: jax.Array) -> jax.Array:
+        axes = apart - _compat.varying_axes(x)
+        count = _compat.vary(number, apart)
+        count = jax.lax.psum(count, tuple(sorted(axes))) if axes else count
+        count = count if axis_name is None else jax.lax.psum(count, axis_name)
+        return x / jnp.maximum(count, 1).astype(x.dtype)
+
+    return [mean(x) for x in sums]

@@ -21,7 +21,7 @@ from clipfx.per_example.engine.trace import Call
 from clipfx.per_example.engine.weighted_sum import weighted_sum
 
 
-class Found(NamedTuple):
+class Progress(NamedTuple):
     """What the loop finds out.
 
     Attributes:
@@ -40,18 +40,18 @@ def each(
     tape: Tape,
     todo: jax.Array,
     group: Callable,
-    found: Found,
+    progress: Progress,
     bound: Callable | None,
     anew: Any = False,
-) -> Found:
+) -> Progress:
     """Measures some examples anew, and adds them up.
 
     Args:
       call: The loss and its inputs.
-      tape: From `record`.
+      tape: From `backward_pass`.
       todo: bool `[B]`, which.
       group: From powers by leaf `[1, L, 4, 2]` to `Norms` `[1, G]`.
-      found: What is known so far; entries of these examples are replaced, their
+      progress: What is known so far; entries of these examples are replaced, their
         contributions are added to the sums.
       bound: `bound(gradient, norms, row) -> contributions, factor [1, G]` for the
         gradient by leaf of one example, `row` picking what is the example's from arrays
@@ -62,37 +62,37 @@ def each(
     number = _compat.as_like(jnp.arange(call.size, dtype=jnp.int32), todo)
 
     def body(state: tuple) -> tuple:
-        _, todo, found, forget = state
+        _, todo, progress, forget = state
         i = jnp.where(todo, number, call.size).min()
         row = lambda x: _row(x, i)
         gradient = _gradient(call, tape, row)
         powers = [[scaled_sums.power(x, plan.ord)] for x in gradient]
         norms = group(bookkeeping.spread(plan, powers, split)[None])
-        here = number == i
+        chosen = number == i
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
             new = jnp.broadcast_to(new.astype(old.dtype), old.shape)
-            return jnp.where(here[:, None], _compat.as_like(new, old), old)
+            return jnp.where(chosen[:, None], _compat.as_like(new, old), old)
 
-        norms = Norms(*map(put, found.norms, norms))
-        todo = todo & ~here
+        norms = Norms(*map(put, progress.norms, norms))
+        todo = todo & ~chosen
         left = jnp.where(todo, 1.0, 0.0).sum()
         if bound is None:
-            return left, todo, found._replace(norms=norms), forget
+            return left, todo, progress._replace(norms=norms), forget
         parts, factor = bound(gradient, jax.tree.map(row, norms), row)
         sums = [
             jnp.where(forget, jnp.zeros_like(x), x)
             + _compat.as_like(y.astype(x.dtype), x)
-            for x, y in zip(found.sums, parts, strict=True)
+            for x, y in zip(progress.sums, parts, strict=True)
         ]
-        factor = put(found.factor, factor)
-        return left, todo, Found(norms, factor, sums), jnp.zeros_like(forget)
+        factor = put(progress.factor, factor)
+        return left, todo, Progress(norms, factor, sums), jnp.zeros_like(forget)
 
     with jax.named_scope("out_of_range"):
         # A sum of numbers: one all-reduce with those of the gradients.
         todo |= anew
         left = jnp.where(todo, 1.0, 0.0).sum()
-        state = (left, todo, found, jnp.asarray(anew))
+        state = (left, todo, progress, jnp.asarray(anew))
         return jax.lax.while_loop(lambda state: state[0] > 0, body, state)[2]
 
 

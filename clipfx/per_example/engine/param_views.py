@@ -2,7 +2,7 @@
 
 Between a leaf and its use lie casts, transposes, reshapes, slices and concatenations.
 They move elements without changing them, so the norm of a gradient with respect to
-such a value is that of the leaf. A `View` follows them through a program.
+such a value is that of the leaf. A `ParamView` follows them through a program.
 """
 
 import math
@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from clipfx import _compat
+from clipfx.per_example.engine import primitives
 
 
-class Part(NamedTuple):
+class LeafSlice(NamedTuple):
     """The elements of one leaf, or of a constant, in a value.
 
     Attributes:
       leaf: Number of the leaf, None for a constant.
-      start: Where the part begins along the axis of the `View`.
+      start: Where the part begins along the axis of the `ParamView`.
       stop: Where it ends.
       dims: For every dimension of the value the dimensions of the leaf that it runs
         over, None if that is no longer known.
@@ -37,7 +38,7 @@ class Part(NamedTuple):
     stack: tuple[tuple[int, tuple[int, ...] | None], ...] = ()
 
 
-class View(NamedTuple):
+class ParamView(NamedTuple):
     """What a value consists of.
 
     Attributes:
@@ -46,20 +47,20 @@ class View(NamedTuple):
       repeated: Dimensions of the value along which every element is repeated.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[LeafSlice, ...]
     axis: int | None = None
     repeated: frozenset[int] = frozenset()
 
 
-def whole(leaf: int, shape: Sequence[int]) -> View:
+def whole(leaf: int, shape: Sequence[int]) -> ParamView:
     """The view of a leaf itself."""
     dims = tuple((k,) for k in range(len(shape)))
-    return View((Part(leaf, 0, 0, dims, tuple((0, n) for n in shape)),))
+    return ParamView((LeafSlice(leaf, 0, 0, dims, tuple((0, n) for n in shape)),))
 
 
 def of_equation(
-    eqn: Any, views: Sequence[View | None], constant: Sequence[bool]
-) -> list[View | None]:
+    eqn: Any, views: Sequence[ParamView | None], constant: Sequence[bool]
+) -> list[ParamView | None]:
     """The views of what an equation returns.
 
     Args:
@@ -71,44 +72,36 @@ def of_equation(
     shapes = [tuple(v.aval.shape) for v in eqn.invars]
     outs = [tuple(v.aval.shape) for v in eqn.outvars]
     view = views[0] if views else None
-    if name in _SAME and all(_real(v) for v in (*eqn.invars, *eqn.outvars)):
+    if name in primitives.SAME and all(_real(v) for v in (*eqn.invars, *eqn.outvars)):
         return list(views)
-    if name == "concatenate":
-        return [_concatenate(views, constant, shapes, eqn.params["dimension"])]
+    if name == primitives.CONCATENATE:
+        return [_concatenate(views, constant, shapes, primitives.concatenated(eqn))]
     if view is None:
         return [None] * len(outs)
-    if name == "broadcast_in_dim" and math.prod(shapes[0]) != math.prod(outs[0]):
-        return [_repeat(view, shapes[0], outs[0], eqn.params["broadcast_dimensions"])]
+    if name == primitives.BROADCAST and math.prod(shapes[0]) != math.prod(outs[0]):
+        at = primitives.broadcast_dimensions(eqn)
+        return [_repeat(view, shapes[0], outs[0], at)]
     if view.repeated:
         return [None] * len(outs)
-    if name == "transpose":
-        return [_transpose(view, eqn.params["permutation"])]
-    if name in _RESHAPES and math.prod(shapes[0]) == math.prod(outs[0]):
+    if name == primitives.TRANSPOSE:
+        return [_transpose(view, primitives.permutation(eqn))]
+    if name in primitives.RESHAPES and math.prod(shapes[0]) == math.prod(outs[0]):
         return [_regroup(view, shapes[0], outs[0])]
-    if name == "slice":
-        starts, strides = eqn.params["start_indices"], eqn.params["strides"]
-        steps = strides or (1,) * len(starts)
-        ends = eqn.params["limit_indices"]
-        return [_slice(view, shapes[0], list(zip(starts, ends, steps, strict=True)))]
-    if name == "split":
-        return _split(view, shapes[0], eqn.params["axis"], eqn.params["sizes"])
+    if name == primitives.SLICE:
+        return [_slice(view, shapes[0], primitives.cuts(eqn))]
+    if name == primitives.SPLIT:
+        return _split(view, shapes[0], *primitives.pieces(eqn))
     fixed = all(map(_compat.is_literal, eqn.invars[1:]))
-    if name == "rev" or (name == "dynamic_slice" and fixed):
+    if name == primitives.REVERSE or (name == primitives.DYNAMIC_SLICE and fixed):
         return [_blur(view)]
     return [None] * len(outs)
-
-
-_SAME = {"convert_element_type", "copy", "copy_p", "mesh_cast", "name",
-         "optimization_barrier", "pcast", "pvary", "reshard",
-         "sharding_constraint"}  # fmt: skip
-_RESHAPES = {"broadcast_in_dim", "expand_dims", "reshape", "squeeze"}
 
 
 def _real(v: Any) -> bool:
     return jnp.issubdtype(v.aval.dtype, jnp.floating)
 
 
-def slice_of_loop(view: View, loop: int) -> View | None:
+def slice_of_loop(view: ParamView, loop: int) -> ParamView | None:
     """The view of one turn's slice along the first dimension."""
     if view.axis == 0 or view.repeated:
         return None
@@ -119,16 +112,18 @@ def slice_of_loop(view: View, loop: int) -> View | None:
         )
         for p in view.parts
     ]
-    return View(tuple(parts), None if view.axis is None else view.axis - 1)
+    return ParamView(tuple(parts), None if view.axis is None else view.axis - 1)
 
 
-def _blur(view: View) -> View | None:
+def _blur(view: ParamView) -> ParamView | None:
     if view.axis is not None:
         return None
-    return View((view.parts[0]._replace(dims=None, region=None),))
+    return ParamView((view.parts[0]._replace(dims=None, region=None),))
 
 
-def _repeat(view: View, old: Sequence[int], new: Sequence[int], at: Sequence) -> Any:
+def _repeat(
+    view: ParamView, old: Sequence[int], new: Sequence[int], at: Sequence
+) -> Any:
     """Through a broadcast: new dimensions, and old ones of size 1 that grow."""
     if view.repeated:
         return None
@@ -138,17 +133,19 @@ def _repeat(view: View, old: Sequence[int], new: Sequence[int], at: Sequence) ->
     )
     parts = [p._replace(dims=p.dims and dims(p)) for p in view.parts]
     axis = None if view.axis is None else at[view.axis]
-    return View(tuple(parts), axis, frozenset(range(len(new))) - stays.keys())
+    return ParamView(tuple(parts), axis, frozenset(range(len(new))) - stays.keys())
 
 
-def _transpose(view: View, order: Sequence[int]) -> View:
+def _transpose(view: ParamView, order: Sequence[int]) -> ParamView:
     parts = [p._replace(dims=p.dims and tuple(p.dims[k] for k in order))
              for p in view.parts]  # fmt: skip
     axis = None if view.axis is None else list(order).index(view.axis)
-    return View(tuple(parts), axis)
+    return ParamView(tuple(parts), axis)
 
 
-def _regroup(view: View, old: Sequence[int], new: Sequence[int]) -> View | None:
+def _regroup(
+    view: ParamView, old: Sequence[int], new: Sequence[int]
+) -> ParamView | None:
     """Through a reshape, in the smallest blocks of dimensions of equal size."""
     if 0 in old:
         return None
@@ -176,16 +173,16 @@ def _regroup(view: View, old: Sequence[int], new: Sequence[int]) -> View | None:
     if view.axis is not None and axis is None:
         return None
 
-    def regroup(p: Part) -> Part:
+    def regroup(p: LeafSlice) -> LeafSlice:
         if p.dims is None or not known:
             return p._replace(dims=None)
         gather = lambda source: tuple(x for d in source for x in p.dims[d])
         return p._replace(dims=tuple(gather(source) for source in sources))
 
-    return View(tuple(map(regroup, view.parts)), axis)
+    return ParamView(tuple(map(regroup, view.parts)), axis)
 
 
-def _slice(view: View, shape: Sequence[int], cuts: list) -> View | None:
+def _slice(view: ParamView, shape: Sequence[int], cuts: list) -> ParamView | None:
     """Through a slice, `cuts` (start, stop, step) along every dimension."""
     cut = [d for d, (lo, hi, step) in enumerate(cuts)
            if (lo, hi, step) != (0, shape[d], 1)]  # fmt: skip
@@ -204,12 +201,14 @@ def _slice(view: View, shape: Sequence[int], cuts: list) -> View | None:
         (leaf_dim,) = part.dims[d]
         low = region[leaf_dim][0]
         region[leaf_dim] = (low + start, low + stop)
-    return View((part._replace(region=tuple(region)),))
+    return ParamView((part._replace(region=tuple(region)),))
 
 
-def _split(view: View, shape: Sequence[int], axis: int, sizes: Sequence[int]) -> list:
+def _split(
+    view: ParamView, shape: Sequence[int], axis: int, sizes: Sequence[int]
+) -> list:
     views, start = [], 0
-    for size in map(int, sizes):
+    for size in sizes:
         cuts = [(0, n, 1) for n in shape]
         cuts[axis] = (start, start + size, 1)
         views.append(_slice(view, shape, cuts))
@@ -218,19 +217,19 @@ def _split(view: View, shape: Sequence[int], axis: int, sizes: Sequence[int]) ->
 
 
 def _concatenate(
-    views: Sequence[View | None],
+    views: Sequence[ParamView | None],
     constant: Sequence[bool],
     shapes: Sequence[Sequence[int]],
     axis: int,
-) -> View | None:
+) -> ParamView | None:
     parts, start = [], 0
     for view, fixed, shape in zip(views, constant, shapes, strict=True):
         if fixed:
-            view = View((Part(None, 0, 0, None, None),))
+            view = ParamView((LeafSlice(None, 0, 0, None, None),))
         if view is None or view.repeated or view.axis not in (None, axis):
             return None
         for part in view.parts:
             first, last = (0, shape[axis]) if view.axis is None else part[1:3]
             parts.append(part._replace(start=start + first, stop=start + last))
         start += shape[axis]
-    return View(tuple(parts), axis) if len(parts) > 1 else views[0]
+    return ParamView(tuple(parts), axis) if len(parts) > 1 else views[0]

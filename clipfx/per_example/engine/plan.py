@@ -3,7 +3,7 @@
 A value is constant, made of parameters alone, or data. An equation where the second
 kind meets the third is a site if there is a rule for it; in any other place the leaves
 behind the value are *instantiated*, that is differentiated for each example. Per leaf
-the cheaper of the roads that its uses allow is taken.
+the cheaper of the methods that its uses allow is taken.
 """
 
 import itertools
@@ -14,16 +14,22 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from clipfx import _compat
-from clipfx.per_example.engine import param_views
-from clipfx.per_example.engine.cost_model import WORDS, factored_cost, unaligned
-from clipfx.per_example.engine.param_views import Part, View
-from clipfx.per_example.engine.sites import ADD, Site, why_not
+from clipfx.per_example.engine import param_views, primitives, rules
+from clipfx.per_example.engine.cost_model import (
+    BIAS_SUM,
+    WORDS,
+    factored_cost,
+    unaligned,
+)
+from clipfx.per_example.engine.param_views import LeafSlice, ParamView
+from clipfx.per_example.engine.rules.site import Site
 
-# Roads that know the 2-norm only.
+# Methods that know the 2-norm only.
 SQUARED = {"Gram", "segment sum"}
+INSTANTIATED = "instantiated"
 
 
-class Info(NamedTuple):
+class ValueInfo(NamedTuple):
     """What is known of a value before anything is computed.
 
     Attributes:
@@ -35,17 +41,17 @@ class Info(NamedTuple):
 
     leaves: frozenset[int] = frozenset()
     data: bool = False
-    view: View | None = None
+    view: ParamView | None = None
     why: str = ""
 
 
-class Node(NamedTuple):
+class JaxprPlan(NamedTuple):
     """A program, and what to do at those of its equations that are not just run.
 
     Attributes:
       jaxpr: The program.
       consts: Values of its constants.
-      sites: By equation, the site.
+      sites: By equation, a site for each weight.
       inner: By equation, the program inside.
       views: By equation, which outputs are views of parameters.
       data: By variable the number of what is recorded of it.
@@ -55,8 +61,8 @@ class Node(NamedTuple):
 
     jaxpr: Any
     consts: Sequence[Any]
-    sites: dict[int, Site]
-    inner: dict[int, "Node"]
+    sites: dict[int, list[Site]]
+    inner: dict[int, "JaxprPlan"]
     views: dict[int, list[bool]]
     data: dict[Any, int]
     taps: dict[int, int]
@@ -65,7 +71,8 @@ class Node(NamedTuple):
     def numbers(self) -> set[int]:
         """Of all sites here and inside."""
         inside = [node.numbers() for node in self.inner.values()]
-        return {s.number for s in self.sites.values()}.union(*inside)
+        numbers_here = {s.number for sites in self.sites.values() for s in sites}
+        return numbers_here.union(*inside)
 
     def all_taps(self) -> set[int]:
         """Numbers of taps here and inside."""
@@ -79,21 +86,23 @@ class Plan(NamedTuple):
     Attributes:
       root: The program.
       uses: Per leaf its sites and the parts there.
-      roads: Per leaf: `"unused"`, `"direct"`, `"outer product"`, `"Gram"`,
-        `"segment sum"`, `"formed"`, `"instantiated"`, or `"sum"` without norms.
+      methods: Per leaf: `"unused"`, `"bias sum"`, `"outer product"`, `"Gram"`,
+        `"segment sum"`, `"instantiated"`, or `"sum"` without norms.
       reasons: Per leaf why no site would do, empty if one does.
       sites: Those that are used, by number.
-      formed: Numbers of sites whose weight's gradient is formed for each example.
+      differentiated: Leaves that are instantiated by JAX's own derivative.
+      formed: Numbers of sites whose weight's gradient is instantiated after loops.
       remat: Whether the program rematerializes.
       dtypes: Of the parameters.
       ord: p of the norm, 1 or 2.
     """
 
-    root: Node
-    uses: list[list[tuple[Site, Part]]]
-    roads: list[str]
+    root: JaxprPlan
+    uses: list[list[tuple[Site, LeafSlice]]]
+    methods: list[str]
     reasons: list[list[str]]
     sites: dict[int, Site]
+    differentiated: frozenset[int]
     formed: frozenset[int]
     remat: bool
     dtypes: list
@@ -103,15 +112,20 @@ class Plan(NamedTuple):
     def adds_up(self) -> bool:
         """Whether there are norms of sums over positions, unformed, that may cancel."""
 
-        def direct(places: list) -> bool:
+        def several(places: list) -> bool:
             site = places[0][0]
             repeats = site.repeats and site.number not in self.formed
             return len(places) > 1 or repeats
 
         return any(
-            road in SQUARED or (road == "direct" and direct(places))
-            for road, places in zip(self.roads, self.uses, strict=True)
+            method in SQUARED or (method == BIAS_SUM and several(places))
+            for method, places in zip(self.methods, self.uses, strict=True)
         )
+
+    @property
+    def roads(self) -> list[str]:
+        """What tests/_support/per_example_oracle.py calls `methods`."""
+        return self.methods
 
 
 class _Walk:
@@ -120,22 +134,24 @@ class _Walk:
     def __init__(self, leaves: int):
         self.number = itertools.count()
         self.loop_number = itertools.count()
-        self.uses: list[list[tuple[Site, Part]]] = [[] for _ in range(leaves)]
+        self.uses: list[list[tuple[Site, LeafSlice]]] = [[] for _ in range(leaves)]
         self.reasons: list[list[str]] = [[] for _ in range(leaves)]
         self.remat = False
 
-    def blame(self, info: Info, why: str) -> None:
+    def blame(self, info: ValueInfo, why: str) -> None:
         for leaf in info.leaves:
             self.reasons[leaf].append(why)
 
     def walk(
-        self, closed: Any, infos: Sequence[Info], loops: tuple
-    ) -> tuple[Node, list[Info]]:
+        self, closed: Any, infos: Sequence[ValueInfo], loops: tuple
+    ) -> tuple[JaxprPlan, list[ValueInfo]]:
         jaxpr, consts = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
-        env = dict(zip(jaxpr.constvars, [Info()] * len(jaxpr.constvars), strict=True))
+        env = dict(
+            zip(jaxpr.constvars, [ValueInfo()] * len(jaxpr.constvars), strict=True)
+        )
         env.update(zip(jaxpr.invars, infos, strict=True))
-        read = lambda v: Info() if _compat.is_literal(v) else env[v]
-        node = Node(jaxpr, consts, {}, {}, {}, {}, {}, _users(jaxpr))
+        read = lambda v: ValueInfo() if _compat.is_literal(v) else env[v]
+        node = JaxprPlan(jaxpr, consts, {}, {}, {}, {}, {}, _users(jaxpr))
         for k, eqn in enumerate(jaxpr.eqns):
             inputs = [read(v) for v in eqn.invars]
             outs = self.equation(node, k, eqn, inputs, loops)
@@ -143,84 +159,87 @@ class _Walk:
         return node, [read(v) for v in jaxpr.outvars]
 
     def equation(
-        self, node: Node, k: int, eqn: Any, inputs: list[Info], loops: tuple
-    ) -> list[Info]:
+        self, node: JaxprPlan, k: int, eqn: Any, inputs: list[ValueInfo], loops: tuple
+    ) -> list[ValueInfo]:
         name, count = eqn.primitive.name, len(eqn.outvars)
         leaves = frozenset().union(*(i.leaves for i in inputs))
         data = any(i.data for i in inputs)
-        if not leaves or name == "stop_gradient":
-            return [Info(data=data)] * count
-        if name in CALLS:
-            node.inner[k], outs = self.walk(eqn.params["jaxpr"], inputs, loops)
-            self.remat |= name in REMAT and data
+        if not leaves or name == primitives.STOP_GRADIENT:
+            return [ValueInfo(data=data)] * count
+        if name in primitives.CALLS:
+            node.inner[k], outs = self.walk(primitives.inner(eqn), inputs, loops)
+            self.remat |= name in primitives.REMAT and data
             return outs
-        if name == "scan" and data:
+        if name == primitives.SCAN and data:
             return self.scan(node, k, eqn, inputs, loops)
         if not data:
             outs = self.of_parameters(eqn, inputs, leaves)
             node.views[k] = [info.view is not None for info in outs]
             return outs
         self.meet(node, k, eqn, inputs, loops)
-        return [Info(data=True)] * count
+        return [ValueInfo(data=True)] * count
 
-    def of_parameters(self, eqn: Any, inputs: list[Info], leaves: frozenset) -> list:
+    def of_parameters(
+        self, eqn: Any, inputs: list[ValueInfo], leaves: frozenset
+    ) -> list:
         fixed = [not i.leaves for i in inputs]
         views = param_views.of_equation(eqn, [i.view for i in inputs], fixed)
         why = next((i.why for i in inputs if i.why), "") or eqn.primitive.name
 
-        def info(v: Any, view: View | None) -> Info:
+        def info(v: Any, view: ParamView | None) -> ValueInfo:
             if not jnp.issubdtype(v.aval.dtype, jnp.inexact):
-                return Info()
+                return ValueInfo()
             if view is None:
-                return Info(leaves, False, None, why)
+                return ValueInfo(leaves, False, None, why)
             seen = frozenset(p.leaf for p in view.parts if p.leaf is not None)
-            return Info(seen, False, view)
+            return ValueInfo(seen, False, view)
 
         return [info(v, view) for v, view in zip(eqn.outvars, views, strict=True)]
 
     def meet(
-        self, node: Node, k: int, eqn: Any, inputs: list[Info], loops: tuple
+        self, node: JaxprPlan, k: int, eqn: Any, inputs: list[ValueInfo], loops: tuple
     ) -> None:
         """Parameters meet data: at a site, or for each example."""
         weights = [j for j, i in enumerate(inputs) if i.leaves]
         for j in weights:
-            info = inputs[j]
+            info, rule = inputs[j], rules.find(eqn, j)
             if info.view is None:
                 self.blame(info, info.why)
-            elif len(weights) > 1:
-                self.blame(info, f"{eqn.primitive.name} of two parameters")
-            elif why := why_not(eqn, j, info.view):
+            elif rule is None:
+                two = " of two parameters" if len(weights) > 1 else ""
+                self.blame(info, eqn.primitive.name + two)
+            elif why := rules.why_not(rule, eqn, j, info.view):
                 self.blame(info, why)
             else:
-                number = next(self.number)
-                data = None
-                if eqn.primitive.name not in ADD:
-                    data = node.data.setdefault(eqn.invars[1 - j], number)
+                number, data = next(self.number), None
+                operand = rule.operand(eqn, j)
+                if operand is not None:
+                    data = node.data.setdefault(eqn.invars[operand], number)
                 tap = node.taps.setdefault(_where_added(node, k), number)
-                site = Site(number, eqn, j, info.view, loops, data, tap)
-                node.sites[k] = site
+                site = Site(number, eqn, rule, j, operand, info.view, loops, data, tap)
+                node.sites.setdefault(k, []).append(site)
                 for part in info.view.parts:
                     if part.leaf is not None:
                         self.uses[part.leaf].append((site, part))
 
     def scan(
-        self, node: Node, k: int, eqn: Any, inputs: list[Info], loops: tuple
-    ) -> list[Info]:
-        p, loop = eqn.params, next(self.loop_number)
+        self, node: JaxprPlan, k: int, eqn: Any, inputs: list[ValueInfo], loops: tuple
+    ) -> list[ValueInfo]:
+        loop = next(self.loop_number)
         consts, carry = _compat.scan_sizes(eqn)
         for info in inputs[consts : consts + carry]:
             self.blame(info, "initial carry of scan")
-        infos = [*inputs[:consts], *[Info(data=True)] * carry]
+        infos = [*inputs[:consts], *[ValueInfo(data=True)] * carry]
         for info in inputs[consts + carry :]:
             view = info.view and param_views.slice_of_loop(info.view, loop)
             why = info.why or ("" if view else "scan")
             infos.append(info._replace(view=view, why=why))
         node.inner[k], outs = self.walk(
-            p["jaxpr"], infos, (*loops, (loop, p["length"]))
+            primitives.inner(eqn), infos, (*loops, (loop, primitives.turns(eqn)))
         )
         for info in outs:
             self.blame(info, "leaves a scan")
-        return [Info(data=True)] * len(eqn.outvars)
+        return [ValueInfo(data=True)] * len(eqn.outvars)
 
 
 def _users(jaxpr: Any) -> dict[Any, list[int | None]]:
@@ -232,7 +251,7 @@ def _users(jaxpr: Any) -> dict[Any, list[int | None]]:
     return users
 
 
-def _where_added(node: Node, k: int) -> int:
+def _where_added(node: JaxprPlan, k: int) -> int:
     """The last of the additions that are all that becomes of equation k's output.
 
     The gradient with respect to a sum is that with respect to each of its terms.
@@ -244,13 +263,10 @@ def _where_added(node: Node, k: int) -> int:
             return k
         then = node.jaxpr.eqns[after]
         same = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)
-        if then.primitive.name not in ADD or not same(out.aval, then.outvars[0].aval):
+        added = then.primitive.name in primitives.ADD
+        if not added or not same(out.aval, then.outvars[0].aval):
             return k
         k = after
-
-
-REMAT = {"checkpoint", "remat", "remat2"}
-CALLS = {"closed_call", "core_call", "jit", "pjit", *REMAT}
 
 
 def make_plan(
@@ -260,9 +276,9 @@ def make_plan(
     *,
     norms: bool = True,
     ord: int = 2,
-    force: str | None = None,
+    force: Any = None,
 ) -> Plan:
-    """Walks a program and decides on a road for every parameter.
+    """Walks a program and decides on a norm method for every parameter.
 
     Args:
       closed: The loss of one example.
@@ -270,13 +286,15 @@ def make_plan(
       data: Per input whether it differs between examples.
       norms: Whether norms will be asked for; sums alone need no alignment.
       ord: p of the norm, 1 or 2.
-      force: A road to take wherever possible, for tests and measurements:
-        `"factored"`, `"formed"` or `"instantiated"`.
+      force: What to do wherever possible, for tests and measurements: `"factored"`,
+        `"formed"` (after loops) or `"instantiated"`; a tuple says it by leaf.
     """
-    jaxpr, infos = closed.jaxpr, [Info(data=d) for d in data]
+    jaxpr, infos = closed.jaxpr, [ValueInfo(data=d) for d in data]
     for number, k in enumerate(leaves):
         shape = jaxpr.invars[k].aval.shape
-        infos[k] = Info(frozenset([number]), False, param_views.whole(number, shape))
+        infos[k] = ValueInfo(
+            frozenset([number]), False, param_views.whole(number, shape)
+        )
     walk = _Walk(len(leaves))
     root, outs = walk.walk(closed, infos, ())
     walk.blame(outs[0], "a term without data")  # others are not differentiated
@@ -287,7 +305,7 @@ def make_plan(
 
 def _decide(
     walk: _Walk,
-    root: Node,
+    root: JaxprPlan,
     shapes: list,
     dtypes: list,
     norms: bool,
@@ -295,40 +313,43 @@ def _decide(
     force: Any,
 ) -> Plan:
     uses, reasons = walk.uses, walk.reasons
+    forces = force if isinstance(force, tuple) else (force,) * len(uses)
     for leaf, dtype in enumerate(dtypes):
         if jnp.issubdtype(dtype, jnp.complexfloating):
             reasons[leaf].append("complex numbers")
-    roads = [""] * len(uses)
+    methods = [""] * len(uses)
     costs: dict[int, float] = {}
     for leaf, places in enumerate(uses):
         if reasons[leaf] or not places:
-            roads[leaf] = "instantiated" if reasons[leaf] else "unused"
+            methods[leaf] = INSTANTIATED if reasons[leaf] else "unused"
             continue
         if not norms:
-            roads[leaf], costs[leaf] = "sum", 0
+            methods[leaf], costs[leaf] = "sum", 0
             continue
         why = unaligned(places, walk.remat)
         if why:
-            roads[leaf], reasons[leaf] = "instantiated", [why]
+            methods[leaf], reasons[leaf] = INSTANTIATED, [why]
             continue
-        roads[leaf], costs[leaf] = factored_cost(places)
-        large = WORDS * math.prod(shapes[leaf])
-        dear = large < costs[leaf] if force is None else force != "factored"
-        dear &= roads[leaf] != "direct"
-        if ord != 2 and roads[leaf] in SQUARED:
-            dear, costs[leaf] = True, math.inf
+        methods[leaf], costs[leaf] = factored_cost(places)
+        cost, way = WORDS * math.prod(shapes[leaf]), forces[leaf]
+        instantiate = cost < costs[leaf] if way is None else way != "factored"
+        instantiate &= methods[leaf] != BIAS_SUM
+        if ord != 2 and methods[leaf] in SQUARED:
+            instantiate, costs[leaf] = True, math.inf
         in_time = any(len(p.stack) < len(s.loops) for s, p in places)
-        if dear and (not in_time or force == "instantiated"):
-            roads[leaf] = "instantiated"
-    # The gradient of a weight in a loop is better formed after the loop than in it.
+        if instantiate and (not in_time or way == "instantiated"):
+            methods[leaf] = INSTANTIATED
+    # Up to here by JAX, in loops too. The gradient of a weight in a loop is better
+    # instantiated after the loop.
+    differentiated = {k for k, method in enumerate(methods) if method == INSTANTIATED}
     sites = {s.number: s for places in uses for s, _ in places}
     formed = set()
     for number, site in sites.items():
-        own = [p.leaf for p in site.view.parts if p.leaf is not None]
-        own = [leaf for leaf in own if roads[leaf] != "instantiated"]
-        if not own or any(len(uses[leaf]) > 1 for leaf in own):
+        leaves = {p.leaf for p in site.view.parts if p.leaf is not None}
+        leaves -= differentiated
+        if not leaves or any(len(uses[leaf]) > 1 for leaf in leaves):
             continue
-        if site.kind in ADD:
+        if site.adds:
             # What positions add up to may be nothing but rounding, as it is with the
             # biases of keys: norm and sum have to be of one and the same addition.
             if norms and site.repeats and not site.view.repeated:
@@ -336,29 +357,32 @@ def _decide(
             continue
         if all(site.sliced):
             continue
-        words = WORDS * sum(math.prod(shapes[leaf]) for leaf in own)
-        dear = words < sum(costs[leaf] for leaf in own)
-        if (dear and force is None) or force == "formed":
+        cost = WORDS * sum(math.prod(shapes[leaf]) for leaf in leaves)
+        ways = {forces[leaf] for leaf in leaves}
+        cheaper = cost < sum(costs[leaf] for leaf in leaves)
+        if (cheaper and ways == {None}) or ways == {"formed"}:
             formed.add(number)
-            for leaf in own:
-                roads[leaf] = "formed"
+            for leaf in leaves:
+                methods[leaf] = INSTANTIATED
     if ord != 2:
-        for leaf, road in enumerate(roads):
-            roads[leaf] = "instantiated" if road in SQUARED else road
+        differentiated |= {k for k, method in enumerate(methods) if method in SQUARED}
     # What an addition adds up over is better not kept, unless a product keeps it too.
     kept = {s.tap for leaf, places in enumerate(uses) for s, _ in places
-            if s.kind not in ADD and roads[leaf] != "instantiated"}  # fmt: skip
+            if not s.adds and leaf not in differentiated}  # fmt: skip
     for leaf, places in enumerate(uses):
-        if roads[leaf] == "direct" and any(
+        if methods[leaf] == BIAS_SUM and any(
             s.repeats and s.tap not in kept for s, _ in places
         ):
-            roads[leaf] = "instantiated"
+            differentiated.add(leaf)
+    for leaf in differentiated:
+        methods[leaf] = INSTANTIATED
     used = {
         s.number: s
         for leaf, places in enumerate(uses)
         for s, _ in places
-        if roads[leaf] != "instantiated"
+        if leaf not in differentiated
     }
-    remat = walk.remat and norms
-    formed = frozenset(formed & used.keys())
-    return Plan(root, uses, roads, reasons, used, formed, remat, dtypes, ord)
+    return Plan(
+        root, uses, methods, reasons, used, frozenset(differentiated),
+        frozenset(formed & used.keys()), walk.remat and norms, dtypes, ord,
+    )  # fmt: skip

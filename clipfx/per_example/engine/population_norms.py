@@ -18,44 +18,45 @@ from clipfx._core.norms import Norms
 from clipfx._core.populations import measure
 from clipfx.per_example.engine import outer_products, scaled_sums
 from clipfx.per_example.engine.populations import Pass, contributions
+from clipfx.per_example.engine.rules.site import IDS, NUMBERS
 
 MOST = 2048  # positions, whose inner products are kept
 
 
 def choose(run: Pass) -> dict[int, str]:
     """Leaves whose contributions have norms that are cheaper than they are, and how."""
-    plan, found = run.call.program.plan, {}
+    plan, how = run.call.program.plan, {}
     if any(run.call.axes) or any(_compat.explicit_spec(run.good) or ()):
-        return found  # it needs the examples of other devices
+        return how  # it needs the examples of other devices
     further = run.member.shape[1] - 1
     for leaf, places in enumerate(plan.uses):
-        if plan.roads[leaf] != "sum" or len(places) != 1:
+        if plan.methods[leaf] != "sum" or len(places) != 1:
             continue
         ((site, part),) = places
         if site.view.axis is not None:
             continue
-        if site.kind == "gather":
+        if site.rule.left == IDS:
             blocks, length, rows, _ = outer_products.sizes(site, part)
             if blocks == 1 and 2 * run.call.size * length < further * rows:
-                found[leaf] = "rows"
-        elif site.kind == "dot_general":
+                how[leaf] = "rows"
+        elif site.rule.left == NUMBERS and not site.rule.copied:
             _, length, k, n = outer_products.sizes(site, part)
             length *= run.call.size
             if length <= MOST and length * (k + n) < further * k * n:
-                found[leaf] = "products"
-    return found
+                how[leaf] = "products"
+    return how
 
 
 def norms(run: Pass, how: dict[int, str]) -> Norms:
     """Norms `[K + 1]` of contributions of some leaves, and of their sum."""
     make = {"rows": _of_rows, "products": _of_products}
     sums = functools.reduce(jnp.add, [make[how[leaf]](run, leaf) for leaf in how])
-    found, trusted = scaled_sums.norms(sums, 2)
+    measured, trusted = scaled_sums.norms(sums, 2)
     # Of the whole only a small share will matter.
-    alike = lambda x: jax.tree.map(lambda y: y.astype(found.value.dtype), x)
+    alike = lambda x: jax.tree.map(lambda y: y.astype(measured.value.dtype), x)
     return jax.lax.cond(
         trusted[:-1].all(),
-        lambda: found,
+        lambda: measured,
         lambda: alike(measure(contributions(run, list(how)))),
     )
 
@@ -81,9 +82,11 @@ def _of_rows(run: Pass, leaf: int) -> jax.Array:
     rows = rows * scaled_sums.inverse_of(top, rows.dtype)
     number = member.argmax(1)
     each = _squared_sums(ids[0], number, rows[0])
-    own = [jnp.where(number == k, each, 0).sum() for k in range(member.shape[1])]
+    by_population = [
+        jnp.where(number == k, each, 0).sum() for k in range(member.shape[1])
+    ]
     whole = _squared_sums(ids[0], jnp.zeros_like(number), rows[0]).sum()
-    squares = jnp.stack([*own, whole])
+    squares = jnp.stack([*by_population, whole])
     return _at_scale(squares, squares, 2 * top)
 
 

@@ -1,7 +1,7 @@
 """Sums of bounded gradients by population."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 
 from clipfx import _compat
 from clipfx._core.checks import is_known
+from clipfx._core.leaves import widen
 from clipfx.per_example.engine import bookkeeping, clip, trace
 from clipfx.per_example.engine.bookkeeping import Tape
 from clipfx.per_example.engine.clip import PerExample
@@ -35,27 +36,46 @@ class Pass(NamedTuple):
     info: PerExample
 
 
-def by_group(
-    signature: Signature, args: Sequence[Any], where: Any, num_groups: int
-) -> tuple[tuple[Any, ...], Any, jax.Array]:
-    """Arguments without the last, parameters, and who belongs to what `[B, K]`."""
-    if len(args) < 3:
+def by_population(
+    signature: Signature, args: Sequence[Any], where: Any, ids: Any, number: int
+) -> tuple[Any, Any, jax.Array]:
+    """Parameters, the mask, and who belongs to what `[B, K]`."""
+    if ids is None:
         raise TypeError(
-            "group must be the last positional argument, integers [B], got "
-            f"{len(args)} arguments; call it with parameters, batch and group."
+            "population_ids must be passed, integers [B] that number the population of "
+            "each example from 0, got None; call it with (params, batch, "
+            "population_ids=ids)."
         )
-    args, group = tuple(args[:-1]), args[-1]
     params = trace.params_of(signature, args)
     size = trace.size_of(signature, args)
     keep = trace.mask_of(where, size)
-    member = membership(group, num_groups, size)
-    member = member if keep is None else jnp.where(keep[:, None], member, 0)
-    return args, params, member
+    member = membership(ids, number, size)
+    return params, keep, member if keep is None else jnp.where(keep[:, None], member, 0)
+
+
+def adding_up(
+    signature: Signature, number: int, kwargs: dict[str, Any]
+) -> Callable[..., tuple[list, PerExample]]:
+    """What `in_parts` needs to add up contributions, by the members `[B, K]`."""
+
+    def compute(args: Any, keep: Any, member: jax.Array) -> tuple[list, PerExample]:
+        if keep is not None:
+            member = jnp.where(keep[:, None], member, 0)
+        call = trace.prepare(signature, args, kwargs, norms=False)
+        if not call.size:
+            like = [widen(call.inputs[k]) for k in call.program.params]
+            zeros = [jnp.zeros((number, *x.shape), x.dtype) for x in like]
+            return zeros, clip.empty(call, number)._replace(norm=None)
+        run = one_pass(call, member)
+        parts = contributions(run, range(len(call.program.params)))
+        return [jnp.stack(x) for x in zip(*parts, strict=True)], run.info
+
+    return compute
 
 
 def one_pass(call: Call, member: jax.Array) -> Pass:
     """Runs forward and backward once, and drops what is not finite."""
-    outs, tape = bookkeeping.record(call.program, call.inputs, norms=False)
+    outs, tape = bookkeeping.backward_pass(call.program, call.inputs, norms=False)
     floats = [x for x in jax.tree.leaves(tape) if jnp.issubdtype(x.dtype, jnp.inexact)]
     rows = [jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in floats]
     good = functools.reduce(jnp.logical_and, rows, jnp.ones(call.size, bool))
@@ -65,7 +85,7 @@ def one_pass(call: Call, member: jax.Array) -> Pass:
     spec = _compat.explicit_spec(good)
     member = _compat.reshard(member, spec and (*spec, None))
     member = jnp.where(good[:, None], member, 0)
-    info = clip.known(call, outs, jnp.ones_like(good), None, member)
+    info = clip.make_info(call, outs, jnp.ones_like(good), None, member)
     return Pass(call, tape, member, good, info)
 
 
@@ -84,40 +104,38 @@ def weighted(run: Pass, factor: jax.Array, leaves: Sequence[int]) -> list[jax.Ar
     sites = {n: site for n, site in plan.sites.items()
              if any(part.leaf in leaves for part in site.view.parts)}  # fmt: skip
     program = call.program._replace(plan=plan._replace(sites=sites))
-    some = {k: x for k, x in tape.leaves.items() if k in leaves}
+    gradients = {k: x for k, x in tape.leaves.items() if k in leaves}
     index = [0] * len(program.params)
     sums = weighted_sum(
-        program, call.inputs, tape._replace(leaves=some), factor[:, None], index,
+        program, call.inputs, tape._replace(leaves=gradients), factor[:, None], index,
         run.good,
     )  # fmt: skip
     sums = clip.total(call, sums)
     return [sums[k] for k in leaves]
 
 
-def membership(
-    group: Any, num_groups: int, size: int, name: str = "group"
-) -> jax.Array:
+def membership(ids: Any, number: int, size: int) -> jax.Array:
     """float32 `[B, K]`, 1 where an example belongs."""
-    known = np.asarray(group) if is_known(group) else None
-    group = jnp.asarray(group)
-    if not jnp.issubdtype(group.dtype, jnp.integer):
+    known = np.asarray(ids) if is_known(ids) else None
+    ids = jnp.asarray(ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(
-            f"{name} must be integers [B], got {group.dtype}; number the populations "
-            "from 0."
+            f"population_ids must be integers [B], got {ids.dtype}; number the "
+            "populations from 0."
         )
-    if group.shape != (size,):
+    if ids.shape != (size,):
         raise ValueError(
-            f"{name} must have shape ({size},), one entry for each example, got "
-            f"{group.shape}; every example is of one population."
+            f"population_ids must have shape ({size},), one entry for each example, "
+            f"got {ids.shape}; every example is of one population."
         )
     if known is not None and size:
         low, high = int(known.min()), int(known.max())
-        if not 0 <= low <= high < num_groups:
+        if not 0 <= low <= high < number:
             raise ValueError(
-                f"{name} must be in [0, {num_groups}), got {low} to {high}; num_groups "
-                "says how many populations there are."
+                f"population_ids must be in [0, {number}), got {low} to {high}; "
+                "num_populations says how many there are."
             )
-    if jnp.iinfo(group.dtype).bits < 32:  # there may be more populations than it counts
-        group = group.astype(jnp.int32)
-    numbers = jnp.arange(num_groups, dtype=group.dtype)
-    return (group[:, None] == numbers[None]).astype(jnp.float32)
+    if jnp.iinfo(ids.dtype).bits < 32:  # there may be more populations than it counts
+        ids = ids.astype(jnp.int32)
+    numbers = jnp.arange(number, dtype=ids.dtype)
+    return (ids[:, None] == numbers[None]).astype(jnp.float32)

@@ -93,8 +93,8 @@ def pair_to_one(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     Products of all rows stay as they are but for one power of two, whose exponent is
     returned last. What vanishes does not matter beside the largest.
     """
-    (u, n, some), (v, m, more) = rows_to_one(u), rows_to_one(v)
-    size = jnp.where(some & more, n + m, NOTHING)
+    (u, n, u_counts), (v, m, v_counts) = rows_to_one(u), rows_to_one(v)
+    size = jnp.where(u_counts & v_counts, n + m, NOTHING)
     if size.size == 1:
         return u, v, size.reshape(())
     top = jnp.max(size, initial=NOTHING)
@@ -114,13 +114,13 @@ def unusual(*rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     high = 2.0 ** (info.maxexp // 4)  # 2^32: room for 2^60 elements
     low = 2.0 ** (-info.maxexp * 3 // 8)  # 2^-48: what matters has normal squares
     usual = functools.reduce(jnp.logical_and, [jnp.isfinite(x) for x in each])
-    large = functools.reduce(jnp.maximum, [*each, size])
-    small = functools.reduce(jnp.minimum, [*each, size])
-    some = functools.reduce(jnp.minimum, each) > 0
+    largest = functools.reduce(jnp.maximum, [*each, size])
+    smallest = functools.reduce(jnp.minimum, [*each, size])
+    nonzero = functools.reduce(jnp.minimum, each) > 0
     # Of vanishing rows 2^22 times their share, so that it is seen if it matters.
-    lost = jnp.where(some & (small < low), size, 0).sum() * (2.0**24 * count**0.5)
+    lost = jnp.where(nonzero & (smallest < low), size, 0).sum() * (2.0**24 * count**0.5)
     least = jnp.maximum(lost * lost, low * low)  # which may vanish itself
-    return jnp.any(usual & (large > high)), jnp.where(lost > 0, least, 0)
+    return jnp.any(usual & (largest > high)), jnp.where(lost > 0, least, 0)
 
 
 class Power(NamedTuple):
@@ -176,8 +176,8 @@ def norms(sums: jax.Array, p: int) -> tuple[Norms, jax.Array]:
     root = jnp.sqrt(value) if p == 2 else value
     n = jnp.where(value > 0, top[..., 0] >> (p - 1), 0)
     near = jnp.clip(n, -_far(dtype), _far(dtype))
-    found = Norms(root * two_to(n - near, dtype), two_to(-near, dtype))
-    return found, value >= CANCELLED * terms
+    result = Norms(root * two_to(n - near, dtype), two_to(-near, dtype))
+    return result, value >= CANCELLED * terms
 
 
 def _bits(dtype: Any) -> int:

@@ -63,22 +63,21 @@ def limits(max_norm: Any, members: Groups, size: int) -> jax.Array:
     if not jnp.issubdtype(limit.dtype, jnp.floating):
         limit = limit.astype(jnp.float32)
     count, shape = len(names), limit.shape
-    if shape == (size,) and size == count and size > 1:
-        raise ValueError(
-            f"max_norm must say whether it is by example or by group, got {shape} for "
-            f"{size} of both; pass shape ({size}, 1) or (1, {size})."
-        )
     if shape == (count,):
         limit = limit[None]
-    elif shape == (size,):
-        limit = limit[:, None]
     elif shape and not (
         len(shape) == 2 and shape[0] in (1, size) and shape[1] in (1, count)
     ):
+        by_example = shape == (size,)
         raise ValueError(
-            f"max_norm must be a number or have shape ({count},), ({size},) or "
-            f"({size}, {count}), for groups {names} and {size} examples, got {shape}; "
-            "pass a dict by group name to be sure of the order."
+            f"max_norm must be a number or have shape ({count},), one entry for each "
+            f"group of {names}, or ({size}, 1) or ({size}, {count}) for each of {size} "
+            f"examples, got {shape}; "
+            + (
+                "pass max_norm[:, None]."
+                if by_example
+                else "pass a dict by group name."
+            )
         )
     rows = limit.shape[0] if limit.ndim else 1
     return jnp.broadcast_to(limit, (rows, count))

@@ -11,6 +11,7 @@ import numpy as np
 from clipfx import _compat
 from clipfx._core.checks import check_keywords
 from clipfx._core.groups import is_counted
+from clipfx._core.paths import leaves_with_path, name_of, prefix_lookup, words
 from clipfx.per_example.engine.bookkeeping import Program
 from clipfx.per_example.engine.plan import make_plan
 
@@ -48,16 +49,23 @@ class Signature(NamedTuple):
       argnums: Parameters, an int or a tuple.
       batch_argnums: Arguments with an axis of examples, an int or a tuple.
       has_aux: Whether the loss returns a second output.
+      norm_method: How norms are found, a tree prefix.
     """
 
     fun: Callable
     argnums: int | tuple[int, ...]
     batch_argnums: int | tuple[int, ...]
     has_aux: bool
+    norm_method: Any = "auto"
 
 
-def check_signature(signature: Signature) -> None:
-    """Checks all but the numbers' ranges, which need a call."""
+def check_signature(signature: Signature, *keywords: str) -> None:
+    """Checks all but the numbers' ranges, which need a call.
+
+    Args:
+      signature: What the user said.
+      keywords: Arguments of the function that is made, which the loss cannot have.
+    """
     if not callable(signature.fun):
         raise TypeError(
             f"fun must be the loss of one example, got {signature.fun!r}; pass a "
@@ -72,6 +80,45 @@ def check_signature(signature: Signature) -> None:
                 f"{name} must be an int or a tuple of ints, got {given!r}; it says "
                 "which positional arguments are meant."
             )
+
+    methods = jax.tree.leaves(signature.norm_method)
+    if not methods or not all(isinstance(x, str) and x in FORCE for x in methods):
+        raise ValueError(
+            'norm_method must be "auto", "ghost", "instantiate" or a tree prefix of '
+            f"these, got {signature.norm_method!r}; per_example.explain shows costs."
+        )
+    shared = sorted({*keywords} & {*_keywords_of(signature.fun)})
+    if shared:
+        raise ValueError(
+            f"fun must not have an argument named {shared[0]}, which is one of the "
+            f"function that is made of it, got {signature.fun!r}; rename it."
+        )
+
+
+# What `norm_method` means to the plan.
+FORCE = {"auto": None, "ghost": "factored", "instantiate": "instantiated"}
+
+
+def forced(norm_method: Any, params: Any) -> Any:
+    """What the plan is to do with each leaf, None where it may choose for all."""
+    if norm_method == "auto":
+        return None
+    find = prefix_lookup(norm_method)
+    leaves = [(path, find(path)) for path, _ in leaves_with_path(params)]
+    lost = [name_of(words(path)) for path, method in leaves if method is None]
+    if lost:
+        raise ValueError(
+            f"norm_method must cover every leaf, got nothing for {lost[0]!r}; a tree "
+            'prefix may end in "auto".'
+        )
+    return tuple(FORCE[method] for _, method in leaves)
+
+
+def _keywords_of(fun: Callable) -> list[str]:
+    try:
+        return [*inspect.signature(fun).parameters]
+    except (TypeError, ValueError):
+        return []
 
 
 def _several(given: Any) -> tuple:
@@ -96,9 +143,9 @@ def prepare(
     *,
     norms: bool = True,
     ord: int = 2,
-    force: str | None = None,
+    force: Any = None,
 ) -> Call:
-    """Traces the loss of one example and decides on roads.
+    """Traces the loss of one example and decides on norm methods.
 
     Args:
       signature: The loss and its arguments.
@@ -134,22 +181,23 @@ def prepare(
     order = [j for k in argnums for j in range(starts[k], starts[k + 1])]
     position = {k: number for number, k in enumerate(where)}
     mapped = tuple(kinds[k] == "batch" for k in where)
-    here = [position[k] for k in order]
+    param_inputs = [position[k] for k in order]
     batch = frozenset().union(
         *(_compat.varying_axes(x) for x, m in zip(inputs, mapped, strict=True) if m)
     )
-    own = [_compat.varying_axes(inputs[k]) for k in here]
+    param_axes = [_compat.varying_axes(inputs[k]) for k in param_inputs]
     # On Explicit meshes vmap wants parameters whole along what the batch is split over.
-    specs = [_compat.explicit_spec(inputs[k]) for k in here]
+    specs = [_compat.explicit_spec(inputs[k]) for k in param_inputs]
     over: set[str] = set()
     for x, m in zip(inputs, mapped, strict=True):
         spec = _compat.explicit_spec(x) if m else None
         if spec and spec[0]:
             over |= {spec[0]} if isinstance(spec[0], str) else set(spec[0])
-    for k, spec in zip(here, specs, strict=True):
+    for k, spec in zip(param_inputs, specs, strict=True):
         if spec is not None:
             inputs[k] = _compat.reshard(inputs[k], tuple(_less(d, over) for d in spec))
-    for k in here:  # or shard_map would add up the gradients of different examples
+    # Or shard_map would add up the gradients of different examples.
+    for k in param_inputs:
         inputs[k] = _compat.vary(inputs[k], batch)
     program: dict[str, Any] = {}
     advice = _advice(args, {*argnums, *batch_argnums}, batch_argnums, size)
@@ -170,12 +218,16 @@ def prepare(
 
     axes = tuple(0 if m else None for m in mapped)
     # Mapped only for the types of an example, which know about meshes.
-    some = [x if size or not m else jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    like = [x if size or not m else jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
             for x, m in zip(inputs, mapped, strict=True)]  # fmt: skip
-    jax.eval_shape(jax.vmap(capture, axes, out_axes=None), *some)
-    plan = make_plan(program["jaxpr"], here, mapped, norms=norms, ord=ord, force=force)
-    built = Program(plan, tuple(here), mapped)
-    axes, split = [batch - x for x in own], [x - batch for x in own]
+    jax.eval_shape(jax.vmap(capture, axes, out_axes=None), *like)
+    if force is None:
+        force = forced(signature.norm_method, params)
+    plan = make_plan(
+        program["jaxpr"], param_inputs, mapped, norms=norms, ord=ord, force=force
+    )
+    built = Program(plan, tuple(param_inputs), mapped)
+    axes, split = [batch - x for x in param_axes], [x - batch for x in param_axes]
     return Call(inputs, built, size, params, program["aux"], axes, split, specs)
 
 
@@ -220,7 +272,7 @@ def check_params(params: Any) -> None:
 
 def batch_size(args: Sequence[Any], numbers: Sequence[int]) -> int:
     """The number of examples, the same for all leaves of all batches."""
-    found = {}
+    lengths = {}
     for k in numbers:
         for path, leaf in jax.tree_util.tree_flatten_with_path(args[k])[0]:
             name = f"argument {k}" + jax.tree_util.keystr(path)
@@ -230,19 +282,19 @@ def batch_size(args: Sequence[Any], numbers: Sequence[int]) -> int:
                     f"got a scalar at {name}; make arrays of lists of numbers with "
                     "jnp.asarray, and pass what all examples share as another argument."
                 )
-            found[name] = np.shape(leaf)[0]
-    if not found:
+            lengths[name] = np.shape(leaf)[0]
+    if not lengths:
         raise ValueError(
             "the batch (batch_argnums) must hold an array, got none; its first axis is "
             "that of examples."
         )
-    if len(set(found.values())) > 1:
-        sizes = ", ".join(f"{n} at {name}" for name, n in found.items())
+    if len(set(lengths.values())) > 1:
+        sizes = ", ".join(f"{n} at {name}" for name, n in lengths.items())
         raise ValueError(
             f"the batch (batch_argnums) must have one size, got {sizes}; the first "
             "axis of every leaf is that of examples."
         )
-    return next(iter(found.values()))
+    return next(iter(lengths.values()))
 
 
 def params_of(signature: Signature, args: Any) -> Any:
@@ -270,12 +322,13 @@ def mask_of(where: Any, size: int) -> jax.Array | None:
     return where
 
 
-def check_ord(ord: Any) -> None:
-    """Checks p of the norm."""
-    if ord not in (1, 2):
+def check_ord(ord: Any) -> int:
+    """Checks p of the norm; None means 2."""
+    if ord not in (None, 1, 2):
         raise ValueError(
             f"ord must be 2 or 1, got {ord!r}; the 1-norm is for Laplace noise."
         )
+    return 2 if ord is None else int(ord)
 
 
 def _check_own_keywords(fun: Callable, kwargs: dict[str, Any]) -> None:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from clipfx import _compat
 from clipfx._core.leaves import widen
-from clipfx.per_example.engine import bookkeeping, interpreter, sites
+from clipfx.per_example.engine import bookkeeping, interpreter
 from clipfx.per_example.engine.bookkeeping import Program, Tape
 from clipfx.per_example.engine.plan import Plan
-from clipfx.per_example.engine.sites import Site
+from clipfx.per_example.engine.rules.site import Site, floating
 
 
 def weighted_sum(
@@ -27,8 +27,8 @@ def weighted_sum(
 
     Args:
       program: The loss.
-      inputs: As for `record`.
-      tape: From `record`.
+      inputs: As for `backward_pass`.
+      tape: From `backward_pass`.
       factor: `[B, G]`, 0 where an example is not good; None for 1.
       index: By leaf its group.
       good: bool `[B]`, which examples have only finite numbers on the tape; None if
@@ -53,19 +53,19 @@ def weighted_sum(
             values[program.params[k]] = leaf
         return interpreter.weights(plan.root, values, plan.sites)[1]
 
-    found, pull = jax.vjp(at_sites, views)
+    weights, pull = jax.vjp(at_sites, views)
     groups = {n: _groups(site, index) for n, site in plan.sites.items()}
     if tape.powers is None:
-        grads = _of_sites(plan, tape, found, factor, groups, good)
+        grads = _of_sites(plan, tape, weights, factor, groups, good)
         for n, x in tape.formed.items():
             axis = _axis_of_weight(plan.sites[n])
             grads[n] = _mask(_scale(x, factor, groups[n], axis), good).sum(0)
     else:
         assert factor is not None and good is not None
         inputs = _stand_in(program, inputs, good)
-        grads = _second_pass(program, inputs, found, factor, groups)
+        grads = _second_pass(program, inputs, weights, factor, groups)
     like = lambda x, w: _compat.as_like(x.astype(common), w)
-    (back,) = pull({n: like(grads[n], w) for n, w in found.items()})
+    (back,) = pull({n: like(grads[n], w) for n, w in weights.items()})
     for leaf, x in back.items():
         sums[leaf] = x.astype(params[leaf].dtype)
     if tape.powers is None or good is None:
@@ -77,7 +77,7 @@ def weighted_sum(
 def _of_sites(
     plan: Plan,
     tape: Tape,
-    found: dict,
+    weights: dict,
     factor: jax.Array | None,
     groups: dict,
     good: jax.Array | None,
@@ -91,13 +91,13 @@ def _of_sites(
     for n, site in plan.sites.items():
         if n in tape.formed:
             continue
-        in_data, k = sites.where_axis(site)
+        in_data, k = site.rule.axis(site)
         axis = None if k is None else 1 + len(site.loops) + k
         a, d = tape.operand(site), tape.deltas[site.tap]
         # Sites that share what is recorded share what is scaled, if factors agree.
         first, second = (site.data,), (site.tap, axis, groups[n])
         if in_data:
-            a = sites.numbers(site, a, widen(d).dtype)
+            a = floating(a, widen(d).dtype)
             first, second = (site.data, axis, groups[n]), (site.tap,)
         if first not in data:
             data[first] = _scale(a, factor, groups[n], axis) if in_data else a
@@ -109,8 +109,9 @@ def _of_sites(
 
     def sums(data, deltas):
         # An addition has no data: `None` is kept in its place.
+        gradient = lambda site, *args: site.rule.gradient(site, *args)
         return {
-            n: sites.weight_gradient(plan.sites[n], data[a], deltas[d], found[n])
+            n: gradient(plan.sites[n], data[a], deltas[d], weights[n])
             for n, (a, d) in pairs.items()
         }
 
@@ -154,8 +155,8 @@ def _groups(site: Site, index: Sequence[int | None]) -> tuple[tuple[Any, int], .
     """For every part of a weight its group, and how long it is."""
     parts = [(0 if p.leaf is None else index[p.leaf], p.stop - p.start)
              for p in site.view.parts]  # fmt: skip
-    found = {index[p.leaf] for p in site.view.parts if p.leaf is not None}
-    return ((found.pop(), 0),) if len(found) == 1 else tuple(parts)
+    distinct = {index[p.leaf] for p in site.view.parts if p.leaf is not None}
+    return ((distinct.pop(), 0),) if len(distinct) == 1 else tuple(parts)
 
 
 def _axis_of_weight(site: Site) -> int | None:
@@ -181,7 +182,7 @@ def _scale(x: Any, factor: jax.Array | None, groups: tuple, axis: int | None) ->
 def _second_pass(
     program: Program,
     inputs: Sequence[Any],
-    found: dict,
+    weights: dict,
     factor: jax.Array,
     groups: dict,
 ) -> dict[int, jax.Array]:
@@ -189,20 +190,19 @@ def _second_pass(
     plan = program.plan
 
     def loss(weights, row, *values):
-        def visit(site, inputs, apply, weight):
+        def visit(site, inputs, out, weight):
             # Data get the gradient as it is, the weight gets it times the factor.
-            some = groups[site.number]
-            times = lambda x, axis: _scale(x[None], row[None], some, axis)[0]
-            data = jax.lax.stop_gradient(inputs[site.operand])
-            if site.kind != "gather":
-                data = data.astype(weight.dtype)
-            in_data, k = sites.where_axis(site)
+            site_groups = groups[site.number]
+            times = lambda x, axis: _scale(x[None], row[None], site_groups, axis)[0]
+            data: Any = None if site.operand is None else inputs[site.operand]
+            data = jax.lax.stop_gradient(data)
+            in_data, k = site.rule.axis(site)
             axis = None if k is None else k + 1
             if in_data:
-                scaled = sites.apply(site, weight, times(data, axis))
+                data = times(data.astype(weight.dtype), axis)
+                scaled = site.rule.apply(site, weight, data)
             else:
-                scaled = times(sites.apply(site, weight, data), axis)
-            out = apply(*inputs)
+                scaled = times(site.rule.apply(site, weight, data), axis)
             return interpreter.tap(out, scaled.astype(out.dtype))
 
         outs, _ = interpreter.run(plan.root, values, plan.sites, {}, visit, weights)
@@ -213,5 +213,5 @@ def _second_pass(
         mapped = (True, *program.mapped)
         return bookkeeping.over_examples(one, mapped, [factor, *inputs])
 
-    value, pull = jax.vjp(batched, found)
+    value, pull = jax.vjp(batched, weights)
     return pull(jnp.ones_like(value))[0]

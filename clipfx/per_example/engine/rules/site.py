@@ -1,0 +1,187 @@
+r"""Where a parameter meets data, and what a rule has to tell of it.
+
+At a site the gradient of one example with respect to the weight is a sum of outer
+products over positions t, :math:`G = \sum_t u_t v_t^T`: rows u of the data, or of
+patches of it, or one-hot rows of an index, against rows v of the gradient of the
+output. Leading dimensions of what a site recorded are the turns of enclosing loops.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clipfx import _compat
+from clipfx.per_example.engine import primitives
+from clipfx.per_example.engine.param_views import LeafSlice, ParamView
+
+# What rows u of the outer products are.
+NUMBERS, IDS, ONES = "numbers", "ids", "ones"
+
+
+class SiteRule(NamedTuple):
+    """What is known of the gradient of one primitive, or of a user's function.
+
+    Attributes:
+      left: What rows u are: `NUMBERS`, `IDS` of one-hot rows, or `ONES`, where the
+        gradient of a weight is that of the output, added up.
+      why_not: `why_not(eqn, weight, view)` says why an equation can be no site; None if
+        it can.
+      operand: `operand(eqn, weight)` is the input that rows u are of; None for `ONES`.
+      factors: `factors(site, part, data, delta)` of one example: u `[S, T, K]`, or ids
+        `[S, T]`, and v `[S, T, N]`; for `ONES` the sum, and what was added up.
+      dims: `dims(site, part)`: the dimensions of the weight behind S, K and N in the
+        order of the factors, None where unknown.
+      gradient: `gradient(site, data, delta, like)` with respect to the weight, summed
+        over examples and turns: of data and delta `[B, loops..., ...]`, the latter of
+        float32 or wider, `[loops that slice..., weight]`, of the dtype of delta. `like`
+        is the weight, which knows how that is to be split over a mesh, or None.
+      apply: `apply(site, weight, data)`, what of the equation is linear in the weight,
+        in the dtype of the weight.
+      axis: `axis(site)` is where the axis of the weight's parts is: whether in the
+        data, and which dimension; otherwise of the output. None if there is one part.
+      rows: `rows(site)`, K, for `IDS`.
+      copied: Whether rows u are copies of the data, as patches are: that costs.
+      name: In `explain`, if it is not that of the primitive.
+    """
+
+    left: str
+    why_not: Callable
+    operand: Callable
+    factors: Callable
+    dims: Callable
+    gradient: Callable
+    apply: Callable
+    axis: Callable = lambda site: (False, None)
+    rows: Callable = lambda site: 0
+    copied: bool = False
+    name: str = ""
+
+
+class Site(NamedTuple):
+    """One equation with a weight among its inputs.
+
+    Attributes:
+      number: Of the site in the program.
+      eqn: The equation.
+      rule: What is known of it.
+      weight: Which input is the weight.
+      operand: Which input is the data that the gradient depends on, if any.
+      view: What the weight consists of.
+      loops: Enclosing loops, number and length, the outermost first.
+      data: Number of the recorded operand; sites with the same one share it. None if
+        there is none.
+      tap: Number of the tap that gives the gradient with respect to the output; sites
+        whose outputs are only added up share it.
+    """
+
+    number: int
+    eqn: Any
+    rule: SiteRule
+    weight: int
+    operand: int | None
+    view: ParamView
+    loops: tuple[tuple[int, int], ...]
+    data: int | None
+    tap: int
+
+    @property
+    def name(self) -> str:
+        """Of the primitive or the function, for `explain`."""
+        return self.rule.name or self.eqn.primitive.name
+
+    @property
+    def adds(self) -> bool:
+        """Whether its gradient is nothing but that of the output, added up."""
+        return self.rule.left == ONES
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return tuple(self.eqn.invars[self.weight].aval.shape)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether an addition adds the same weight in several places."""
+        fixed = any(len(p.stack) < len(self.loops) for p in self.view.parts)
+        return bool(self.view.repeated or grown(self) or fixed)
+
+    @property
+    def sliced(self) -> tuple[bool, ...]:
+        """For every loop whether it takes a slice of the weight each turn."""
+        stacks = {loop for p in self.view.parts for loop, _ in p.stack}
+        return tuple(loop in stacks for loop, _ in self.loops)
+
+
+def other_input(eqn: Any, weight: int) -> int:
+    """Of two."""
+    return 1 - weight
+
+
+def grown(site: Site) -> frozenset[int]:
+    """Dimensions of size 1 that an addition repeats by itself."""
+    after = site.eqn.outvars[0].aval.shape
+    if len(site.shape) < len(after):  # a scalar
+        return frozenset(range(len(after)))
+    return frozenset(k for k, (a, b) in enumerate(zip(site.shape, after, strict=True))
+                     if a != b)  # fmt: skip
+
+
+def split_loops(site: Site, part: LeafSlice) -> tuple[list[int], list[int]]:
+    """The loops that take a slice of the part each turn, and those that do not."""
+    stacks = dict(part.stack)
+    outer = [k for k, (loop, _) in enumerate(site.loops) if loop in stacks]
+    return outer, [k for k in range(len(site.loops)) if k not in outer]
+
+
+def in_order(dims: list[int], part: LeafSlice) -> list[int]:
+    """In the order of the leaf's dimensions, so that several sites fit each other."""
+    return sorted(dims, key=lambda k: part.dims[k] if part.dims else (k,))
+
+
+def matrix(x: jax.Array, *dims: list[int]) -> jax.Array:
+    """Transposes and merges dimensions into as many as there are lists."""
+    merged = lambda group: [d for d in group if x.shape[d] > 1]
+    if any(len(merged(group)) > 1 for group in dims):
+        x = _compat.whole(x)  # a merged dimension cannot say how it is split
+    shape = [math.prod(x.shape[d] for d in group) for group in dims]
+    return jnp.transpose(x, [d for group in dims for d in group]).reshape(shape)
+
+
+def floating(data: jax.Array, dtype: Any) -> jax.Array:
+    """Data as floating numbers; counts, masks and the like become `dtype`.
+
+    JAX lets data of any dtype meet a floating weight in a product.
+    """
+    return data if jnp.issubdtype(data.dtype, jnp.floating) else data.astype(dtype)
+
+
+def bind(site: Site, weight: jax.Array, data: jax.Array) -> jax.Array:
+    """The equation, of two inputs."""
+    params = primitives.in_dtype_of_inputs(site.eqn)
+    inputs = (data, weight) if site.weight == 1 else (weight, data)
+    return site.eqn.primitive.bind(*inputs, **params)
+
+
+def bind_numbers(site: Site, weight: jax.Array, data: jax.Array) -> jax.Array:
+    """The same with the data in the dtype of the weight."""
+    return bind(site, weight, data.astype(weight.dtype))
+
+
+def transposed(
+    site: Site, data: jax.Array, delta: jax.Array, like: jax.Array | None
+) -> jax.Array:
+    """The gradient with respect to the weight by JAX's own transposition."""
+    run = functools.partial(site.rule.apply, site)
+    for sliced in reversed(site.sliced):
+        run = jax.vmap(run, (0 if sliced else None, 0))
+    run = jax.vmap(run, (None, 0))
+    if like is None:
+        turns = [n for (_, n), cut in zip(site.loops, site.sliced, strict=True) if cut]
+        like = jnp.zeros((*turns, *site.shape), delta.dtype)
+    # Linear in the weight: any weight has the same derivative.
+    _, pull = jax.vjp(lambda w: run(w, data), like.astype(delta.dtype))
+    return pull(delta)[0]
