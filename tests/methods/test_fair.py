@@ -342,6 +342,26 @@ def test_norms_that_are_cheaper_are_not_of_formed_contributions():
     assert "f32[2,300,6]" not in text
 
 
+def test_floor_of_a_table_whose_contributions_cancel():
+    """The floor is a share of the norm of the sum, not of what is added up."""
+    ids = jnp.array([[2, 7], [7, 9], [2, 7], [7, 9]])
+    rows = jnp.asarray(np.random.default_rng(1).normal(size=(2, 2, 4)), jnp.float32)
+    rows = jnp.concatenate([rows, -0.9 * rows])  # of the other population
+    group = jnp.array([0, 0, 1, 1])
+    table = jnp.zeros((90, 4))
+    one = lambda table, e: (table[e[0]] * e[1]).sum()
+    assert roads(table, (ids, rows), 2, one) == {"": "rows"}
+    for floor in (0.0, 9.5, 12.0):
+        grad = per_example.fair_grad(one, 2, 1.0, floor=floor)
+        _, info = grad(table, (ids, rows), population_ids=group)
+        parts, _ = per_example.population_grad(one, 2)(
+            table, (ids, rows), population_ids=group
+        )
+        tx = clipfx.clip_fair_groups(1.0, floor=floor)
+        _, state = tx.update(parts, tx.init(table))
+        near(info.factor, state.metrics.factor, 1e-5)
+
+
 def test_neighbours_of_a_table_that_look_up_the_same_row():
     """Sorted by population and row, the last of one may be the first of the next."""
     ids = np.array([[2, 7], [7, 9], [9, 11], [0, 7], [7, 7], [12, 9]])
