@@ -219,6 +219,7 @@ ELSEWHERE = {
     "clip_by_norm",
     "global_norm",
     "per_stacked_layer",
+    "clip_with_norm",
     "tree_clip",
     "weight_decay_balance",
 }

@@ -212,7 +212,7 @@ def traffic(clip, tree):
 
 
 def test_no_traffic_and_no_temporary_beyond_a_bare_multiply():
-    tree = {str(i): jnp.ones(2**17) for i in range(4)}
+    tree = {str(i): {"w": jnp.ones(2**17)} for i in range(4)}
     least = traffic(bare_multiply(1.0), tree)
     slack = 2**13  # bytes, for a tree of 2^21
     for clip in (clipfx.clip_by_global_norm(1.0), clipfx.clip_per_layer(1.0)):

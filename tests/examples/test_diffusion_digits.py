@@ -129,7 +129,7 @@ def test_inverse_before_the_weight_is_the_plain_clip(snr):
 
 def test_the_identity_ends_at_the_clamps():
     snr, weigh = jnp.float32(RATIOS[0]), diffusion_digits.weigh()
-    clamped = clipfx.clip_by_snr(0.1, rule=clipfx.snr.inverse)
+    clamped = clipfx.clip_by_snr(0.1, weight=clipfx.snr.inverse)
     tx = optax.chain(clamped, weigh)
     updates, _ = tx.update(GRADS, tx.init(GRADS), GRADS, snr=snr)
     # By default 1/SNR is at least 1e-3.
