@@ -74,7 +74,7 @@ def once(grad, params=None, batch=None, state=None, **extra):
     state = grad.init(params) if state is None else state
     extra.setdefault("where", None)
     if grad.rule.num_populations is not None:
-        extra.setdefault("population", POPULATION[: len(batch[1])])
+        extra.setdefault("population_ids", POPULATION[: len(batch[1])])
     return jax.jit(grad)(state, params, batch, **extra)
 
 
@@ -193,7 +193,7 @@ def test_microbatches_padding_and_mask_change_nothing(rule):
     where = jnp.arange(9) < 6
     extra = {}
     if rule == "dpsgd_f":
-        extra = {"population": jnp.concatenate([POPULATION, POPULATION[:3]])}
+        extra = {"population_ids": jnp.concatenate([POPULATION, POPULATION[:3]])}
     grad = dp(max_norm=RULES[rule](), microbatch_size=4)
     found, state, _ = once(grad, params, padded, where=where, **extra)
     chex.assert_trees_all_close(found, right, rtol=1e-4, atol=1e-6)
@@ -307,7 +307,7 @@ def test_states_keep_shapes_and_dtypes(x64, dtype):
                     loss, max_norm=make(), noise_multiplier=np.float64(1.1), key=KEY,
                     expected_batch_size=np.int64(SIZE), allocation="equal_budget",
                 )  # fmt: skip
-                extra = {"population": POPULATION} if rule == "dpsgd_f" else {}
+                extra = {"population_ids": POPULATION} if rule == "dpsgd_f" else {}
                 state = jax.eval_shape(grad.init, params)
                 step = functools.partial(grad, where=None, **extra)
                 found, after, _ = jax.eval_shape(step, state, params, batch)
@@ -344,7 +344,7 @@ def test_meshes_give_the_same(rule):
     grad = dp(max_norm=RULES[rule]())
     state = grad.init(params)
     group = jnp.arange(8) % 2
-    extra = {"population": group} if rule == "dpsgd_f" else {}
+    extra = {"population_ids": group} if rule == "dpsgd_f" else {}
     grad = functools.partial(grad, where=None)
     right, after, _ = jax.jit(grad)(state, params, batch, **extra)
     for kind in (AxisType.Auto, AxisType.Explicit):
@@ -453,7 +453,7 @@ def test_noise_follows_the_threshold_as_it_adapts(case):
                       / rules[rule].count_stddev) ** 2) ** -0.5  # fmt: skip
     grad = dp(1.1, rules[rule], microbatch_size=microbatch_size)
     params, batch = params_of(), batch_of()
-    extra = {"population": POPULATION} if rule == "dpsgd_f" else {}
+    extra = {"population_ids": POPULATION} if rule == "dpsgd_f" else {}
     step = jax.jit(functools.partial(grad, where=None, **extra), donate_argnums=0)
     clipped = jax.jit(per_example.clipped_grad(loss, 1.0))
     tx = privacy.add_gaussian_noise(1.0, KEY)
@@ -748,10 +748,10 @@ ERRORS = [
         TypeError,
         "where must be passed .* None if nobody is",
     ),
-    (lambda: ask(None), TypeError, "population must be passed"),
-    (lambda: ask(np.array([0, 1, 2, 0, 0, 0])), ValueError, "population must be in"),
-    (lambda: ask(np.zeros(5, np.int32)), ValueError, "population must have shape"),
-    (lambda: ask(POPULATION, "fixed"), TypeError, "not be passed"),
+    (lambda: ask(None), TypeError, "population_ids must be passed"),
+    (lambda: ask(np.array([0, 1, 2, 0, 0, 0])), ValueError, "population_ids must be in"),
+    (lambda: ask(np.zeros(5, np.int32)), ValueError, "population_ids must have shape"),
+    (lambda: ask(POPULATION, "fixed"), TypeError, "left out without"),
 ]
 
 
