@@ -405,7 +405,7 @@ def test_noise_has_its_level_and_is_fresh(rule):
     state = grad.init(params)
     extra = {"where": None}
     if rule == "dpsgd_f":  # with nobody: sums would depend on the noise of counts
-        extra = {"where": jnp.zeros(SIZE, bool), "population": POPULATION}
+        extra = {"where": jnp.zeros(SIZE, bool), "population_ids": POPULATION}
     _, right, _ = once(dp(0.0, RULES[rule]()), params, batch, state, **extra)
 
     def draws(step):
