@@ -58,7 +58,9 @@ def by_norm(**kwargs: Any) -> Callable:
 
 
 def by_value(response: Callable) -> Callable:
-    return lambda max_abs: clipfx.clip_by_value(max_abs, response=response)
+    return lambda max_abs, axis_name=None: clipfx.clip_by_value(
+        max_abs, response=response, axis_name=axis_name
+    )
 
 
 def rule(make: Callable, args: dict[str, float], **fields: Any) -> Method:
@@ -187,7 +189,9 @@ METHODS: dict[str, Method] = {
         by_norm=False,
     ),
     "clip_by_params_element": rule(
-        lambda max_ratio: clipfx.clip_by_params(max_ratio, per="element"),
+        lambda max_ratio, axis_name=None: clipfx.clip_by_params(
+            max_ratio, per="element", axis_name=axis_name
+        ),
         {"max_ratio": 0.1},
         groups=None,
         hard=False,

@@ -749,7 +749,11 @@ ERRORS = [
         "where must be passed .* None if nobody is",
     ),
     (lambda: ask(None), TypeError, "population_ids must be passed"),
-    (lambda: ask(np.array([0, 1, 2, 0, 0, 0])), ValueError, "population_ids must be in"),
+    (
+        lambda: ask(np.array([0, 1, 2, 0, 0, 0])),
+        ValueError,
+        "population_ids must be in",
+    ),
     (lambda: ask(np.zeros(5, np.int32)), ValueError, "population_ids must have shape"),
     (lambda: ask(POPULATION, "fixed"), TypeError, "left out without"),
 ]
