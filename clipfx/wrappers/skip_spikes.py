@@ -129,7 +129,10 @@ def skip_spikes(
         loss = jnp.asarray(0.0 if value is None else value).astype(jnp.float32)
         seen = jnp.stack([norm, loss])
         edge = _edge(state.clip.rule_state, num_std, min_steps)
-        bound = jnp.asarray(max_norm).astype(jnp.float32)
+        # No infinity of our own, for jax_debug_infs.
+        number = isinstance(max_norm, int | float)
+        bound = jnp.asarray(min(max_norm, LARGEST) if number else max_norm)
+        bound = bound.astype(jnp.float32)
         edge = jnp.stack([jnp.minimum(edge[0], bound), edge[1]])
         taken = jnp.isfinite(seen).all() & (seen <= edge).all()
         factor = jnp.broadcast_to(taken.astype(jnp.float32), (2,))
