@@ -96,8 +96,7 @@ def _name(path: tuple) -> str:
     """Keys of dicts and attributes, without those that hold any state."""
     words = []
     for key in path:
-        word = getattr(key, "key", None) if hasattr(key, "key") else None
-        word = getattr(key, "name", word)
+        word = getattr(key, "name", getattr(key, "key", None))
         if isinstance(word, str) and word not in _PASSED_OVER:
             words.append(word)
     return _as_tag("/".join(words)) if words else ""
@@ -141,7 +140,7 @@ def _numbers(metrics: ClipMetrics) -> dict[str, Any]:
     total = bare.pop("total")
     steps = lib.maximum(bare["steps"], 1)
     bare["clip_rate"] = (bare["clipped"] / steps).astype(np.float32)
-    # The factor may be infinite times smaller than the norm is large, or the other way.
+    # Cut first, then lifted as far as there is room: norm times factor may overflow.
     half = lib.minimum(bare["factor"], 1) * bare["norm"]
     lift = lib.minimum(lib.maximum(bare["factor"], 1), LARGEST / lib.maximum(half, 1))
     bare["target_norm"] = (half * lift).astype(np.float32)

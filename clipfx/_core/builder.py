@@ -55,8 +55,8 @@ class Step(NamedTuple):
       factors: Two `[G]`, to apply in turn: their product may be no normal number. NaN,
         or 0 for `nonfinite="zero"`, where the norm is not finite.
       drop: bool `[G]`, which groups become zero whatever they hold; None for none.
-      facts: What `measure` found besides norms; of these `total` and `share` go into
-        the metrics.
+      facts: What `measure` found besides norms; `total`, the norm of all groups, goes
+        into the metrics.
     """
 
     groups: Groups
@@ -129,15 +129,9 @@ def by_norm(
         check_same_groups(state, members)
         norms, facts = (measure or usual)(updates, members, params, state.rule_state)
         norm = finite_norms(norms)
-        limit, learned = rule.update(
-            norm,
-            state.rule_state,
-            groups=members,
-            updates=updates,
-            params=params,
-            **facts,
-            **extra_args,
-        )
+        # An extra argument of another transform's may have any name: ours come last.
+        ours = {"groups": members, "updates": updates, "params": params, **facts}
+        limit, learned = rule.update(norm, state.rule_state, **{**extra_args, **ours})
         limit = jnp.maximum(jnp.asarray(limit).astype(norms.value.dtype), 0)
         limit = jnp.broadcast_to(limit, norm.shape)
         both = factors(norms, limit, response, nonfinite)
@@ -145,9 +139,7 @@ def by_norm(
         step = Step(members, norm, limit, both, drop, facts)
         changed, factor = apply(updates, step)
         total = facts["total"] if "total" in facts else joint_norm(norm, ord)
-        return changed, next_state(
-            state, learned, norm, limit, factor, total=total, share=facts.get("share")
-        )
+        return changed, next_state(state, learned, norm, limit, factor, total)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -215,7 +207,8 @@ def by_part(
         some = jnp.where(known, peak, 1)
         factor = jnp.where(known, done.became(some) / some, 1)
         limit = jnp.broadcast_to(limit.astype(jnp.float32), peak.shape)
-        after = next_state(state, state.rule_state, peak, limit, factor, share=share)
+        kept = state.rule_state
+        after = next_state(state, kept, peak, limit, factor, peak[0], share)
         return done.updates, after._replace(rule_state=done.learned)
 
     return optax.GradientTransformationExtraArgs(begin, update)

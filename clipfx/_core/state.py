@@ -112,8 +112,7 @@ def next_state(
     norm: jax.Array,
     limit: jax.Array,
     factor: jax.Array,
-    *,
-    total: jax.Array | None = None,
+    total: jax.Array,
     share: jax.Array | None = None,
 ) -> ClipState:
     """Counts the step; keeps what was learned, if every norm `[G]` is finite.
@@ -124,13 +123,13 @@ def next_state(
       norm: float32 `[G]`.
       limit: `[G]`, the thresholds.
       factor: `[G]`.
-      total: Of all groups together, None for the 2-norm of their norms.
+      total: The norm of all groups together.
       share: float32 `[G]`, None for all or nothing.
     """
     finite, seen = jnp.isfinite(norm), state.metrics
     limit = jnp.fmin(limit, LARGEST).astype(jnp.float32)
     factor = jnp.where(finite & ~jnp.isnan(factor), factor, 0)
-    total = joint_norm(norm) if total is None else total.astype(jnp.float32)
+    total = total.astype(jnp.float32)
     above = finite & exceeds(norm, limit)
 
     def count(old: jax.Array, now: jax.Array) -> jax.Array:

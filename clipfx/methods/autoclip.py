@@ -86,7 +86,7 @@ def autoclip(
     return clip_by_norm(
         Threshold(init, update),
         groups=groups,
-        response=response or responses.hard,
+        response=response,
         ord=ord,
         axis_name=axis_name,
         nonfinite=nonfinite,

@@ -102,7 +102,7 @@ def clip_by_snr(
     return clip_by_norm(
         Threshold(limits.init, update),
         groups=groups,
-        response=response or responses.hard,
+        response=response,
         ord=ord,
         axis_name=axis_name,
         nonfinite=nonfinite,

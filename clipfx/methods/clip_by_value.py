@@ -58,8 +58,7 @@ def clip_by_value(
             "optax.inject_hyperparams(clipfx.clip_by_value)(max_abs=schedule)."
         )
     check_values(max_abs)
-    shape = responses.hard if response is None else response
-    responses.check_response(shape)
+    shape = responses.check_response(response)
 
     def bound(x: jax.Array, _: int) -> jax.Array:
         limit = jnp.maximum(jnp.asarray(max_abs).astype(jnp.finfo(x.dtype).dtype), 0)

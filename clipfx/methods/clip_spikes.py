@@ -100,8 +100,8 @@ def clip_spikes(
             above = size > step.threshold[i].astype(size.dtype)
             spiked = (above & (total[i] < 1)) | ~finite[i]
             pressed = times(times(x, before[i]), factor[i])
-            if nonfinite == "zero":
-                pressed = jnp.where(finite[i], pressed, jnp.zeros_like(x))
+            if step.drop is not None:
+                pressed = jnp.where(step.drop[i], jnp.zeros_like(x), pressed)
             return jnp.where(spiked, pressed, x)
 
         return map_counted(one, updates, step.groups), total

@@ -80,7 +80,7 @@ def quantile_clip(
     return clip_by_norm(
         Threshold(init, update),
         groups=groups,
-        response=response or responses.hard,
+        response=response,
         ord=ord,
         axis_name=axis_name,
         nonfinite=nonfinite,

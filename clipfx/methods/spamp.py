@@ -171,8 +171,7 @@ def spamp(
         shaped = widen_counted(one, updates, members)
         norms = group_norms(shaped, members, axis_name=axis_name)
         before, factor = factors(norms, limit, responses.hard, nonfinite)
-        drop = ~jnp.isfinite(norm) if nonfinite == "zero" else None
-        clipped = scale_groups(shaped, members, before, factor, drop=drop)
+        clipped = scale_groups(shaped, members, before, factor, drop=step.drop)
         became = finite_norms(norms) * (before * factor).astype(jnp.float32)
         total = divide(became, jnp.where(norm > 0, norm, 1))
         clipped = narrow_counted(clipped, updates, members)

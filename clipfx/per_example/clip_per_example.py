@@ -26,6 +26,7 @@ from clipfx._core.state import (
     joint_norm,
 )
 from clipfx._types import AxisName, GroupSpec, Limit
+from clipfx.per_example.engine import bookkeeping
 from clipfx.per_example.engine.clip import with_rounding_margin
 from clipfx.per_example.engine.thresholds import check_limit, limits
 from clipfx.per_example.engine.trace import batch_size
@@ -89,8 +90,7 @@ def clip_per_example(
     <https://arxiv.org/abs/1607.00133>`_, 2016.
     """
     check_limit(max_norm)
-    response = responses.hard if response is None else response
-    responses.check_response(response)
+    response = responses.check_response(response)
     check_choice("reduce", reduce, ("mean", "sum"))
 
     def init(params: Any) -> ClipState:
@@ -112,7 +112,7 @@ def clip_per_example(
             "batch_axis_name",
             "the examples of clip_per_example",
         )
-        over = functools.partial(_add_up, axes=axes)
+        over = functools.partial(bookkeeping.over, axes=axes)
         norms = _norms(updates, members, axes)
         limit = limits(max_norm, members, size).astype(norms.value.dtype)
         limit = jnp.broadcast_to(limit, norms.value.shape)
@@ -137,10 +137,6 @@ def clip_per_example(
         return clipped, _next(state, norms, limit, before * factor, good, over)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _add_up(x: jax.Array, axes: frozenset) -> jax.Array:
-    return jax.lax.psum(x, tuple(sorted(axes, key=str))) if axes else x
 
 
 def _norms(updates: Any, members: Groups, axes: frozenset) -> Norms:

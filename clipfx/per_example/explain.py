@@ -148,13 +148,14 @@ def explain(
     rows, notes = [], []
     for k, (path, leaf) in enumerate(leaves_with_path(call.params)):
         size = math.prod(jnp.shape(leaf))
+        flops, moved = _cost(plan, k, size)
         row = ExplainRow(
             leaf=jax.tree_util.keystr(path, simple=True, separator="/") or "(root)",
             shape=jnp.shape(leaf),
             method=plan.methods[k],
             sites=dict(collections.Counter(site.name for site, _ in plan.uses[k])),
-            flops=_cost(plan, k, size)[0],
-            bytes=_cost(plan, k, size)[1],
+            flops=flops,
+            bytes=moved,
             because=", ".join(dict.fromkeys(plan.reasons[k])) or _why(plan, k),
         )
         rows.append(row)

@@ -137,7 +137,7 @@ def skip_spikes(
         taken = jnp.isfinite(seen).all() & (seen <= edge).all()
         factor = jnp.broadcast_to(taken.astype(jnp.float32), (2,))
         learned = push(state.clip.rule_state, seen)
-        clip = next_state(state.clip, learned, seen, edge, factor, total=norm)
+        clip = next_state(state.clip, learned, seen, edge, factor, norm)
         leaves, treedef = jax.tree.flatten(updates)
         counted = [at for at, x in enumerate(leaves) if is_counted(x)]
 

@@ -74,7 +74,7 @@ def roads(loss, params, *args, force=None):
     plan = trace.prepare(signature, (params, *args), {}, force=force).program.plan
     paths = jax.tree_util.tree_flatten_with_path(params)[0]
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    return {name(path): road for (path, _), road in zip(paths, plan.roads, strict=True)}
+    return {name(path): x for (path, _), x in zip(paths, plan.methods, strict=True)}
 
 
 def forced(loss, force, groups="global", limit=LIMIT, ord=2):

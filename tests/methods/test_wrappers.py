@@ -266,7 +266,7 @@ def test_a_stack_without_leaves_passes():
 def test_steps_above_an_absolute_norm_are_skipped_from_the_first_on():
     tx = clipfx.skip_spikes(optax.identity(), max_norm=2.0)
     state = tx.init({"w": jnp.ones(1)})
-    for norm, taken in ((3.0, False), (2.0, True), (2.1, False), (1.0, True)):
-        updates, state = tx.update({"w": jnp.full(1, norm)}, state)
-        assert float(updates["w"][0]) == (norm if taken else 0.0)
+    for size, taken in ((3.0, False), (2.0, True), (2.1, False), (1.0, True)):
+        updates, state = tx.update({"w": jnp.full(1, size)}, state)
+        assert float(updates["w"][0]) == (size if taken else 0.0)
     assert int(state.skipped) == 2

@@ -214,7 +214,7 @@ def powers(
 
 def over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     """Adds up over mesh axes of `jax.shard_map`, if there are any."""
-    return jax.lax.psum(x, tuple(sorted(axes))) if axes else x
+    return jax.lax.psum(x, tuple(sorted(axes, key=str))) if axes else x
 
 
 def spread(

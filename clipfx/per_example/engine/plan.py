@@ -122,11 +122,6 @@ class Plan(NamedTuple):
             for method, places in zip(self.methods, self.uses, strict=True)
         )
 
-    @property
-    def roads(self) -> list[str]:
-        """What tests/_support/per_example_oracle.py calls `methods`."""
-        return self.methods
-
 
 class _Walk:
     """State of the walk: numbers given out, uses seen."""

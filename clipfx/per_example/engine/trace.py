@@ -80,14 +80,13 @@ def check_signature(signature: Signature, *keywords: str) -> None:
                 f"{name} must be an int or a tuple of ints, got {given!r}; it says "
                 "which positional arguments are meant."
             )
-
     methods = jax.tree.leaves(signature.norm_method)
     if not methods or not all(isinstance(x, str) and x in FORCE for x in methods):
         raise ValueError(
             'norm_method must be "auto", "ghost", "instantiate" or a tree prefix of '
             f"these, got {signature.norm_method!r}; per_example.explain shows costs."
         )
-    shared = sorted({*keywords} & {*_keywords_of(signature.fun)})
+    shared = sorted({*keywords} & {*_parameters_of(signature.fun)})
     if shared:
         raise ValueError(
             f"fun must not have an argument named {shared[0]}, which is one of the "
@@ -114,11 +113,12 @@ def forced(norm_method: Any, params: Any) -> Any:
     return tuple(FORCE[method] for _, method in leaves)
 
 
-def _keywords_of(fun: Callable) -> list[str]:
+def _parameters_of(fun: Callable) -> dict[str, inspect.Parameter]:
+    """Those of the loss; none where Python cannot tell."""
     try:
-        return [*inspect.signature(fun).parameters]
+        return dict(inspect.signature(fun).parameters)
     except (TypeError, ValueError):
-        return []
+        return {}
 
 
 def _several(given: Any) -> tuple:
@@ -333,11 +333,8 @@ def check_ord(ord: Any) -> int:
 
 def _check_own_keywords(fun: Callable, kwargs: dict[str, Any]) -> None:
     """Checks that the loss has the keyword arguments that it is to be given."""
-    try:
-        parameters = inspect.signature(fun).parameters
-    except (TypeError, ValueError):
-        return
-    if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+    parameters = _parameters_of(fun)
+    if parameters and not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
         check_keywords("fun", kwargs, [*parameters, "where"])
 
 
