@@ -22,7 +22,7 @@ from clipfx._core.populations import (
 from clipfx._types import AxisName, LossFn, Positions, Scalar
 from clipfx.per_example.engine import population_norms, trace
 from clipfx.per_example.engine.bookkeeping import over
-from clipfx.per_example.engine.microbatch import check_step, in_parts, reduced
+from clipfx.per_example.engine.microbatch import averaged, check_step, in_parts
 from clipfx.per_example.engine.populations import (
     adding_up,
     by_population,
@@ -171,10 +171,7 @@ def fair_grad(
             weights = (counted * finite[None]).sum(1)
             sums.update(zip(light, weighted(run, weights, list(light)), strict=True))
         ordered = [sums[k] for k in sorted(sums)]
-        bounded = reduced(ordered, info.value, keep, reduce, None)
-        if reduce == "mean" and batch_axis_name is not None:
-            shards = jax.lax.psum(1, batch_axis_name)
-            bounded = [x / shards for x in bounded]
+        bounded = averaged(ordered, info.value, keep, reduce, batch_axis_name)
         found = PerPopulation(info.value, count, norm, factor, info.aux)
         return jax.tree.structure(params).unflatten(bounded), found
 

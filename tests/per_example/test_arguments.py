@@ -55,11 +55,14 @@ def test_a_mean_is_the_sum_over_the_examples_that_count(name, where):
 
 
 @functions
-def test_a_mean_is_that_of_all_devices(name):
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_mean_is_that_of_all_devices(name, masked):
     make, extra = SUMS[name]
     params, (x, y) = PARAMS, BATCH
     batch = (jnp.concatenate([x, x[:1]]), jnp.concatenate([y, y[:1]]))
     extra = {key: jnp.append(ids, 1) for key, ids in extra.items()}
+    if masked:  # not the same number on every device
+        extra["where"] = jnp.array([True, True, False, True, True, True, True, False])
     whole = make(reduce="mean")(params, batch, **extra)[0]
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
@@ -75,7 +78,8 @@ def test_a_mean_is_that_of_all_devices(name):
     cut = lambda x: x.reshape(4, -1, *x.shape[1:])
     each = jax.vmap(run(grad), axis_name="i")
     rows = each(jax.tree.map(cut, batch), jax.tree.map(cut, extra))
-    close(jax.tree.map(lambda x: x[0], rows), whole)
+    for k in range(4):
+        close(jax.tree.map(lambda x, k=k: x[k], rows), whole)
 
 
 @functions

@@ -10,6 +10,7 @@ from clipfx import _compat
 from clipfx._core.checks import check_count
 from clipfx._core.groups import Groups
 from clipfx.per_example.engine import clip, trace
+from clipfx.per_example.engine.bookkeeping import over
 from clipfx.per_example.engine.clip import PerExample
 from clipfx.per_example.engine.trace import Signature
 
@@ -104,17 +105,23 @@ def reduced(
     """
     if axis_name is not None:
         sums = [jax.lax.psum(x, axis_name) for x in sums]
+    return averaged(sums, value, keep, reduce, axis_name)
+
+
+def averaged(
+    sums: list[jax.Array], value: jax.Array, keep: Any, reduce: str, axis_name: Any
+) -> list[jax.Array]:
+    """The second half of `reduced`, for sums that are of all devices already."""
     if reduce == "sum":
         return sums
-    number = jnp.ones_like(value) if keep is None else keep.astype(jnp.float32)
-    number = number.sum(dtype=jnp.float32)
-    apart = _compat.varying_axes(value)
+    counted = jnp.ones_like(value) if keep is None else keep
+    number = counted.sum(dtype=jnp.float32)
+    if axis_name is not None:
+        number = jax.lax.psum(number, axis_name)
+    split = _compat.varying_axes(value)
 
     def mean(x: jax.Array) -> jax.Array:
-        axes = apart - _compat.varying_axes(x)
-        count = _compat.vary(number, apart)
-        count = jax.lax.psum(count, tuple(sorted(axes))) if axes else count
-        count = count if axis_name is None else jax.lax.psum(count, axis_name)
-        return x / jnp.maximum(count, 1).astype(x.dtype)
+        every = over(_compat.vary(number, split), split - _compat.varying_axes(x))
+        return x / jnp.maximum(every, 1).astype(x.dtype)
 
     return [mean(x) for x in sums]
