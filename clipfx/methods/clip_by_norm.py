@@ -4,11 +4,12 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from clipfx import responses
 from clipfx._core import builder
-from clipfx._core.checks import helpful
+from clipfx._core.checks import helpful, is_known, is_number
 from clipfx._core.clip_factors import finite_norms
 from clipfx._core.groups import group_leaves
 from clipfx._core.leaves import widest
@@ -197,9 +198,9 @@ def clip_with_norm(
       The clipped tree, and `ClipMetrics` `[G]` of this one step.
 
     Raises:
-      TypeError: If `max_norm` has state, as a schedule has.
-      ValueError: If `norm` is neither a number nor of shape `[G]`; besides, see
-        `clipfx.clip_by_norm`.
+      TypeError: If `max_norm` has state, as a schedule has, or `norm` is no number.
+      ValueError: If `norm` is concrete and negative, or neither a number nor of shape
+        `[G]`; besides, see `clipfx.clip_by_norm`.
 
     Example:
       >>> stages = [{"w": jnp.array([3.0])}, {"w": jnp.array([4.0])}]
@@ -210,6 +211,11 @@ def clip_with_norm(
     Reference: none.
     """
     _check_stateless(max_norm)
+    advice = "clipfx.global_norm measures one tree or several"
+    if not is_number(norm):
+        raise TypeError(f"norm must be a number or an array, got {norm!r}; {advice}.")
+    if is_known(norm) and (np.asarray(norm) < 0).any():
+        raise ValueError(f"norm must be >= 0, got {norm!r}; {advice}.")
 
     def given(updates: Any, members: Any, params: Any, state: Any) -> tuple:
         number = jnp.asarray(norm)
@@ -218,7 +224,7 @@ def clip_with_norm(
             raise ValueError(
                 f"norm must be a number or have shape ({len(members.names)},), one "
                 f"entry for each group of {members.names}, got {number.shape}; "
-                "clipfx.global_norm measures several trees as one."
+                f"{advice}."
             )
         number = jnp.broadcast_to(number, (len(members.names),))
         return Norms(number, jnp.ones_like(number)), {}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sentences import raises_one_sentence
 from trees import assert_same, enable_x64, norm, sample
 
 import clipfx
@@ -204,3 +205,30 @@ def test_a_threshold_that_is_no_number_leaves_the_state_finite():
     out, state = step(clipfx.clip_by_norm(lambda count: jnp.float32(math.nan)), tree)
     assert np.isnan(out["w"]).all()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def test_a_norm_that_was_measured_elsewhere():
+    stages = [{"w": jnp.array([3.0, 0.0])}, {"w": jnp.full(4, 2.0, jnp.bfloat16)}]
+    whole = clipfx.global_norm(*stages)
+    assert float(whole) == 5.0
+    clipped = [clipfx.clip_with_norm(x, whole, 1.0)[0] for x in stages]
+    assert float(clipfx.global_norm(*clipped)) == pytest.approx(1.0, rel=4e-3)
+    assert clipped[1]["w"].dtype == jnp.bfloat16
+    traced = jax.jit(lambda n: clipfx.clip_with_norm(stages[0], n, 1.0)[0])
+    np.testing.assert_array_equal(traced(whole)["w"], clipped[0]["w"])
+    each = {"a": jnp.ones(1), "b": jnp.ones(1)}
+    out, metrics = clipfx.clip_with_norm(
+        each, jnp.array([4.0, math.nan]), 1.0, groups="leaf", nonfinite="zero"
+    )
+    assert (float(out["a"][0]), float(out["b"][0])) == (0.25, 0.0)
+    assert metrics.nonfinite.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "words"),
+    [("2", TypeError, "a number or an array"), (None, TypeError, "got None"),
+     (-1.0, ValueError, ">= 0"), (jnp.ones(3), ValueError, "one entry for each")],
+)  # fmt: skip
+def test_a_norm_that_is_none(given, kind, words):
+    call = lambda: clipfx.clip_with_norm({"w": jnp.ones(2)}, given, 1.0)
+    raises_one_sentence((call, kind, words))
