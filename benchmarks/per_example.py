@@ -5,7 +5,7 @@
 Every figure is a ratio within one run: the variants take turns, call by call, and each
 time is divided by that of the ordinary summed gradient of the same turn; medians.
 Memory is what the compiled program takes for temporaries. `factored`, `formed` and
-`instantiated` are the roads that the cost model chooses from, forced on every
+`instantiated` are the methods that the cost model chooses from, forced on every
 parameter: no one of them should be much faster than the choice.
 """
 
@@ -232,14 +232,14 @@ def microbatched(work: Workload) -> Callable:
     return per_example.clipped_grad(work.loss, 1.0, microbatch_size=size)
 
 
-def forced(road: str) -> Callable:
-    """The same with one road for every parameter."""
+def forced(method: str) -> Callable:
+    """The same with one method for every parameter."""
 
     def make(work: Workload) -> Callable:
         grad = per_example.clipped_grad(work.loss, 1.0)
 
         def run(params, batch):
-            call = trace.prepare(grad.signature, (params, batch), {}, force=road)
+            call = trace.prepare(grad.signature, (params, batch), {}, force=method)
             members = group_leaves("global", params)
             limit = jnp.ones((1, 1))
             return clip.bounded_sum(call, members, limit, grad.response, None)

@@ -68,7 +68,7 @@ def total(grads, factor, groups="global"):
     return treedef.unflatten(sums)
 
 
-def roads(loss, params, *args, force=None):
+def methods(loss, params, *args, force=None):
     """By name of the leaf; batches may be NumPy's."""
     signature = trace.Signature(loss, 0, 1, False)
     plan = trace.prepare(signature, (params, *args), {}, force=force).program.plan
@@ -78,7 +78,7 @@ def roads(loss, params, *args, force=None):
 
 
 def forced(loss, force, groups="global", limit=LIMIT, ord=2):
-    """`clipped_grad` with one road for every parameter that can take it."""
+    """`clipped_grad` with one method for every parameter that can take it."""
     signature = trace.Signature(loss, 0, 1, False)
 
     def run(params, batch):
@@ -134,7 +134,7 @@ def check(run, loss, params, batch, dtype, *, where=None, grads=None, **kwargs):
 
 
 def agrees(loss, params, *args, **kwargs):
-    """Compiled, with the gradients of the same program; returns roads by name.
+    """Compiled, with the gradients of the same program; returns methods by name.
 
     In the model's own dtype: layers make constants of float32. Relative to the largest
     entry of all: some gradients are nothing but rounding.
@@ -149,7 +149,7 @@ def agrees(loss, params, *args, **kwargs):
     near(info.norm, norm)
     near(info.factor, factor)
     near(sums, total)
-    return roads(loss, params, *args) if batched == (1,) else {}
+    return methods(loss, params, *args) if batched == (1,) else {}
 
 
 def exact(tree):

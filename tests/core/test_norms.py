@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiers import in_tiers
 from trees import enable_x64, mixed, norm, sample
 
 import clipfx
@@ -254,7 +255,7 @@ def test_squares_that_vanish_each_add_up():
         assert measured(tree) == pytest.approx(norm(tree), rel=1e-6, abs=0)
 
 
-@pytest.mark.parametrize("ord", [1, 2, 3, math.inf])
+@pytest.mark.parametrize("ord", in_tiers([1, 2, 3, math.inf], {2, 3}))
 def test_reverse_over_reverse_through_a_scan(ord):
     """Hoisting out of a scan drops rules of derivatives; loops have none in reverse."""
     start, slope = jnp.arange(1.0, 6.0) / 4, jnp.arange(1.0, 6.0)

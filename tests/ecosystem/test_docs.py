@@ -11,21 +11,23 @@ import numpy as np
 import pytest
 import xla
 from jax.sharding import PartitionSpec as P
+from tiers import in_tiers
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 SHARDING = ROOT / "docs" / "sharding.md"
 MANY_PROCESSES = "jax.distributed.initialize"  # see test_multiprocess
-each_page = lambda *more: pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *more, *DOCS], ids=lambda path: path.stem
-)
+PAGES = {path.stem: path for path in (ROOT / "README.md", ROOT / "BUILD.md", *DOCS)}
 
 
 def blocks(page):
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.M)
 
 
-@each_page()
+CODE = {name: page for name, page in PAGES.items() if name != "BUILD"}
+
+
+@pytest.mark.parametrize("page", in_tiers(CODE, {"README", "per_example"}))
 def test_first_block_runs_as_pasted(page, tmp_path):
     """In a fresh interpreter, with the devices that the block itself asks for."""
     first, *_ = blocks(page)
@@ -42,12 +44,13 @@ def test_first_block_runs_as_pasted(page, tmp_path):
     assert done.stdout or "print(" not in first
 
 
-@each_page(ROOT / "BUILD.md")
+@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
     assert all((page.parent / link).exists() for link in links), links
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
 def test_sharding_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path))

@@ -14,6 +14,7 @@ import types
 import jax
 import optax
 import pytest
+from tiers import in_tiers
 
 import clipfx
 from clipfx.methods import clip_by_norm
@@ -159,9 +160,12 @@ def test_every_promise_has_a_test_of_its_name():
         assert re.search(rf"def test_\w*{promise}", tests), promise
 
 
-@pytest.mark.parametrize(
-    "module", [f"clipfx.{name}".removesuffix(".__init__") for name, _ in modules()]
-)
+DOCUMENTED = [f"clipfx.{name}".removesuffix(".__init__") for name, _ in modules()]
+# Those whose examples compile most are left to the full tier.
+QUICK = {x for x in DOCUMENTED if not re.search("per_example|privacy", x)}
+
+
+@pytest.mark.parametrize("module", in_tiers(DOCUMENTED, QUICK))
 def test_doctests(module):
     importlib.import_module(module)
     # Not the function of that name that a package shows.

@@ -48,6 +48,7 @@ def test_notebook_installs_what_is_missing(name, where, monkeypatch, tmp_path):
     assert options == {"check": True}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_runs_top_to_bottom(name, monkeypatch):
     monkeypatch.setenv("CLIPFX_QUICK", "1")

@@ -60,6 +60,7 @@ def applied(variant, snr, max_norm=0.1, gamma=5.0, grads=GRADS):
     return tx.update(grads, tx.init(grads), grads, snr=jnp.float32(snr))[0]
 
 
+@pytest.mark.full
 def test_end_to_end(few_variants):
     folder, printed, rows = few_variants
     assert set(rows["none"][0]) == {
@@ -88,6 +89,7 @@ def test_diverged_run(tmp_path, capsys):
     assert "nan" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_variants_share_start_and_batches(few_variants):
     runs = list(few_variants[-1].values())
     for run in runs[1:]:
@@ -195,6 +197,7 @@ def test_weighted_loss_is_the_error_of_the_noise(t):
     np.testing.assert_allclose(loss, error, rtol=1e-3)
 
 
+@pytest.mark.full
 def test_norms_of_a_run(few_variants):
     column = lambda v, name: np.array([row[name] for row in few_variants[-1][v]])
     norm = column("none", "norm")

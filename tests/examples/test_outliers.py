@@ -67,6 +67,7 @@ def assert_close(one, other, rtol=1e-5):
     )
 
 
+@pytest.mark.full
 def test_end_to_end(small):
     folder, printed, rows = small
     assert [
@@ -86,6 +87,7 @@ def test_end_to_end(small):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.full
 def test_numbers_are_finite(small):
     _, printed, rows = small
     lines = printed.splitlines()
@@ -101,6 +103,7 @@ def test_numbers_are_finite(small):
         assert 0 <= row["test"] <= 1 and 0 <= row["repeated"] <= 1
 
 
+@pytest.mark.full
 def test_table_is_of_the_file(small):
     _, printed, rows = small
     line = next(line for line in printed.splitlines() if line.startswith("0.03 "))

@@ -72,6 +72,7 @@ def assert_close(one, other, rtol=1e-5):
     )
 
 
+@pytest.mark.full
 def test_end_to_end(small):
     folder, printed, rows = small
     assert [(row["variant"], row["target"], row["seed"]) for row in rows] == [
@@ -90,6 +91,7 @@ def test_end_to_end(small):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.full
 def test_tables_are_of_the_file(small):
     _, printed, rows = small
     tests = [x["test"] for x in rows if (x["variant"], x["target"]) == ("hard", 1)]
@@ -101,12 +103,14 @@ def test_tables_are_of_the_file(small):
     assert ratio[len(FEW) + 1].split()[0] == "noise"
 
 
+@pytest.mark.full
 def test_best_rate_is_that_of_the_mean(small):
     for one, two in zip(small[2][::2], small[2][1::2], strict=True):
         means = np.mean([one["by_rate"], two["by_rate"]], 0)
         assert one["rate"] == two["rate"] == SMALL.rates[means.argmax()]
 
 
+@pytest.mark.full
 def test_epsilon_is_that_of_the_event(small):
     for row in small[2]:
         variant = VARIANTS[row["variant"]]

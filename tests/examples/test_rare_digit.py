@@ -93,6 +93,7 @@ def assert_table_is_of_the_file(small):
     assert f"  {values.mean():.3f} ({values.std():.3f})  " in line
 
 
+@pytest.mark.full
 def test_end_to_end(tmp_path_factory):
     """One run, of which several workers would each make their own."""
     small = run_small(tmp_path_factory)

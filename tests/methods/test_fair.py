@@ -232,7 +232,7 @@ def test_ratio_and_floor_in_float64():
             tx = clipfx.clip_fair_groups(
                 1.1, reference=reference, num_populations=np.int64(2)
             )
-            out, state = tx.update(tree, tx.init({"w": tree["w"][0]}))
+            out, state = jax.jit(tx.update)(tree, tx.init({"w": tree["w"][0]}))
             np.testing.assert_allclose(out["w"], [1.1, 1.0], rtol=1e-14)
             assert all(x.dtype.itemsize <= 4 for x in jax.tree.leaves(state))
 
@@ -313,7 +313,7 @@ def test_fair_grad_equals_the_transform_and_the_definition(count):
     near(jax.jit(tx.update)(stacked, tx.init(params))[0], right, 2e-5)
 
 
-def roads(params, batch, count, loss=loss):
+def ways(params, batch, count, loss=loss):
     seen = []
 
     def look(params, batch):
@@ -332,9 +332,9 @@ def roads(params, batch, count, loss=loss):
 
 def test_norms_that_are_cheaper_are_not_of_formed_contributions():
     params, batch = model(), batch_of()
-    assert roads(params, batch, 2) == {"table": "rows", "layers/1/w": "products"}
-    assert roads(params, batch, 1) == {}  # one population: nothing to save
-    assert "table" not in roads(params, batch_of(200), 2)
+    assert ways(params, batch, 2) == {"table": "rows", "layers/1/w": "products"}
+    assert ways(params, batch, 1) == {}  # one population: nothing to save
+    assert "table" not in ways(params, batch_of(200), 2)
     grad = jax.jit(per_example.fair_grad(loss, 2))
     text = (
         grad.lower(params, batch, population_ids=jnp.asarray(GROUP)).compile().as_text()
@@ -350,15 +350,14 @@ def test_floor_of_a_table_whose_contributions_cancel():
     group = jnp.array([0, 0, 1, 1])
     table = jnp.zeros((90, 4))
     one = lambda table, e: (table[e[0]] * e[1]).sum()
-    assert roads(table, (ids, rows), 2, one) == {"": "rows"}
+    assert ways(table, (ids, rows), 2, one) == {"": "rows"}
     for floor in (0.0, 9.5, 12.0):
         grad = per_example.fair_grad(one, 2, 1.0, floor=floor)
-        _, info = grad(table, (ids, rows), population_ids=group)
-        parts, _ = per_example.population_grad(one, 2)(
-            table, (ids, rows), population_ids=group
-        )
+        _, info = jax.jit(grad)(table, (ids, rows), population_ids=group)
+        stack = jax.jit(per_example.population_grad(one, 2))
+        parts, _ = stack(table, (ids, rows), population_ids=group)
         tx = clipfx.clip_fair_groups(1.0, floor=floor)
-        _, state = tx.update(parts, tx.init(table))
+        _, state = jax.jit(tx.update)(parts, tx.init(table))
         near(info.factor, state.metrics.factor, 1e-5)
 
 
@@ -369,7 +368,7 @@ def test_neighbours_of_a_table_that_look_up_the_same_row():
     rows = np.random.default_rng(0).normal(size=(6, 2, 4))
     batch, table = (jnp.asarray(ids), jnp.float32(rows)), jnp.zeros((90, 4))
     one = lambda table, e: (table[e[0]] * e[1]).sum()
-    assert roads(table, batch, 3, one) == {"": "rows"}
+    assert ways(table, batch, 3, one) == {"": "rows"}
     sums, info = jax.jit(per_example.fair_grad(one, 3, 1.2, floor=0.0))(
         table, batch, population_ids=jnp.asarray(group)
     )

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 import trees
-from per_example_oracle import cast, forced, roads
+from per_example_oracle import cast, forced, methods
 from sentences import raises_one_sentence
+from tiers import in_tiers
 
 import clipfx
 from clipfx import per_example, responses
@@ -47,7 +48,7 @@ PARAMS, BATCH = draw()
 
 def oracle(fun, params, batch, groups="global"):
     """Gradients and norms `[B, G]` of each example, in float64."""
-    grads = jax.vmap(jax.grad(fun), (None, 0))(params, batch)
+    grads = jax.jit(jax.vmap(jax.grad(fun), (None, 0)))(params, batch)
     members = grouping.group_leaves(groups, params)
     leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(grads)]
     squares = np.zeros((len(leaves[0]), len(members.names)))
@@ -63,7 +64,7 @@ def assert_sum(got, leaves, factor, index, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("groups", ["global", "layer", "leaf"])
-@pytest.mark.parametrize("microbatch", [None, 2, 4])
+@pytest.mark.parametrize("microbatch", in_tiers([None, 2, 4], {2}))
 def test_sum_norms_and_factors(groups, microbatch):
     grad = jax.jit(
         per_example.clipped_grad(loss, 1.5, groups=groups, microbatch_size=microbatch)
@@ -100,7 +101,7 @@ def test_thresholds_of_every_shape():
         np.testing.assert_allclose(info.factor, want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", in_tiers([math.nan, math.inf], {math.inf}))
 @pytest.mark.parametrize("microbatch", [None, 2])
 def test_an_example_that_is_not_finite_contributes_zero(bad, microbatch):
     grad = jax.jit(per_example.clipped_grad(loss, 1.5, microbatch_size=microbatch))
@@ -126,15 +127,15 @@ def rematerialized(p, example):
     return scale * jax.checkpoint(lambda x: jnp.sin(x @ p["w"]))(x).sum()
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", in_tiers([math.nan, math.inf], {math.inf}))
 @pytest.mark.parametrize("force", ["formed", None])
-def test_bad_examples_contribute_zero_on_every_road(force, bad):
+def test_bad_examples_contribute_zero_with_every_method(force, bad):
     """Formed behind a loop; by a second pass, which would see NaN again, with remat."""
     fun = looped if force else rematerialized
     rng = np.random.default_rng(0)
     params = {"w": jnp.float32(rng.normal(size=(WIDTH, WIDTH)))}
     x, scale = jnp.float32(rng.normal(size=(B, T, WIDTH))), jnp.linspace(1, 2, B)
-    assert roads(fun, params, (x, scale), force=force) == {
+    assert methods(fun, params, (x, scale), force=force) == {
         "w": "instantiated" if force else "Gram"
     }
     run = jax.jit(forced(fun, force, limit=0.5))
@@ -154,7 +155,7 @@ def test_a_bad_example_contributes_zero_to_groups_where_it_is_finite(microbatch)
     fun = lambda p, e: p["a"] @ e[0] + p["b"] @ e[1]
     params, (x, y) = {"a": jnp.ones(2), "b": jnp.ones(2)}, jnp.ones((2, 3, 2))
     grad = per_example.clipped_grad(fun, 9.0, groups="leaf", microbatch_size=microbatch)
-    sums, info = grad(params, (x, y.at[1, 0].set(math.nan)))
+    sums, info = jax.jit(grad)(params, (x, y.at[1, 0].set(math.nan)))
     np.testing.assert_array_equal(sums["a"], [2, 2])
     np.testing.assert_array_equal(sums["b"], [2, 2])
     np.testing.assert_array_equal(info.factor, [[1, 1], [0, 0], [1, 1]])
@@ -202,7 +203,7 @@ def test_sums_are_float32_or_wider():
     assert_sum(sums, leaves, factor, index, tolerance=0.03)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", in_tiers([jnp.bfloat16, jnp.float32], 2))
 def test_a_neighbour_moves_the_sum_by_at_most_the_sensitivity(dtype):
     params, (tokens, weight) = draw(dtype)
     for groups in ("global", "leaf"):
@@ -338,7 +339,8 @@ def test_norms_in_microbatches_and_of_either_kind(ord):
     right = np.linalg.norm(rows, ord, axis=1)[:, None]
     for size in (None, 2):
         measure = per_example.norms(loss, ord=ord, microbatch_size=size)
-        np.testing.assert_allclose(measure(PARAMS, BATCH).norm, right, rtol=1e-5)
+        found = jax.jit(measure)(PARAMS, BATCH)
+        np.testing.assert_allclose(found.norm, right, rtol=1e-5)
 
 
 def test_sensitivity_in_the_1_norm_adds_up():
@@ -403,9 +405,9 @@ def cancelling(fun, length, wide, narrow):
     return np.zeros((narrow, wide)), normal(length, wide), d, ids
 
 
-@pytest.mark.parametrize(
-    ("fun", "dtype", "shape"),
-    [
+CANCELLING = {
+    f"{fun.__name__}-{dtype}-{shape[0]}": (fun, dtype, shape)
+    for fun, dtype, shape in [
         (product, "float32", (4, 90, 80)),
         (product, "float32", (64, 8, 6)),
         (product, "bfloat16", (8, 16, 4)),
@@ -414,10 +416,14 @@ def cancelling(fun, length, wide, narrow):
         (table, "float32", (64, 6, 5)),
         (table_and_head, "float32", (8, 6, 5)),
         (table_and_head, "bfloat16", (8, 6, 5)),
-    ],
-)
-def test_norms_that_cancel_bound_all_the_same(fun, dtype, shape):
+    ]
+}
+
+
+@pytest.mark.parametrize("case", in_tiers(CANCELLING, 2))
+def test_norms_that_cancel_bound_all_the_same(case):
     """Rounding must not make a bound of nothing, whatever share of a sum remains."""
+    fun, dtype, shape = case
     w, *batch = cancelling(fun, *shape)
     batch = [a.reshape(-1, *a.shape[2:]) for a in batch]
     w, *batch = cast([w, *batch], dtype)
@@ -501,7 +507,7 @@ def test_arguments_and_aux():
 def test_complex_parameters_count_with_both_parts():
     fun = lambda w, x: (jnp.vdot(w, x.astype(jnp.complex64)) * (0.6 + 0.8j)).real
     w, x = jnp.array([1 + 2j, 3 - 1j]), jnp.array([[3.0, 4.0], [0.0, 0.5]])
-    sums, info = per_example.clipped_grad(fun, 1.0)(w, x)
+    sums, info = jax.jit(per_example.clipped_grad(fun, 1.0))(w, x)
     np.testing.assert_allclose(info.norm[:, 0], [5, 0.5], rtol=1e-6)
     right = [jax.grad(fun)(w, row) * f for row, f in zip(x, (0.2, 1), strict=True)]
     np.testing.assert_allclose(sums, sum(right), rtol=2e-6)
@@ -523,7 +529,7 @@ def test_one_trace_for_many_calls():
 # ----------------------------------------------------------------- stacked gradients
 
 
-@pytest.mark.parametrize("reduce", ["mean", "sum"])
+@pytest.mark.parametrize("reduce", in_tiers(["mean", "sum"], 2))
 @pytest.mark.parametrize("groups", ["global", "layer"])
 def test_stacked_gradients(reduce, groups):
     tx = per_example.clip_per_example(1.5, groups=groups, reduce=reduce)
@@ -532,7 +538,7 @@ def test_stacked_gradients(reduce, groups):
     updates, state = jax.jit(tx.update)(stacked, tx.init(PARAMS), PARAMS)
     keep = jnp.arange(B) != 3
     grad = per_example.clipped_grad(loss, 1.5, groups=groups)
-    want, info = grad(PARAMS, BATCH, where=keep)
+    want, info = jax.jit(grad)(PARAMS, BATCH, where=keep)
     scale = 1 / B if reduce == "mean" else 1.0
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, scale * y, atol=1e-5), updates, want
@@ -573,11 +579,11 @@ def test_explain_shows_each_leaf_and_why():
     lines = str(table).splitlines()
     assert len(lines) == 5
     assert [row.leaf for row in table.rows] == [x.split()[0] for x in lines[1:]]
-    road = {line.split()[0]: line for line in lines[1:]}
-    assert "Gram" in road["embed"] and "gather, dot_general" in road["embed"]
-    assert "instantiated" in road["scale"] and road["scale"].endswith("mul")
-    assert "Gram" in road["layer/w"]
-    assert re.search(r"bias sum|instantiated", road["layer/b"])
+    method = {line.split()[0]: line for line in lines[1:]}
+    assert "Gram" in method["embed"] and "gather, dot_general" in method["embed"]
+    assert "instantiated" in method["scale"] and method["scale"].endswith("mul")
+    assert "Gram" in method["layer/w"]
+    assert re.search(r"bias sum|instantiated", method["layer/b"])
 
 
 def test_explain_warns_of_large_leaves_that_are_formed():

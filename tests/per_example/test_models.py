@@ -18,9 +18,10 @@ from per_example_oracle import (
     each_gradient,
     exact,
     expected,
+    methods,
     near,
-    roads,
 )
+from tiers import in_tiers
 
 from clipfx import per_example
 
@@ -48,10 +49,10 @@ def cross_entropy(logits, labels):
 
 
 def takes(found, **expected):
-    """Every leaf whose name ends so is on that road."""
-    for end, road in expected.items():
+    """Every leaf whose name ends so has that method."""
+    for end, method in expected.items():
         some = {k: v for k, v in found.items() if k.split("/")[-1] == end}
-        assert some and set(some.values()) == {road}, some
+        assert some and set(some.values()) == {method}, some
 
 
 # --------------------------------------------------------------------- Flax Linen
@@ -157,7 +158,7 @@ LINEN = {
     "experts": (Experts(), (vectors(T, WIDTH), TOKENS % WIDTH)),
 }
 # By the last part of a leaf's name; "" is for all of them.
-LINEN_ROADS = {
+LINEN_METHODS = {
     "mlp": {"kernel": "outer product"},
     "lstm": {"bias": "bias sum"},
     "lstm optimized": {"bias": "bias sum"},
@@ -167,12 +168,12 @@ LINEN_ROADS = {
 }
 
 
-@pytest.mark.parametrize("name", LINEN)
+@pytest.mark.parametrize("name", in_tiers(LINEN.keys(), {"lstm", "scanned"}))
 def test_linen(name):
     module, batch = LINEN[name]
     params = linen(module, jax.tree.map(lambda x: x[0], batch))
     found = agrees(linen_loss(module), params, batch)
-    takes(found, **LINEN_ROADS.get(name, {}))
+    takes(found, **LINEN_METHODS.get(name, {}))
     if "lstm" in name or name == "gru":
         kernels = {v for k, v in found.items() if "Cell" in k and "kernel" in k}
         assert kernels == {"Gram"}
@@ -218,7 +219,7 @@ NNX = {
 }
 
 
-@pytest.mark.parametrize("name", NNX)
+@pytest.mark.parametrize("name", in_tiers(NNX.keys(), {"transformer"}))
 def test_nnx(name):
     make, batch, table = NNX[name]
     graph, params, rest = nnx.split(make(nnx.Rngs(0)), nnx.Param, ...)
@@ -229,9 +230,9 @@ def test_nnx(name):
 
     # Counters of random numbers are state: an argument like any other.
     found = agrees(loss, params, batch, rest)
-    for end, road in table.items():
+    for end, method in table.items():
         some = {v for k, v in found.items() if end in k}
-        assert some == {road}
+        assert some == {method}
 
 
 # ------------------------------------------------------------------------- Equinox
@@ -291,7 +292,7 @@ def plain_loss(params, x, compute=None):
 
 
 @pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("kept", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kept", in_tiers(["float32", "bfloat16"], {"bfloat16"}))
 def test_bfloat16(remat, kept):
     """Sums are float32, and within the rounding of bfloat16 of exact ones."""
     params = cast(plain(), kept)
@@ -350,7 +351,7 @@ def test_static_keyword_arguments():
     """As in `jax.grad`: what is not an array is not traced."""
     loss = lambda p, x, *, train: plain_loss(p, x) * (2.0 if train else 1.0)
     x = jnp.asarray(vectors(WIDTH))
-    grad = per_example.clipped_grad(loss, LIMIT)
+    grad = jax.jit(per_example.clipped_grad(loss, LIMIT), static_argnames="train")
     twice, once = (grad(plain(), x, train=t)[1].norm for t in (True, False))
     np.testing.assert_allclose(twice, 2 * once, 1e-5)
 
@@ -391,7 +392,7 @@ def test_no_gradient_of_an_example_is_formed():
     params = [rng.normal(size=s).astype(np.float32) for s in ((wide, 43), (43, 37))]
     batch = rng.normal(size=(size, wide)).astype(np.float32)
     loss = lambda p, x: jnp.sum(jnp.tanh(jnp.tanh(x @ p[0]) @ p[1]))
-    assert set(roads(loss, params, batch).values()) == {"outer product"}
+    assert set(methods(loss, params, batch).values()) == {"outer product"}
     text = compiled(loss, params, batch).as_text()
     shapes = [
         tuple(map(int, s.split(","))) for s in re.findall(r"f32\[([\d,]+)\]", text)

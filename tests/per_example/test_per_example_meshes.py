@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import assert_all_alike, mesh_of
+from tiers import in_tiers
 
 import clipfx
 from clipfx import per_example, privacy
@@ -213,18 +214,20 @@ WAYS = {
 
 # --------------------------------------------------------------------------- the law
 
-CASES = [
-    (name, way)
+CASES = {
+    f"{name}-{way}": (name, way)
     for name in FUNCTIONS
     for way in WAYS
     # Noise of what is split by hand depends on the mesh.
     if (name, way) != ("dp_grad", "shard_map-tensor")
-]
+}
 
 
-@pytest.mark.parametrize(("name", "way"), CASES)
+# Every function and every way.
+@pytest.mark.parametrize("case", in_tiers(CASES, 7))
 @pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
-def test_sharded_equals_whole(name, way):
+def test_sharded_equals_whole(case):
+    name, way = case
     got = WAYS[way](name)
     want = alone(name)
     assert jax.tree.structure(got) == jax.tree.structure(want)

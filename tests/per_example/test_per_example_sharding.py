@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiers import in_tiers
 from xla import number_of
 
 from clipfx import per_example
@@ -81,7 +82,7 @@ def vmap_of_loops_works(mesh, params, batch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("model", [1, 2])
+@pytest.mark.parametrize("model", in_tiers([1, 2], {2}))
 def test_batch_and_parameters_on_a_mesh(kind, model):
     mesh = jax.make_mesh(
         (8 // model, model), ("data", "model"), axis_types=(KINDS[kind],) * 2
@@ -118,7 +119,7 @@ def test_batch_and_parameters_on_a_mesh(kind, model):
     assert others <= collectives(ordinary)[1] + (1 if kind == "explicit" else 0)
 
 
-@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("check", in_tiers([True, False], {False}))
 def test_shard_map_with_a_local_batch(alone, check):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     grad = per_example.clipped_grad(

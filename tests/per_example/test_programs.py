@@ -13,9 +13,10 @@ from per_example_oracle import (
     check,
     each_gradient,
     forced,
-    roads,
+    methods,
 )
 from per_example_pieces import PIECES, draw, program
+from tiers import in_tiers
 from trees import enable_x64
 
 from clipfx import per_example
@@ -23,7 +24,7 @@ from clipfx.per_example.engine import trace
 
 # What each leaf of a piece must take: a fast rule that stops matching shows here. The
 # others are instantiated.
-ROADS = {
+METHODS = {
     "dense": {"Gram": "w", "bias sum": "b"},
     "dense_left": {"Gram": "w", "bias sum": "b"},
     "attention": {"Gram": "k o q v"},
@@ -53,8 +54,11 @@ ROADS = {
     "nested_jit": {"Gram": "w"},
     "inner_gradient": {"Gram": "w"},
 }
+# Those that the engine takes in as many different ways.
+UNLIKE = {"attention", "conv2", "joined", "nested_scan", "remat_layers", "tied"}
+CALLED = ["attention", "embed", "joined", "remat_layers"]
 # Of the two forms below only the sums and norms are laid down.
-ANY_ROAD = {"bias_reshaped", "dead_code", "indexed", "indexed_in_scan"}
+ANY_METHOD = {"bias_reshaped", "dead_code", "indexed", "indexed_in_scan"}
 AT_WILL = {"biases": "b c d"}
 CONVOLUTIONS = ("conv1", "conv2", "conv3")
 FORMED = {"branches": "i", "gated": "f4 fi i4 ii", "nested_joined": "a b",
@@ -66,11 +70,11 @@ def around(name, wrapper="plain"):
     return [("dense", "plain", "0"), (name, wrapper, "1"), ("dense", "plain", "2")]
 
 
-def roads_of(steps, force=None):
+def methods_of(steps, force=None):
     """Of the leaves of the piece in the middle."""
     params, batch = draw(steps)
     params, batch = cast(params, "float32"), cast(batch, "float32")
-    every = roads(program(steps), params, batch, force=force)
+    every = methods(program(steps), params, batch, force=force)
     return {k.removeprefix("1/"): v for k, v in every.items() if k.startswith("1/")}
 
 
@@ -87,27 +91,27 @@ def after_loops(steps, force):
             and plan.methods[k] == "instantiated" and formed(k)}  # fmt: skip
 
 
-def assert_roads(name, found, table):
+def assert_methods(name, found, table):
     expected = dict.fromkeys(found, "instantiated")
-    for road, leaves in table.items():
-        expected |= dict.fromkeys(leaves.split(), road)
+    for method, leaves in table.items():
+        expected |= dict.fromkeys(leaves.split(), method)
     at_will = AT_WILL.get(name, "").split()
     assert {k: v for k, v in found.items() if k not in at_will} == {
         k: v for k, v in expected.items() if k not in at_will
     }
 
 
-@pytest.mark.parametrize("name", PIECES)
+@pytest.mark.parametrize("name", in_tiers(PIECES.keys(), UNLIKE))
 def test_piece(name):
     steps = around(name)
     loss, (params, batch) = program(steps), draw(steps)
-    default = roads_of(steps)
-    if name not in ANY_ROAD:
-        assert_roads(name, default, ROADS.get(name, {}))
+    default = methods_of(steps)
+    if name not in ANY_METHOD:
+        assert_methods(name, default, METHODS.get(name, {}))
     grads = each_gradient(loss, params, batch)
     seen = []
     for force in (None, "factored", "formed"):
-        found = roads_of(steps, force)
+        found = methods_of(steps, force)
         # Without loops it is `jax.vmap` that instantiates.
         late = after_loops(steps, force)
         if (found, late) in seen or (force == "formed" and not late):
@@ -117,28 +121,28 @@ def test_piece(name):
         check(run, loss, params, batch, "float64", groups="leaf", grads=grads)
 
 
-@pytest.mark.parametrize("name", PIECES)
+@pytest.mark.parametrize("name", in_tiers(PIECES.keys(), UNLIKE))
 def test_piece_in_the_1_norm(name):
-    """What is used once has a fast road, all else is instantiated or formed."""
+    """What is used once has a fast method, all else is instantiated or formed."""
     steps = around(name)
     loss, (params, batch) = program(steps), draw(steps)
     run = forced(loss, None, "leaf", ord=1)
     check(run, loss, params, batch, "float64", groups="leaf", ord=1)
 
 
-@pytest.mark.parametrize("name", ["attention", "embed", "joined", "remat_layers"])
+@pytest.mark.parametrize("name", in_tiers(CALLED, {"attention", "embed"}))
 @pytest.mark.parametrize("wrapper", ["remat", "saving"])
-def test_fast_roads_inside_calls(name, wrapper):
+def test_fast_methods_inside_calls(name, wrapper):
     """Norms of what rematerializes come from a backward pass of their own."""
     steps = around(name, wrapper)
-    assert_roads(name, roads_of(steps), ROADS[name])
+    assert_methods(name, methods_of(steps), METHODS[name])
     loss, (params, batch) = program(steps), draw(steps)
     check(forced(loss, None, "leaf"), loss, params, batch, "float64", groups="leaf")
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions_can_be_factored(name):
-    found = roads_of(around(name), "factored")
+    found = methods_of(around(name), "factored")
     assert set(found.values()) == {"Gram"}
 
 
@@ -246,7 +250,7 @@ def test_gram_matrices_in_tiles():
     loss = lambda p, x: jnp.sum(jnp.tanh(x @ p["w"]))
     params, batch = small(length=600)
     with enable_x64(True):
-        assert roads(loss, params, batch, force="factored")["w"] == "Gram"
+        assert methods(loss, params, batch, force="factored")["w"] == "Gram"
     check(forced(loss, "factored"), loss, params, batch, "float64")
 
 
@@ -294,6 +298,7 @@ def programs(sample):
     return steps
 
 
+@pytest.mark.full
 @settings(
     max_examples=15,
     deadline=None,
@@ -314,7 +319,7 @@ def programs(sample):
 )
 def test_random_program(steps, dtype, force, groups, response, size, mask, seed, ord):
     loss, (params, batch) = program(steps), draw(steps, seed)
-    # What float32 itself loses grows with depth, on every road.
+    # What float32 itself loses grows with depth, with every method.
     near = {"groups": groups, "ord": ord}
     if force is not None:
         check(forced(loss, force, groups, ord=ord), loss, params, batch, dtype, **near)

@@ -18,6 +18,7 @@ from per_example_oracle import (
     expected,
     forced,
 )
+from tiers import in_tiers
 
 import clipfx
 from clipfx import per_example
@@ -154,7 +155,9 @@ LOSSES = {
     tied: {"w": ("Gram", "dense, dot_general")},
     viewed: {"layers": ("Gram", "dense")},
 }
-each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+each_loss = pytest.mark.parametrize(
+    "loss", in_tiers({loss.__name__: loss for loss in LOSSES}, 2)
+)
 
 
 def draw(loss, width=D):
@@ -183,7 +186,7 @@ def test_explain_names_the_rule(loss):
 
 
 @each_loss
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", in_tiers(["float32", "float64"], {"float64"}))
 def test_sums_and_norms_are_those_of_every_gradient(loss, dtype):
     params, batch = draw(loss)
     for force in ("factored", "formed"):
@@ -201,8 +204,8 @@ def test_the_same_as_with_instantiated_gradients(loss):
     check(run, loss, params, batch, "float64", where=where)
 
 
-@pytest.mark.parametrize("size", [1e-19, 1e-12, 1e10])
-@pytest.mark.parametrize("loss", [plain, layers, several_weights, remat])
+@pytest.mark.parametrize("size", in_tiers([1e-19, 1e-12, 1e10], {1e-19}))
+@pytest.mark.parametrize("loss", in_tiers([plain, layers, several_weights, remat], 2))
 def test_unusual_magnitudes(loss, size):
     """What float32 can hold and squares cannot: norms and sums relative to them."""
     params, batch = draw(loss)
@@ -249,7 +252,7 @@ def test_half_precision():
     assert_near(sums, right, 2e-2)
 
 
-@pytest.mark.parametrize("loss", [plain, several_weights, layers, tied])
+@pytest.mark.parametrize("loss", in_tiers([plain, several_weights, layers, tied], 3))
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_split_over_devices(kind, loss):
     if kind == "Explicit" and loss in (plain, layers):

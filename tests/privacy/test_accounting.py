@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from sentences import raises_one_sentence
+from tiers import in_tiers
 
 from clipfx import privacy, responses
 
@@ -56,11 +57,10 @@ FOUND = [
 ]
 
 
-@pytest.mark.parametrize(("budget", "delta", "steps", "settings", "right"), FOUND)
-def test_noise_is_enough_and_hardly_more(
-    budget, delta, steps, settings, right, monkeypatch
-):
+@pytest.mark.parametrize("case", in_tiers({str(case): case for case in FOUND}, 3))
+def test_noise_is_enough_and_hardly_more(case, monkeypatch):
     """Within a ten-thousandth of the least, in a few exact evaluations."""
+    budget, delta, steps, settings, right = case
     fine, pld = [], dp_accounting.pld.PLDAccountant
     count = lambda *args: fine.append(args[1]) or pld(*args)
     monkeypatch.setattr(dp_accounting.pld, "PLDAccountant", count)
@@ -286,7 +286,7 @@ def test_audit_finds_what_is_broken():
     assert honest <= claim
 
 
-@pytest.mark.parametrize("q", [0.5, 0.75, 0.99])
+@pytest.mark.parametrize("q", in_tiers([0.5, 0.75, 0.99], 3))
 def test_sampling_helps_also_where_most_are_drawn(q):
     spent = lambda q: privacy.epsilon(
         privacy.event(1.0, 10, sampling_probability=q), DELTA

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import NUMBER, OTHERS
-from methods import METHODS, UNLIKE
+from methods import FEWEST, METHODS
 from tiers import in_tiers
 from xla import number_of
 
@@ -54,7 +54,7 @@ def lowered(name, leaves):
     return step.lower(grads, state, grads), state
 
 
-@pytest.mark.parametrize("name", in_tiers(list(METHODS), UNLIKE))
+@pytest.mark.parametrize("name", in_tiers(list(METHODS), FEWEST))
 def test_one_program_with_few_reductions_serves_all_steps(name):
     grads = tree_of(12)
     with jax.set_mesh(mesh()):
@@ -73,7 +73,7 @@ def test_one_program_with_few_reductions_serves_all_steps(name):
     assert " infeed" not in text and " outfeed" not in text
 
 
-@pytest.mark.parametrize("name", in_tiers(list(METHODS), UNLIKE))
+@pytest.mark.parametrize("name", in_tiers(list(METHODS), FEWEST))
 def test_reductions_do_not_grow_with_leaves(name):
     with jax.set_mesh(mesh()):
         text = lowered(name, 48)[0].as_text()

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import AXES, NUMBER, OTHERS, assert_all_alike, mesh_of
-from methods import FEW, METHODS, Method
+from methods import FEWEST, METHODS, Method
 from tiers import in_tiers
 from xla import number_of
 
@@ -265,18 +265,10 @@ WAYS = {
 
 
 CASES = {f"{name}-{way}": (name, WAYS[way]) for name in ROWS for way in WAYS}
-IN_PMAP = {
-    "ord_3_per_layer",
-    "zclip_after_warm_up",
-    "spamp",
-    "clip_by_curvature",
-    "agc",
-    "error_feedback",
-}
 FEW_CASES = {
     f"{name}-{way}"
     for way in WAYS
-    for name in (IN_PMAP if way == "in_pmap" else FEW | {"weight_decay_balance"})
+    for name in ("ord_3_per_layer", "spamp", "agc", "weight_decay_balance")
 }
 
 
@@ -309,7 +301,7 @@ def assert_trees_are_equal(got, want, of_largest):
 # ------------------------------------------------------------------- fully sharded
 
 
-@pytest.mark.parametrize("name", in_tiers(list(METHODS), FEW))
+@pytest.mark.parametrize("name", in_tiers(list(METHODS), FEWEST))
 def test_fully_sharded_steps_equal_whole_ones_and_gather_nothing(name):
     batches = placed(AxisType.Auto, "along")
     init, step = before_adam(name)

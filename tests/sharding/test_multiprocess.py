@@ -10,6 +10,7 @@ import processes
 import pytest
 import xla
 
+pytestmark = pytest.mark.full
 NAMES = [f"{clip}/{way}" for clip in processes.CLIPS for way in ("jit", "shard_map")]
 NAMES += ["clip_fair_groups", "clipped_grad"]
 

@@ -102,34 +102,29 @@ def _of_sites(
         if first not in data:
             data[first] = _scale(a, factor, groups[n], axis) if in_data else a
         if second not in deltas:
-            deltas[second] = widen(d) if in_data else _scale(d, factor, groups[n], axis)
-        pairs[n] = list(data).index(first), list(deltas).index(second)
-    if not pairs:
-        return {}
+            d = widen(d) if in_data else _scale(d, factor, groups[n], axis)
+            deltas[second] = _mask(d, good)
+        pairs[n] = first, second
+    data = dict(zip(data, _finite(list(data.values()), good), strict=True))
+    return {
+        n: plan.sites[n].rule.gradient(plan.sites[n], data[a], deltas[d], weights[n])
+        for n, (a, d) in pairs.items()
+    }
 
-    def sums(data, deltas):
-        # An addition has no data: `None` is kept in its place.
-        gradient = lambda site, *args: site.rule.gradient(site, *args)
-        return {
-            n: gradient(plan.sites[n], data[a], deltas[d], weights[n])
-            for n, (a, d) in pairs.items()
-        }
 
-    both = list(data.values()), list(deltas.values())
-    if good is None:
-        return sums(*both)
+def _finite(data: list, good: jax.Array | None) -> list:
+    """Nothing of examples that are not good: 0 times NaN is NaN."""
+    if good is None or not jax.tree.leaves(data):
+        return data
 
-    def again(state):
-        done, data, deltas, _ = state
-        # A factor of 0 is not enough: 0 times NaN is NaN.
-        data, deltas = jax.tree.map(lambda x: _mask(x, good), (data, deltas))
-        return ~done, data, deltas, sums(data, deltas)
+    def mask(state):
+        bad, data = state
+        return jnp.zeros_like(bad), jax.tree.map(lambda x: _mask(x, good), data)
 
     # Hardly ever. A loop works in place, where a branch would copy its results.
     # A sum of numbers: one all-reduce with those of the gradients.
     bad = jnp.where(good, 0.0, 1.0).sum()
-    state = (bad == 0, *both, sums(*both))
-    return jax.lax.while_loop(lambda state: ~state[0], again, state)[3]
+    return jax.lax.while_loop(lambda state: state[0] > 0, mask, (bad, data))[1]
 
 
 def _mask(x: jax.Array, good: jax.Array | None) -> jax.Array:
