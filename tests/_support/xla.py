@@ -34,6 +34,10 @@ def configure() -> None:
     if DEVICES not in flags:
         flags.append(DEVICES)
     os.environ["XLA_FLAGS"] = " ".join(flags)
+    # A device waits in one collective while others wait for it in another that does not
+    # depend on it: XLA:CPU keeps no order of them, and would wait for ever where there
+    # are no more threads than devices.
+    os.environ.setdefault("NPROC", "32")
 
 
 def own_devices() -> dict[str, str]:
