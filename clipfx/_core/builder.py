@@ -19,7 +19,6 @@ magnitudes, meshes, metrics, bad steps. What bounds single elements, or units of
 leaf, calls `by_part`, for the metrics.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -27,10 +26,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clipfx._core.clip_factors import check_nonfinite, exceeds, factors, finite_norms
+from clipfx._core.clip_factors import check_nonfinite, factors, finite_norms
 from clipfx._core.groups import Groups, group_leaves
 from clipfx._core.leaves import scale_groups
-from clipfx._core.norms import Norms, group_norms, group_shares
+from clipfx._core.norms import Norms, group_norms
+from clipfx._core.part_sizes import peak_and_share
 from clipfx._core.running_stats import LARGEST
 from clipfx._core.state import (
     ClipState,
@@ -171,7 +171,7 @@ def by_part(
     """Builds a method that bounds elements or units of leaves, each by itself.
 
     Its metrics are of one group, `global`: the norm is the largest size, the share that
-    of the sizes above the bound. They take two reductions of one number.
+    of the sizes above the bound. They take one pass, and two reductions of one number.
 
     Args:
       change: `change(updates, groups, rule_state, params) -> Parts`.
@@ -194,19 +194,14 @@ def by_part(
         check_same_groups(state, members)
         done = change(updates, members, state.rule_state, params)
         sizes = jax.lax.stop_gradient(done.sizes)
-        all_of = Groups(("global",), (0,) * len(sizes))
-        if done.limit is None:
-            limit, share = jnp.asarray(LARGEST), jnp.zeros(1, jnp.float32)
-        else:
-            limit = jnp.asarray(done.limit)
-            above = [exceeds(x, limit.astype(x.dtype)) for x in sizes]
-            above = [x.astype(jnp.float32) for x in above]
-            share = group_shares(above, all_of, axis_name)
-        peak = finite_norms(group_norms(sizes, all_of, math.inf, axis_name))
+        bound = None if done.limit is None else jnp.asarray(done.limit)
+        norms, share = peak_and_share(sizes, bound, axis_name)
+        peak = finite_norms(norms)
         known = jnp.isfinite(peak) & (peak > 0)
         some = jnp.where(known, peak, 1)
         factor = jnp.where(known, done.became(some) / some, 1)
-        limit = jnp.broadcast_to(limit.astype(jnp.float32), peak.shape)
+        limit = jnp.asarray(LARGEST) if bound is None else bound.astype(jnp.float32)
+        limit = jnp.broadcast_to(limit, peak.shape)
         kept = state.rule_state
         after = next_state(state, kept, peak, limit, factor, peak[0], share)
         return done.updates, after._replace(rule_state=done.learned)

@@ -227,21 +227,6 @@ def group_sizes(tree: Any, groups: Groups, axis_name: Any = None) -> jax.Array:
     return jnp.array(sizes, jnp.float32)
 
 
-def group_shares(tree: Any, groups: Groups, axis_name: Any = None) -> jax.Array:
-    """The mean `[G]` of leaves of zeros and ones, over all shards; 0 of nothing."""
-    pairs = counted_leaves(tree, groups)
-    number, dtype = len(groups.names), jnp.dtype(jnp.float32)
-    split = stacked_axes_of_trees(varying([x for x, _ in pairs], axis_name))
-    index = tuple(i for _, i in pairs)
-    layout = Layout(index, number, dtype, as_tuple(axis_name), split)
-
-    def add(leaves: list[jax.Array]) -> jax.Array:
-        return combine(jnp.add, [add_up(widen(x)) for x in leaves], layout)
-
-    total = per_shard(add, [x for x, _ in pairs]) if pairs else jnp.zeros(number, dtype)
-    return total / jnp.maximum(group_sizes(tree, groups, axis_name), 1)
-
-
 def _inner(u: jax.Array, dx: jax.Array) -> jax.Array:
     """The real inner product."""
     if jnp.iscomplexobj(u):

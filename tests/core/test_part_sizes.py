@@ -1,0 +1,30 @@
+"""The largest of many sizes, and how many of them are too large."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from trees import enable_x64
+
+from clipfx._core.part_sizes import in_one_pass, in_two_passes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (40, 33), (3, 2, 5)])
+def test_one_pass_finds_what_two_do(shape, dtype):
+    """Of which a process with one CPU device takes the one."""
+    rng = np.random.default_rng(0)
+    with enable_x64(dtype == "float64"):
+        for special in (None, 0.0, np.finfo(dtype).tiny, np.inf, np.nan):
+            x = np.abs(rng.normal(size=shape)).astype(dtype)
+            if special is not None and x.size:
+                x.flat[x.size // 2] = special
+            limit = jnp.asarray(0.7, dtype)
+            peak, count = jax.jit(in_one_pass)(jnp.asarray(x), limit)
+            right = jax.jit(in_two_passes)(jnp.asarray(x), limit)
+            np.testing.assert_array_equal(peak, right[0])
+            np.testing.assert_array_equal(count, right[1])
+            assert (peak.dtype, count.dtype) == (dtype, "float32")
+            whole = np.where(np.isnan(x), np.inf, x).max(initial=0)
+            np.testing.assert_array_equal(peak, whole)
+            assert float(count) == (x > 0.7).sum()
