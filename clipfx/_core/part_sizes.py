@@ -39,7 +39,11 @@ def peak_and_share(
     counted = layout._replace(dtype=jnp.dtype(jnp.float32))
 
     def peaks(sizes: list[jax.Array]) -> jax.Array:
-        return combine(jnp.maximum, [largest(x) for x in sizes], layout)
+        some = jnp.asarray(1.0, jnp.float32)
+        parts = [_peak_and_count(x, some.astype(x.dtype)) for x in sizes]
+        # Counted all the same: a maximum alone XLA:CPU takes in more passes.
+        parts = jax.lax.optimization_barrier(parts)
+        return combine(jnp.maximum, [peak for peak, _ in parts], layout)
 
     def both(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
         *sizes, limit = leaves
@@ -82,5 +86,9 @@ def in_one_pass(x: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
         lambda a, b: (jnp.maximum(a[0], b[0]), a[1] + b[1]),
         tuple(range(int(rows), x.ndim)),
     )
-    peak = largest(jax.lax.bitcast_convert_type(top, x.dtype))
-    return peak, count.astype(jnp.float32).sum()
+    infinite = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, x.dtype), whole)
+    top = jnp.minimum(top.max(initial=0), infinite)  # of NaN they are larger still
+    return (
+        jax.lax.bitcast_convert_type(top, x.dtype),
+        count.astype(jnp.float32).sum(),
+    )
