@@ -41,6 +41,7 @@ import os
 
 if "XLA_FLAGS" not in os.environ:  # for CPUs; to be set before JAX is imported
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    os.environ["NPROC"] = "32"  # threads: with one each, devices may wait for ever
 
 # %%
 import re
