@@ -286,7 +286,7 @@ def test_threshold_as_a_function_of_norms(size):
     assert grad.sensitivity(max_norm=2.0) == 2.0
 
 
-@pytest.mark.parametrize("size", [None, 4])
+@pytest.mark.parametrize("size", in_tiers([None, 4], {4}))
 def test_threshold_function_sees_no_norms_of_padding(size):
     """Nothing but 0, whatever padding holds, nor rows that fill a microbatch up."""
     where = np.arange(B) < 4

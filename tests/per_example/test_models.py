@@ -168,7 +168,7 @@ LINEN_METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", in_tiers(LINEN.keys(), {"lstm", "scanned"}))
+@pytest.mark.parametrize("name", in_tiers(LINEN.keys(), {"scanned"}))
 def test_linen(name):
     module, batch = LINEN[name]
     params = linen(module, jax.tree.map(lambda x: x[0], batch))

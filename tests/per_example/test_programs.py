@@ -55,7 +55,7 @@ METHODS = {
     "inner_gradient": {"Gram": "w"},
 }
 # Those that the engine takes in as many different ways.
-UNLIKE = {"attention", "conv2", "joined", "nested_scan", "remat_layers", "tied"}
+UNLIKE = {"attention", "conv2", "nested_scan", "remat_layers"}
 CALLED = ["attention", "embed", "joined", "remat_layers"]
 # Of the two forms below only the sums and norms are laid down.
 ANY_METHOD = {"bias_reshaped", "dead_code", "indexed", "indexed_in_scan"}
@@ -131,7 +131,7 @@ def test_piece_in_the_1_norm(name):
 
 
 @pytest.mark.parametrize("name", in_tiers(CALLED, {"attention", "embed"}))
-@pytest.mark.parametrize("wrapper", ["remat", "saving"])
+@pytest.mark.parametrize("wrapper", in_tiers(["remat", "saving"], {"saving"}))
 def test_fast_methods_inside_calls(name, wrapper):
     """Norms of what rematerializes come from a backward pass of their own."""
     steps = around(name, wrapper)
@@ -241,7 +241,7 @@ def small(length=5):
     return params, rng.normal(size=(3, length, 4))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", in_tiers({x.__name__: x for x in LOSSES}, 2))
 def test_loss(loss):
     check(forced(loss, None, "leaf"), loss, *small(), "float64", groups="leaf")
 

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from sentences import raises_one_sentence
+from tiers import in_tiers
 from trees import enable_x64
 
 from clipfx import privacy
@@ -97,7 +98,7 @@ def test_same_noise_for_every_dtype(kind):
 
 
 @each_kind
-@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("axes", in_tiers([AxisType.Explicit, AxisType.Auto], 2))
 def test_sharded_draws_equal_whole_ones(kind, axes):
     tree = {"split": jnp.zeros((16, 24)), "whole": jnp.zeros(7), "odd": jnp.zeros(8)}
     right = drawn(kind, tree, 2)
