@@ -29,9 +29,11 @@ def set_up(cpu_devices: int, processes: int, process_id: int, coordinator: str) 
     if WITH_PARENT in os.environ:
         _end_with_parent()
     jax.config.update("jax_num_cpu_devices", cpu_devices)
-    # XLA:CPU keeps no order of collectives that do not depend on each other: with no
-    # more threads than devices, two may wait for each other in different ones.
-    os.environ.setdefault("NPROC", str(4 * cpu_devices))
+    if cpu_devices > 1:
+        # XLA:CPU keeps no order of collectives that do not depend on each other: with
+        # no more threads than devices, two may wait for each other in different ones.
+        threads = max(4 * cpu_devices, os.cpu_count() or 1)
+        os.environ.setdefault("NPROC", str(threads))
     if not coordinator:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -202,8 +202,7 @@ def by_part(
         factor = jnp.where(known, done.became(some) / some, 1)
         limit = jnp.asarray(LARGEST) if bound is None else bound.astype(jnp.float32)
         limit = jnp.broadcast_to(limit, peak.shape)
-        kept = state.rule_state
-        after = next_state(state, kept, peak, limit, factor, peak[0], share)
-        return done.updates, after._replace(rule_state=done.learned)
+        state = next_state(state, state.rule_state, peak, limit, factor, peak[0], share)
+        return done.updates, state._replace(rule_state=done.learned)
 
     return optax.GradientTransformationExtraArgs(begin, update)

@@ -14,8 +14,8 @@ from clipfx._core.groups import Groups, counted_leaves
 from clipfx._core.leaves import times, widen, widest
 from clipfx._core.reductions import (
     Layout,
-    as_tuple,
     combine,
+    layout_of,
     per_shard,
     stacked_axes_of_trees,
     varying,
@@ -81,8 +81,7 @@ def group_norms(
     if not groups.names:
         return Norms(jnp.zeros(0, jnp.float32), jnp.ones(0, jnp.float32))
     dtype = widest(x.dtype for x in leaves)
-    apart = stacked_axes_of_trees(varying(leaves, axis_name))
-    layout = Layout(index, len(groups.names), dtype, as_tuple(axis_name), apart)
+    layout = layout_of(leaves, index, len(groups.names), dtype, axis_name)
     return _jitted(leaves, layout, ord)
 
 
@@ -212,8 +211,7 @@ def cosines(
     ]
     index = tuple(i for i in groups.index if i is not None)
     dtype = norms[0].value.dtype
-    apart = stacked_axes_of_trees(varying(dots, axis_name))
-    layout = Layout(index, len(groups.names), dtype, as_tuple(axis_name), apart)
+    layout = layout_of(dots, index, len(groups.names), dtype, axis_name)
     return combine(jnp.add, dots, layout)
 
 

@@ -1,5 +1,6 @@
 """How large elements or units are: the largest of them, and how many are too large."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,14 +10,7 @@ from clipfx._core.clip_factors import exceeds
 from clipfx._core.groups import Groups
 from clipfx._core.leaves import widest
 from clipfx._core.norms import Norms, group_sizes
-from clipfx._core.reductions import (
-    Layout,
-    as_tuple,
-    combine,
-    per_shard,
-    stacked_axes_of_trees,
-    varying,
-)
+from clipfx._core.reductions import combine, layout_of, per_shard
 from clipfx._core.safe_sums import add_up, largest
 
 
@@ -32,23 +26,21 @@ def peak_and_share(
     """
     if not sizes:
         return Norms(jnp.zeros(1), jnp.ones(1)), jnp.zeros(1, jnp.float32)
-    split = stacked_axes_of_trees(varying(sizes, axis_name))
     dtype = widest(x.dtype for x in sizes)
-    layout = Layout((0,) * len(sizes), 1, dtype, as_tuple(axis_name), split)
-
-    counted = layout._replace(dtype=jnp.dtype(jnp.float32))
+    layout = layout_of(sizes, (0,) * len(sizes), 1, dtype, axis_name)
 
     def peaks(sizes: list[jax.Array]) -> jax.Array:
-        some = jnp.asarray(1.0, jnp.float32)
-        parts = [_peak_and_count(x, some.astype(x.dtype)) for x in sizes]
-        # Counted all the same: a maximum alone XLA:CPU takes in more passes.
-        parts = jax.lax.optimization_barrier(parts)
-        return combine(jnp.maximum, [peak for peak, _ in parts], layout)
+        parts = [_on_one_cpu(peak_in_one_pass, largest, x) for x in sizes]
+        return combine(jnp.maximum, parts, layout)
 
     def both(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
         *sizes, limit = leaves
-        parts = [_peak_and_count(x, limit.astype(x.dtype)) for x in sizes]
+        parts = [
+            _on_one_cpu(in_one_pass, in_two_passes, x, limit.astype(x.dtype))
+            for x in sizes
+        ]
         peaks, counts = zip(*parts, strict=True)
+        counted = layout._replace(dtype=jnp.dtype(jnp.float32))
         return combine(jnp.maximum, peaks, layout), combine(jnp.add, counts, counted)
 
     if limit is None:
@@ -60,20 +52,20 @@ def peak_and_share(
     return Norms(peak, jnp.ones_like(peak)), count / number
 
 
-def _peak_and_count(x: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The largest, infinite where there is a NaN, and how many are above the limit."""
+def _on_one_cpu(one: Callable[..., Any], other: Callable[..., Any], *args: Any) -> Any:
+    """Calls `one` there. Over several devices XLA would split it with gathers."""
     if jax.device_count() > 1:
-        return in_two_passes(x, limit)  # the other XLA would split with gathers
-    return jax.lax.platform_dependent(x, limit, cpu=in_one_pass, default=in_two_passes)
+        return other(*args)
+    return jax.lax.platform_dependent(*args, cpu=one, default=other)
 
 
 def in_two_passes(x: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Which on TPU and GPU is one, as XLA reads `x` for both at once."""
+    """The largest, infinite where there is a NaN, and how many are above the limit."""
     return largest(x), add_up(exceeds(x, limit).astype(jnp.float32))
 
 
 def in_one_pass(x: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Over the bits, which are in the order of what is not negative.
+    """The same, over the bits, which are in the order of what is not negative.
 
     XLA:CPU makes loops over whole numbers fast, which it must not of floats.
     """
@@ -92,3 +84,8 @@ def in_one_pass(x: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
         jax.lax.bitcast_convert_type(top, x.dtype),
         count.astype(jnp.float32).sum(),
     )
+
+
+def peak_in_one_pass(x: jax.Array) -> jax.Array:
+    """`largest`, with a count beside it: alone XLA:CPU takes it in more passes."""
+    return jax.lax.optimization_barrier(in_one_pass(x, jnp.ones([], x.dtype)))[0]

@@ -22,6 +22,18 @@ class Layout(NamedTuple):
     apart: frozenset[str]
 
 
+def layout_of(
+    leaves: Sequence[jax.Array],
+    index: tuple[int, ...],
+    number: int,
+    dtype: Any,
+    axis_name: Any,
+) -> Layout:
+    """For leaves split as their types and `axis_name` say, but for axes `apart`."""
+    split = stacked_axes_of_trees(varying(leaves, axis_name))
+    return Layout(index, number, dtype, as_tuple(axis_name), split)
+
+
 def apart(fun: Callable[..., Any], axes: Iterable[Any]) -> Callable[..., Any]:
     """Calls `fun` where these mesh axes of `shard_map` have trees of their own each.
 

@@ -4,9 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trees import enable_x64
+from methods import METHODS
+from trees import assert_same, enable_x64, sample
 
-from clipfx._core.part_sizes import in_one_pass, in_two_passes
+from clipfx._core.part_sizes import (
+    in_one_pass,
+    in_two_passes,
+    peak_in_one_pass,
+)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -24,7 +29,24 @@ def test_one_pass_finds_what_two_do(shape, dtype):
             right = jax.jit(in_two_passes)(jnp.asarray(x), limit)
             np.testing.assert_array_equal(peak, right[0])
             np.testing.assert_array_equal(count, right[1])
+            np.testing.assert_array_equal(jax.jit(peak_in_one_pass)(x), right[0])
             assert (peak.dtype, count.dtype) == (dtype, "float32")
             whole = np.where(np.isnan(x), np.inf, x).max(initial=0)
             np.testing.assert_array_equal(peak, whole)
             assert float(count) == (x > 0.7).sum()
+
+
+@pytest.mark.parametrize("name", ["clip_by_value", "grad_power", "spam_clip"])
+def test_metrics_on_one_device_are_those_on_several(name, monkeypatch):
+    row, tree = METHODS[name], sample()
+    tx = row.make(**row.args)
+    step = lambda tree: tx.update(tree, tx.init(tree), tree)
+    several = jax.jit(lambda tree: step(tree))(tree)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert_same(jax.jit(lambda tree: step(tree))(tree), several)
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole = jax.sharding.PartitionSpec()
+    split = jax.shard_map(step, mesh=mesh, in_specs=whole, out_specs=whole)
+    assert_same(jax.jit(split)(tree), several)
+    twice = jax.jit(jax.vmap(step))(jax.tree.map(lambda x: jnp.stack([x, x]), tree))
+    assert_same(jax.tree.map(lambda x: x[1], twice), several)

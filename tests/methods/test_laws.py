@@ -244,7 +244,7 @@ def test_fixed_state_and_type_out_of_mixed_trees(row, x64):
         jax.eval_shape(step, traced, tx.init(tree))
 
 
-@pytest.mark.parametrize("x64", [True])
+@pytest.mark.parametrize("x64", [False, True])
 @rows(usual=())
 def test_fixed_state_and_type_out_of_mixed_trees_op_by_op(row, x64):
     with enable_x64(x64):
