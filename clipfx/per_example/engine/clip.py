@@ -162,12 +162,13 @@ def with_rounding_margin(limit: jax.Array) -> jax.Array:
 
 def by_group(rows: jax.Array, index: Sequence[int | None], count: int) -> jax.Array:
     """Adds up `[B, L, ...]` by group, `[B, G, ...]`."""
+    # Slices of one: XLA moves what squeezes them by one addition at a time.
     columns = [
-        sum((rows[:, k] for k, i in enumerate(index) if i == g),
-            jnp.zeros_like(rows[:, 0]))
+        sum((rows[:, k : k + 1] for k, i in enumerate(index) if i == g),
+            jnp.zeros_like(rows[:, :1]))
         for g in range(count)
     ]  # fmt: skip
-    return jnp.stack(columns, axis=1)
+    return jnp.concatenate(columns, axis=1)
 
 
 def measure(call: Call, members: Groups, where: jax.Array | None) -> PerExample:
