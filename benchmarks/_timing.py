@@ -10,6 +10,18 @@ import numpy as np
 import optax
 
 
+def floor(max_norm: float) -> optax.GradientTransformation:
+    """A bare multiply: no metrics, no policy, no care."""
+
+    def update(updates, state, params=None):
+        leaves = jax.tree.leaves(updates)
+        square = sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves)
+        factor = jnp.minimum(1.0, max_norm / jnp.sqrt(square))
+        return jax.tree.map(lambda x: (x * factor).astype(x.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def compiled(
     tx: optax.GradientTransformation, leaves: int, size: int, dtype: Any, **extra: Any
 ) -> tuple[Any, Any, tuple[float, float]]:

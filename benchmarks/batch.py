@@ -14,25 +14,13 @@ import optax
 from absl import app, flags
 
 import clipfx
-from benchmarks._timing import compiled, gradients, in_turns, words
+from benchmarks._timing import compiled, floor, gradients, in_turns, words
 
 _TURNS = flags.DEFINE_integer("turns", 15, "Timed steps of each variant.")
 _TREES = flags.DEFINE_list("trees", ["1x25000000", "25x1000000", "500x2000"], "LxN.")
 _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Of params and grads.")
 _LEAVES = flags.DEFINE_list("leaves", ["10", "100", "1000"], "For compile times.")
 _CHAIN = flags.DEFINE_integer("steps", 1, "Steps in each timed turn.")
-
-
-def floor(max_norm: float) -> optax.GradientTransformation:
-    """A bare multiply: no metrics, no policy, no care."""
-
-    def update(updates, state, params=None):
-        leaves = jax.tree.leaves(updates)
-        square = sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves)
-        factor = jnp.minimum(1.0, max_norm / jnp.sqrt(square))
-        return jax.tree.map(lambda x: (x * factor).astype(x.dtype), updates), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 VARIANTS = {

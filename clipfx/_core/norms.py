@@ -23,11 +23,12 @@ from clipfx._core.reductions import (
 from clipfx._core.safe_sums import (
     abs_power,
     add_up,
+    by_way,
     largest,
     reciprocal_power_of_two,
-    rescaled_sums,
     rescue_out_of_range,
     root,
+    sums_in_range,
 )
 
 
@@ -104,41 +105,52 @@ def _measure(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
 
 
 def _norms_of(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
-    def part(x: jax.Array, *scales: jax.Array) -> jax.Array:
-        # A barrier for each leaf: else XLA takes widened leaves out of the loop, and
-        # scales of full size, shared by leaves of one shape.
-        x, *tied = jax.lax.optimization_barrier((x, *scales))
-        x = functools.reduce(times, tied, widen(x, layout.dtype))
-        return add_up(abs_power(x, ord))
-
-    def sums_at(scale: jax.Array) -> jax.Array:
-        return combine(jnp.add, [part(x, scale) for x in leaves], layout)
-
-    def peak_of(xs: list[jax.Array]) -> jax.Array:
-        return combine(jnp.maximum, [largest(x) for x in xs], layout)
-
     if ord in (1, 2):
-        total, scale = rescaled_sums(sums_at, layout)
+        total, scale = sums_in_range(leaves, layout, int(ord))
         return Norms(jnp.sqrt(total) if ord == 2 else total, scale)
-    wide = [widen(x, layout.dtype) for x in leaves]
+
+    def wide(leaves: list[jax.Array]) -> list[jax.Array]:
+        return [widen(x, layout.dtype) for x in leaves]
+
+    def peak_of(leaves: list[jax.Array]) -> jax.Array:
+        return combine(jnp.maximum, [largest(x) for x in wide(leaves)], layout)
+
     if ord == math.inf:
-        peak = peak_of(wide)
+        peak = peak_of(leaves)
         scale = reciprocal_power_of_two(peak)
         return Norms(peak * scale, scale)
 
-    def around_largest(start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        tied = [jax.lax.optimization_barrier((x, start))[0] for x in leaves]
-        peak = peak_of([widen(x, layout.dtype) for x in tied])
+    def around_largest(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        peak = peak_of(leaves)
         scale = reciprocal_power_of_two(peak)
         near = peak * scale  # 0.6 to the power of 200 is out of range already
         near = jnp.where(jnp.isfinite(near) & (near > 0), near, 1)
         rows = jnp.unstack(scale), jnp.unstack(1 / near)
-        pairs = zip(leaves, layout.index, strict=True)
-        parts = [part(x, *(row[i] for row in rows)) for x, i in pairs]
+
+        def part(x: jax.Array, i: int) -> jax.Array:
+            # A barrier, or XLA:CPU keeps scales of full size for leaves of one shape.
+            x, *scales = jax.lax.optimization_barrier((x, *(row[i] for row in rows)))
+            unit = functools.reduce(times, scales, widen(x, layout.dtype))
+            return add_up(abs_power(unit, ord))
+
+        parts = [part(x, i) for x, i in zip(leaves, layout.index, strict=True)]
         return root(combine(jnp.add, parts, layout), ord) * near, scale
 
-    sums = combine(jnp.add, [add_up(abs_power(x, ord)) for x in wide], layout)
-    return Norms(*rescue_out_of_range(sums, root(sums, ord), around_largest, layout))
+    def in_range_or_again(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        powers = [add_up(abs_power(x, ord)) for x in wide(leaves)]
+        sums = combine(jnp.add, powers, layout)
+
+        def again(start: jax.Array) -> tuple[jax.Array, jax.Array]:
+            # Tied to the loop, or XLA takes widened leaves out of it.
+            barrier = jax.lax.optimization_barrier
+            return around_largest([barrier((x, start))[0] for x in leaves])
+
+        return rescue_out_of_range(sums, root(sums, ord), again, layout)
+
+    # Around the largest at once there is no loop, but a second collective over a mesh.
+    ways = dict.fromkeys(("loop", "mesh"), in_range_or_again)
+    ways |= dict.fromkeys(("together", "separate"), around_largest)
+    return Norms(*by_way(ways, layout, leaves))
 
 
 @_measure.defjvp

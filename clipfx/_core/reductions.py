@@ -20,6 +20,19 @@ class Layout(NamedTuple):
     dtype: Any
     axis_names: tuple[Any, ...]
     apart: frozenset[str]
+    way: str = "mesh"
+
+
+# Set by tests and benchmarks: a way instead of the one that suits the device.
+forced_way = ""
+
+
+def way_of_devices() -> str:
+    """How sums that may leave the range are taken: see `safe_sums.by_way`.
+
+    What one device is, is known only when a program is lowered.
+    """
+    return forced_way or ("mesh" if jax.device_count() > 1 else "platform")
 
 
 def layout_of(
@@ -31,7 +44,7 @@ def layout_of(
 ) -> Layout:
     """For leaves split as their types and `axis_name` say, but for axes `apart`."""
     split = stacked_axes_of_trees(varying(leaves, axis_name))
-    return Layout(index, number, dtype, as_tuple(axis_name), split)
+    return Layout(index, number, dtype, as_tuple(axis_name), split, way_of_devices())
 
 
 def apart(fun: Callable[..., Any], axes: Iterable[Any]) -> Callable[..., Any]:
@@ -108,17 +121,18 @@ def combine(op: _Op, scalars: Sequence[jax.Array], layout: Layout) -> jax.Array:
         rows[i].append(x)
     if not rows:
         return jnp.zeros(0, layout.dtype)
-    total = jnp.stack([_pairwise(op, row, layout.dtype) for row in rows])
+    nothing = jnp.zeros(scalars[0].shape if scalars else (), layout.dtype)
+    total = jnp.stack([_pairwise(op, row) if row else nothing for row in rows])
     across = jax.lax.psum if op is jnp.add else jax.lax.pmax
     return across(total, tuple(sorted(every, key=str))) if every else total
 
 
-def _pairwise(op: _Op, row: list[jax.Array], dtype: Any) -> jax.Array:
+def _pairwise(op: _Op, row: list[jax.Array]) -> jax.Array:
     """Reduces in a balanced tree: the error grows with the log of the length."""
     while len(row) > 1:
         row = [op(*row[i : i + 2]) if row[i + 1 :] else row[i]
                for i in range(0, len(row), 2)]  # fmt: skip
-    return row[0] if row else jnp.zeros([], dtype)
+    return row[0]
 
 
 def per_shard(fun: Callable[[list[jax.Array]], Any], leaves: list[jax.Array]) -> Any:

@@ -1,9 +1,9 @@
 """Sums of powers that leave the range of their dtype before their root does.
 
-They are taken a second time with the elements multiplied by a power of two, in a loop
-that the usual step does not turn again.
+They are taken at other scales too, with the elements multiplied by a power of two.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from clipfx import _compat
-from clipfx._core.reductions import Layout
+from clipfx._core.leaves import times, widen
+from clipfx._core.reductions import Layout, combine
 
 # What the loops here pass on.
 _Carry: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
@@ -26,21 +27,97 @@ def far(dtype: Any) -> float:
     return 2.0 ** (jnp.finfo(dtype).maxexp * 3 // 4)
 
 
-def rescaled_sums(
-    sums: Callable[[jax.Array], jax.Array], layout: Layout
+def sums_in_range(
+    leaves: list[jax.Array], layout: Layout, ord: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs `sums(scale)`, again at another scale for groups that left the range.
+    """Sums `[G]` of the powers of elements times a scale `[G]`, and that scale.
+
+    What a pass over memory costs decides how they are taken at three scales. A TPU
+    fuses a sum into what makes the gradient, if it is one of its own; a GPU takes all
+    three in one reduction; on a CPU the second and third wait until they are needed.
+    """
+    loop = functools.partial(_in_a_loop, layout=layout, ord=ord)
+    together = functools.partial(_at_once, _together, layout=layout, ord=ord)
+    separate = functools.partial(_at_once, _separate, layout=layout, ord=ord)
+    # Over several devices no loop: with a collective inside devices of XLA:CPU may wait
+    # for each other for ever. And what is reduced together XLA gathers first.
+    ways = {"loop": loop, "together": together, "separate": separate, "mesh": separate}
+    return by_way(ways, layout, leaves)
+
+
+def by_way(ways: dict[str, Callable[..., Any]], layout: Layout, *args: Any) -> Any:
+    """Calls what suits a mesh, or one CPU ("loop"), GPU ("together") or TPU.
+
+    A program that is compiled for one platform has no branch for it.
+    """
+    if layout.way in ways:
+        return ways[layout.way](*args)
+    cpu, cuda, other = (ways[x] for x in ("loop", "together", "separate"))
+    return jax.lax.platform_dependent(*args, cpu=cpu, cuda=cuda, default=other)
+
+
+def _at_once(
+    parts: Callable[..., Any], leaves: list[jax.Array], layout: Layout, ord: int
+) -> tuple[jax.Array, jax.Array]:
+    """All three sums of every leaf, and one collective."""
+    dtype = layout.dtype
+    up, tiny = far(dtype), _least(dtype)
+    columns = zip(*(parts(x, dtype, ord) for x in leaves), strict=True)
+    scalars = [x for column in columns for x in column]
+    index = tuple(3 * i + k for k in range(3) for i in layout.index)
+    every = layout._replace(index=index, number=3 * layout.number)
+    usual, down, lifted = combine(jnp.add, scalars, every).reshape(-1, 3).T
+    over, under = usual == jnp.inf, usual < tiny
+    total = jnp.where(over, down, jnp.where(under, lifted, usual))
+    scale = jnp.where(over, 1 / up, jnp.where(under, up, jnp.ones_like(usual)))
+    return total, scale
+
+
+# The three sums of a leaf, traced once for all leaves of a shape.
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+def _separate(x: jax.Array, dtype: Any, ord: int) -> list[jax.Array]:
+    return [add_up(x) for x in _powers(x, dtype, ord)]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+def _together(x: jax.Array, dtype: Any, ord: int) -> list[jax.Array]:
+    powers = _powers(x, dtype, ord)
+    zero = _compat.vary(jnp.zeros([], dtype), _compat.varying_axes(x))
+    add = functools.partial(jax.tree.map, jnp.add)
+    return list(jax.lax.reduce(powers, (zero,) * 3, add, tuple(range(x.ndim))))
+
+
+def _powers(x: jax.Array, dtype: Any, ord: int) -> tuple[jax.Array, ...]:
+    wide, up = widen(x, dtype), far(dtype)
+    # Behind a barrier, or XLA would square the scales, which leaves the range.
+    scales = jax.lax.optimization_barrier(
+        (jnp.asarray(1 / up, dtype), jnp.asarray(up, dtype))
+    )
+    return tuple(abs_power(x, ord) for x in (wide, *(times(wide, s) for s in scales)))
+
+
+def _in_a_loop(
+    leaves: list[jax.Array], layout: Layout, ord: int
+) -> tuple[jax.Array, jax.Array]:
+    """The sums, again at another scale if some group left the range.
 
     One scale for all groups, so that nothing in the loop depends on their number.
     """
     dtype = layout.dtype
     up, tiny = far(dtype), _least(dtype)
 
+    def part(x: jax.Array, scale: jax.Array) -> jax.Array:
+        # A barrier for each leaf: else XLA takes widened leaves out of the loop, and
+        # scales of full size, shared by leaves of one shape.
+        x, scale = jax.lax.optimization_barrier((x, scale))
+        return add_up(abs_power(times(widen(x, dtype), scale), ord))
+
     def body(carry: _Carry) -> _Carry:
         scale, total, used = carry
         over, under = total == jnp.inf, total < tiny
         wanted = (scale == 1) | ((scale < 1) & over) | ((scale > 1) & under)
-        total = jnp.where(wanted, sums(scale), total)
+        sums = combine(jnp.add, [part(x, scale) for x in leaves], layout)
+        total = jnp.where(wanted, sums, total)
         used = jnp.where(wanted, scale, used)
         bring_down = (scale == 1) & jnp.any(total == jnp.inf)
         bring_up = (scale <= 1) & jnp.any(total < tiny)

@@ -228,43 +228,17 @@ ELSEWHERE = {
     "weight_decay_balance",
 }
 
-# All but the rows that are another row's program with another response, or whose rule
-# begins later.
-UNLIKE = METHODS.keys() - {
-    "softsign",
-    "pseudo_huber",
-    "arctan",
-    "log",
-    "power",
-    "band",
-    "tanh_by_value",
-    "zclip",
-    "adagc",
-}
+# The most different rows, for what runs op by op or is compiled for many devices.
+FEWEST = {"agc", "autoclip", "error_feedback", "ord_3_per_layer"}
 # One row for each way in which a transform is written, for what compiles much.
-FEW = {
+FEW = FEWEST | {
     "clip_by_labels",
-    "ord_3_per_layer",
     "drop_nonfinite",
-    "tanh",
     "clip_by_value",
     "smooth_norm",
-    "autoclip",
-    "zclip_after_warm_up",
     "adagc_after_warm_up",
     "clip_by_curvature",
     "spamp",
-    "clip_by_params",
-    "agc",
-    "spam_clip",
-    "error_feedback",
 }
-# The most different of these, for what runs op by op or once more in another dtype.
-FEWEST = {
-    "ord_3_per_layer",
-    "clip_by_value",
-    "autoclip",
-    "spamp",
-    "agc",
-    "error_feedback",
-}
+# And what is most used, or has a bound of another kind.
+UNLIKE = FEW | {"clip_by_global_norm", "clip_by_block_rms", "ord_inf", "reject"}

@@ -21,7 +21,7 @@ def test_keys_and_values():
     state = tx.init(tree)
     assert float(clipfx.metrics.read(state)["clip0/clip_rate/global"]) == 0.0
     for scale in (1.0, 1e-3):
-        _, state = tx.update(sample(scale=scale), state)
+        _, state = jax.jit(tx.update)(sample(scale=scale), state)
     read = clipfx.metrics.read(state)
     fields = (
         "norm",

@@ -1,5 +1,6 @@
 """The table of ways in which a norm goes wrong, and its derivative."""
 
+import functools
 import math
 
 import jax
@@ -56,7 +57,9 @@ def test_norms_that_others_get_wrong(tree, expected):
     assert norm(leaves) <= 1 + 1e-6
 
 
-@pytest.mark.parametrize("ord", [1, 1.5, 2, 3, 10, math.inf])
+@pytest.mark.parametrize(
+    "ord", in_tiers([1, 1.5, 2, 3, 10, math.inf], {1.5, 2, math.inf})
+)
 def test_mixed_trees_and_all_ords(ord):
     tree = mixed()
     assert measured(tree, ord=ord) == pytest.approx(norm(tree, ord), rel=1e-6, abs=0)
@@ -88,7 +91,7 @@ def test_float32_beside_float64_is_measured_in_float64(ord, size):
         assert measured(tree, ord=ord) == pytest.approx(exact, rel=1e-14, abs=0)
 
 
-@pytest.mark.parametrize("ord", [1.5, 10, 200, 1000])
+@pytest.mark.parametrize("ord", in_tiers([1.5, 10, 200, 1000], {1.5, 1000}))
 @pytest.mark.parametrize("size", [1e38, 1e10, 1.0, 1e-3, 1e-30])
 def test_powers_that_leave_the_range(ord, size):
     tree = {"a": jnp.full(4, size), "b": jnp.full(9, size / 3)}
@@ -117,7 +120,8 @@ def test_groups_of_different_magnitude_do_not_disturb_each_other():
     }
     for ord in (1, 2, 3, math.inf):
         power = 0 if ord == math.inf else 1 / ord
-        clipped, metrics = clipfx.tree_clip(tree, 0.5, groups="layer", ord=ord)
+        clip = functools.partial(clipfx.tree_clip, groups="layer", ord=ord)
+        clipped, metrics = jax.jit(clip)(tree, 0.5)
         got = dict(zip(metrics.groups, metrics.norm.tolist(), strict=True))
         for name, size in (("big", 1e38), ("one", 1.0), ("tiny", 1e-30)):
             exact = min(size * 4**power, 3.4028235e38)
@@ -143,81 +147,20 @@ def test_derivative_of_the_norm(ord, size):
 def test_derivative_at_zero_ties_complex_and_second_order():
     zeros = {"a": jnp.zeros(3)}
     for ord in (1, 2, 3, math.inf):
-        slope = jax.grad(lambda t, ord=ord: clipfx.global_norm(t, ord=ord))(zeros)
+        length = functools.partial(clipfx.global_norm, ord=ord)
+        slope = jax.jit(jax.grad(length))(zeros)
         assert not np.asarray(slope["a"]).any()
     tie = jax.grad(lambda t: clipfx.global_norm(t, ord=math.inf))(
         jnp.array([2.0, -2.0])
     )
     np.testing.assert_allclose(tie, [0.5, -0.5])
     z = jnp.array([3 + 4j], jnp.complex64)
-    ours = jax.grad(lambda z: clipfx.global_norm(z))(z)
+    ours = jax.jit(jax.grad(lambda z: clipfx.global_norm(z)))(z)
     np.testing.assert_allclose(ours, jax.grad(lambda z: jnp.abs(z[0]))(z), rtol=1e-6)
     x = jnp.array([3.0, 4.0])
-    ours = jax.hessian(lambda x: clipfx.global_norm(x))(x)
+    ours = jax.jit(jax.hessian(lambda x: clipfx.global_norm(x)))(x)
     exact = jax.hessian(lambda x: jnp.sqrt(jnp.sum(x * x)))(x)
     np.testing.assert_allclose(ours, exact, atol=1e-6)
-
-
-def test_the_usual_case_reads_the_updates_once():
-    """A second pass runs only where the first left the range."""
-    passes = []
-
-    def counted(tree):
-        jax.debug.callback(lambda: passes.append(1))
-        return tree
-
-    from clipfx._core import norms
-
-    original = norms.abs_power
-    norms.abs_power = lambda x, power: original(counted(x), power)
-    try:
-        usual, lost = (1e-8, 1.0, 1e18), (1e-30, 1e30)
-        runs = [(2, x, 1) for x in usual] + [(2, x, 2) for x in lost]
-        usual, lost = (1e-6, 1.0, 1e12), (1e-12, 1e18)
-        runs += [(3, x, 1) for x in usual] + [(3, x, 2) for x in lost]
-        for ord, value, expected in runs:
-            passes.clear()  # 37: a shape that nothing else has traced
-            clipfx.global_norm(jnp.full(37, value), ord=ord).block_until_ready()
-            jax.effects_barrier()
-            assert len(passes) == expected, (ord, value)
-    finally:
-        norms.abs_power = original
-
-
-def bare_multiply(max_norm):
-    """The least that a clip can do."""
-
-    def update(updates, state, params=None):
-        square = sum(jnp.sum(x * x) for x in jax.tree.leaves(updates))
-        factor = jnp.minimum(1.0, max_norm / jnp.sqrt(square))
-        return jax.tree.map(lambda x: x * factor, updates), state
-
-    return optax.GradientTransformation(optax.init_empty_state, update)
-
-
-def traffic(clip, tree):
-    """Bytes accessed and temporary bytes of a donating step of AdamW."""
-    tx = optax.chain(clip, optax.adamw(3e-4))
-    state = tx.init(tree)
-
-    def step(params, state, grads):
-        with jax.numpy_dtype_promotion("standard"):  # Optax needs it
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(tree, state, tree).compile()
-    cost = compiled.cost_analysis()
-    cost = cost[0] if isinstance(cost, list) else cost
-    temporary = compiled.memory_analysis().temp_size_in_bytes
-    return np.array([cost["bytes accessed"], temporary])
-
-
-def test_no_traffic_and_no_temporary_beyond_a_bare_multiply():
-    tree = {str(i): {"w": jnp.ones(2**17)} for i in range(4)}
-    least = traffic(bare_multiply(1.0), tree)
-    slack = 2**13  # bytes, for a tree of 2^21
-    for clip in (clipfx.clip_by_global_norm(1.0), clipfx.clip_per_layer(1.0)):
-        assert (traffic(clip, tree) <= least + slack).all()
 
 
 def test_errors_of_ord():
@@ -255,7 +198,7 @@ def test_squares_that_vanish_each_add_up():
         assert measured(tree) == pytest.approx(norm(tree), rel=1e-6, abs=0)
 
 
-@pytest.mark.parametrize("ord", in_tiers([1, 2, 3, math.inf], {2, 3}))
+@pytest.mark.parametrize("ord", in_tiers([1, 2, 3, math.inf], {3}))
 def test_reverse_over_reverse_through_a_scan(ord):
     """Hoisting out of a scan drops rules of derivatives; loops have none in reverse."""
     start, slope = jnp.arange(1.0, 6.0) / 4, jnp.arange(1.0, 6.0)
@@ -295,13 +238,14 @@ def test_reverse_over_reverse_equals_optax():
         carry = jnp.ones(5), tx.init(jnp.ones(5))
         return jnp.sum(jax.lax.scan(body, carry, None, length=3)[0][0] ** 2)
 
-    got, want = (jax.grad(jax.grad(trained))(0.05, clip) for clip in (
+    slope = jax.jit(jax.grad(jax.grad(trained)), static_argnums=1)
+    got, want = (slope(0.05, clip) for clip in (
         clipfx.clip_by_global_norm(0.5), optax.clip_by_global_norm(0.5)))  # fmt: skip
     assert float(got) == pytest.approx(float(want), rel=1e-4, abs=0)
 
 
 @pytest.mark.parametrize("shape", [(31, 31), (3, 3, 16, 16), (30, 30, 4), (16, 16)])
-@pytest.mark.parametrize("value", [0.77, 1.1, 1.3, 1.9])
+@pytest.mark.parametrize("value", in_tiers([0.77, 1.1, 1.3, 1.9], {1.1}))
 def test_equal_numbers_in_small_arrays_are_added_up_well(shape, value):
     """XLA:CPU adds them one after the other, and rounds each time in one direction."""
     tree = {"w": jnp.full(shape, value, jnp.float32)}

@@ -27,7 +27,7 @@ def blocks(page):
 CODE = {name: page for name, page in PAGES.items() if name != "BUILD"}
 
 
-@pytest.mark.parametrize("page", in_tiers(CODE, {"README", "per_example"}))
+@pytest.mark.parametrize("page", in_tiers(CODE, {"README"}))
 def test_first_block_runs_as_pasted(page, tmp_path):
     """In a fresh interpreter, with the devices that the block itself asks for."""
     first, *_ = blocks(page)

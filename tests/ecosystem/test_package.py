@@ -162,7 +162,8 @@ def test_every_promise_has_a_test_of_its_name():
 
 DOCUMENTED = [f"clipfx.{name}".removesuffix(".__init__") for name, _ in modules()]
 # Those whose examples compile most are left to the full tier.
-QUICK = {x for x in DOCUMENTED if not re.search("per_example|privacy", x)}
+SLOW = "per_example|privacy|state|fair|stacked|responses|agc|skip"
+QUICK = {x for x in DOCUMENTED if not re.search(SLOW, x)}
 
 
 @pytest.mark.parametrize("module", in_tiers(DOCUMENTED, QUICK))

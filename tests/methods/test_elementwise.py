@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import in_tiers
 
 import clipfx
 from clipfx import responses
@@ -27,7 +28,10 @@ def test_complex_elements_keep_their_argument():
     np.testing.assert_allclose(clip(z, 1.0), [0.6 + 0.8j, 0, 0.3j], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["tanh", "softsign", "pseudo_huber", "arctan", "log"])
+SMOOTH = ["tanh", "softsign", "pseudo_huber", "arctan", "log"]
+
+
+@pytest.mark.parametrize("name", in_tiers(SMOOTH, {"tanh", "pseudo_huber"}))
 def test_smooth_shaping_is_odd_with_slope_one_at_zero(name):
     response = getattr(responses, name)
     x = jnp.array([-3.0, -0.2, 0.2, 3.0])

@@ -56,7 +56,7 @@ def near(found, right, tolerance=3e-6):
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.05, 0.3])
-@pytest.mark.parametrize("ratio", [1.0, 2.0, 7.5, math.inf])
+@pytest.mark.parametrize("ratio", in_tiers([1.0, 2.0, 7.5, math.inf], {2.0, math.inf}))
 def test_equals_the_definition(ratio, floor):
     tree, norm = drawn(0)
     sums, state = clip(tree, ratio, floor=floor)

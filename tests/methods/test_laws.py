@@ -33,7 +33,7 @@ def rows(keep=lambda row: True, usual=UNLIKE):
 ROWS = rows()
 IN_FEW = rows(usual=FEW)
 IN_FEWEST = rows(usual=FEWEST)
-IN_THREE = rows(usual={"agc", "ord_3_per_layer", "spamp"})
+IN_TWO = rows(usual={"agc", "spamp"})
 BY_NORM = rows(lambda row: row.groups is not None and row.by_norm)
 WITH_METRICS = rows(lambda row: row.groups is not None)
 THRESHOLDS = rows(lambda row: row.threshold)
@@ -164,12 +164,12 @@ def halves(**kwargs):
     return tree
 
 
-@IN_THREE
+@IN_TWO
 def test_every_way_to_run_gives_the_same(row):
     assert_every_way_gives_the_same(row, sample())
 
 
-@IN_THREE
+@IN_TWO
 def test_every_way_to_run_gives_the_same_in_half_precision(row):
     assert_every_way_gives_the_same(row, halves())
 
@@ -369,7 +369,7 @@ def test_states_can_be_exported(row):
     assert_same(export.deserialize(written).call(state), state)
 
 
-@IN_THREE
+@IN_TWO
 def test_fresh_state_can_be_donated(row):
     tx, tree = make(row), sample()
     step = jax.jit(lambda s, t: tx.update(t, s, t)[1], donate_argnums=0)
@@ -469,7 +469,7 @@ def test_zero_in_zero_out(row):
     assert_finite(state)
 
 
-@IN_THREE
+@IN_TWO
 def test_of_finite_updates_nothing_is_nan_or_infinite_in_between(row):
     tree = jax.tree.map(jnp.zeros_like, sample())
     with jax.debug_nans(True), jax.debug_infs(True):
@@ -532,7 +532,7 @@ def test_derivative_at_zero_is_finite(row):
                 assert np.isfinite(leaf).all()
 
 
-@IN_THREE
+@IN_TWO
 def test_derivative_below_the_threshold_is_finite_in_half_precision(row):
     tx = make(row)
     half = sample(jnp.bfloat16, scale=1e-3)  # the derivative is 1
@@ -622,7 +622,7 @@ def test_injected_equals_plain(row):
 
 
 @pytest.mark.parametrize("dtype", in_tiers([jnp.bfloat16, jnp.float16], 2))
-@IN_THREE
+@IN_TWO
 def test_injected_equals_plain_in_half_precision(row, dtype):
     assert_injected_equals_plain(row, dtype)
 
@@ -670,7 +670,7 @@ def test_metrics_agree_with_recomputation(row):
         assert int(m.nonfinite[i]) == 0
 
 
-@IN_THREE
+@IN_TWO
 def test_per_stacked_layer_equals_a_loop(row):
     trees = [sample(seed=i, scale=3.0**i) for i in range(3)]
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *trees)

@@ -63,7 +63,7 @@ def assert_sum(got, leaves, factor, index, tolerance=1e-5):
         np.testing.assert_allclose(x, want, atol=tolerance * max(np.abs(want).max(), 1))
 
 
-@pytest.mark.parametrize("groups", ["global", "layer", "leaf"])
+@pytest.mark.parametrize("groups", in_tiers(["global", "layer", "leaf"], {"layer"}))
 @pytest.mark.parametrize("microbatch", in_tiers([None, 2, 4], {2}))
 def test_sum_norms_and_factors(groups, microbatch):
     grad = jax.jit(
@@ -102,7 +102,7 @@ def test_thresholds_of_every_shape():
 
 
 @pytest.mark.parametrize("bad", in_tiers([math.nan, math.inf], {math.inf}))
-@pytest.mark.parametrize("microbatch", [None, 2])
+@pytest.mark.parametrize("microbatch", in_tiers([None, 2], {2}))
 def test_an_example_that_is_not_finite_contributes_zero(bad, microbatch):
     grad = jax.jit(per_example.clipped_grad(loss, 1.5, microbatch_size=microbatch))
     tokens, weight = BATCH
@@ -267,7 +267,7 @@ def test_norms_alone():
     )
 
 
-@pytest.mark.parametrize("size", [None, 2])
+@pytest.mark.parametrize("size", in_tiers([None, 2], {2}))
 def test_threshold_as_a_function_of_norms(size):
     """The median of a batch, padding left out; microbatches see the whole batch."""
     where = np.arange(B) != 1
@@ -306,7 +306,9 @@ def test_threshold_function_sees_no_norms_of_padding(size):
     np.testing.assert_allclose(info.factor, np.minimum(1, limit / norm), rtol=1e-5)
 
 
-@pytest.mark.parametrize("response", [responses.hard, responses.normalize])
+@pytest.mark.parametrize(
+    "response", in_tiers([responses.hard, responses.normalize], {responses.hard})
+)
 def test_a_negative_threshold_that_is_traced_acts_as_0(response):
     """Where it is known it is refused."""
     grad = per_example.clipped_grad(loss, 1.0, groups="layer", response=response)
@@ -332,7 +334,7 @@ def test_a_negative_threshold_that_is_traced_acts_as_0(response):
     np.testing.assert_array_equal(stacked(-1.0)["w"], [0, 0])
 
 
-@pytest.mark.parametrize("ord", [1, 2])
+@pytest.mark.parametrize("ord", in_tiers([1, 2], {1}))
 def test_norms_in_microbatches_and_of_either_kind(ord):
     grads, _, _ = oracle(loss, PARAMS, BATCH)
     rows = np.concatenate([x.reshape(B, -1) for x in grads], axis=1)
@@ -420,7 +422,9 @@ CANCELLING = {
 }
 
 
-@pytest.mark.parametrize("case", in_tiers(CANCELLING, 2))
+@pytest.mark.parametrize(
+    "case", in_tiers(CANCELLING, {"product-bfloat16-8", "table_and_head-float32-8"})
+)
 def test_norms_that_cancel_bound_all_the_same(case):
     """Rounding must not make a bound of nothing, whatever share of a sum remains."""
     fun, dtype, shape = case
@@ -445,7 +449,7 @@ def test_norms_that_cancel_bound_all_the_same(case):
     assert (np.abs(norm - true) <= 1e-6 * true + 4 * 2.0**-24 * terms).all()
 
 
-@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("length", in_tiers([1, 5], {5}))
 def test_no_contribution_exceeds_its_threshold_by_a_rounding(length):
     """Of what is stored, in float64: not by a bit, and it is hardly below."""
     rng = np.random.default_rng(length)
@@ -530,10 +534,10 @@ def test_one_trace_for_many_calls():
 
 
 @pytest.mark.parametrize("reduce", in_tiers(["mean", "sum"], 2))
-@pytest.mark.parametrize("groups", ["global", "layer"])
+@pytest.mark.parametrize("groups", in_tiers(["global", "layer"], {"layer"}))
 def test_stacked_gradients(reduce, groups):
     tx = per_example.clip_per_example(1.5, groups=groups, reduce=reduce)
-    stacked = jax.vmap(jax.grad(loss), (None, 0))(PARAMS, BATCH)
+    stacked = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(PARAMS, BATCH)
     stacked["scale"] = stacked["scale"].at[3, 0].set(math.nan)
     updates, state = jax.jit(tx.update)(stacked, tx.init(PARAMS), PARAMS)
     keep = jnp.arange(B) != 3
@@ -554,7 +558,7 @@ def test_stacked_gradients(reduce, groups):
 
 def test_stacked_updates_without_a_gradient():
     tx = per_example.clip_per_example(1.0)
-    updates, state = tx.update(
+    updates, state = jax.jit(tx.update)(
         {"n": jnp.ones((3, 2), int)}, tx.init({"n": jnp.ones(2, int)})
     )
     np.testing.assert_array_equal(updates["n"], [0, 0])
@@ -564,7 +568,7 @@ def test_stacked_updates_without_a_gradient():
 def test_stacked_gradients_in_a_chain_keep_dtypes():
     params, batch = draw(jnp.bfloat16)
     tx = optax.chain(per_example.clip_per_example(1.0), optax.sgd(0.1, momentum=0.9))
-    stacked = jax.vmap(jax.grad(loss), (None, 0))(params, batch)
+    stacked = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, batch)
     updates, state = jax.jit(tx.update)(stacked, tx.init(params), params)
     same = lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype)
     assert jax.tree.all(jax.tree.map(same, updates, params))

@@ -168,7 +168,7 @@ LINEN_METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", in_tiers(LINEN.keys(), {"scanned"}))
+@pytest.mark.parametrize("name", in_tiers(LINEN.keys(), {"lstm"}))
 def test_linen(name):
     module, batch = LINEN[name]
     params = linen(module, jax.tree.map(lambda x: x[0], batch))
@@ -262,7 +262,7 @@ EQUINOX = {
 }
 
 
-@pytest.mark.parametrize("name", EQUINOX)
+@pytest.mark.parametrize("name", in_tiers(EQUINOX.keys(), {"gru"}))
 def test_equinox(name):
     make, x, table = EQUINOX[name]
     params, static = eqx.partition(make(key=jax.random.key(0)), eqx.is_inexact_array)
@@ -291,7 +291,7 @@ def plain_loss(params, x, compute=None):
     return jnp.sum(h.astype(jnp.float32) ** 2)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", in_tiers([False, True], {True}))
 @pytest.mark.parametrize("kept", in_tiers(["float32", "bfloat16"], {"bfloat16"}))
 def test_bfloat16(remat, kept):
     """Sums are float32, and within the rounding of bfloat16 of exact ones."""

@@ -223,8 +223,16 @@ CASES = {
 }
 
 
-# Every function and every way.
-@pytest.mark.parametrize("case", in_tiers(CASES, 7))
+FEW_CASES = {
+    "clipped_grad-shard_map-tensor",
+    "population_grad-auto-fsdp",
+    "population_grad-shard_map-by_name",
+    "clip_fair_groups-pmap",
+    "dp_grad-explicit-whole",
+}
+
+
+@pytest.mark.parametrize("case", in_tiers(CASES, FEW_CASES))
 @pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
 def test_sharded_equals_whole(case):
     name, way = case

@@ -81,7 +81,7 @@ def vmap_of_loops_works(mesh, params, batch):
     return True
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", in_tiers(KINDS.keys(), {"explicit"}))
 @pytest.mark.parametrize("model", in_tiers([1, 2], {2}))
 def test_batch_and_parameters_on_a_mesh(kind, model):
     mesh = jax.make_mesh(

@@ -15,7 +15,7 @@ B, D = 4, 6
 
 def check(loss, params, batch, **kwargs):
     """Norms and clipped sums are those of gradients formed one by one."""
-    rows = jax.vmap(jax.grad(loss), (None, 0))(params, batch)
+    rows = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, batch)
     leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(rows)]
     norm = np.sqrt(sum((x**2).sum(tuple(range(1, x.ndim))) for x in leaves))
     limit = float(np.median(norm))
@@ -32,23 +32,23 @@ def draw(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
+CUTS = [
+    lambda w: (w[1:5][1:3], w[1:5][2:4]),  # a slice of a slice
+    lambda w: (w[:3], w[2:5]),  # that share one row
+    lambda w: (w[:3], w[3:5]),  # side by side
+    lambda w: (w[2:8].reshape(3, 2, D)[1:].reshape(4, D), w[:4]),
+    lambda w: (w.reshape(4, 2, D)[1:3].reshape(4, D), w.reshape(2, 4, D)[1]),
+    lambda w: (w.T.reshape(D, 4, 2)[:, 1:2].reshape(D, 2).T, w[3:5]),
+    lambda w: (w[::2], w[1::2]),
+    lambda w: (w[4:8][0:2], w[4:6]),  # the same rows
+    lambda w: (w[4:8][0:2], w[0:2]),
+    lambda w: (w.reshape(6, 8)[2:4, :6], w[2:4]),  # which mixes rows and columns
+    lambda w: (w.reshape(6, 8)[2:4, :6], w[4:6]),
+]
+
+
 @pytest.mark.parametrize("method", in_tiers(["auto", "ghost"], {"auto"}))
-@pytest.mark.parametrize(
-    "cut",
-    [
-        lambda w: (w[1:5][1:3], w[1:5][2:4]),  # a slice of a slice
-        lambda w: (w[:3], w[2:5]),  # that share one row
-        lambda w: (w[:3], w[3:5]),  # side by side
-        lambda w: (w[2:8].reshape(3, 2, D)[1:].reshape(4, D), w[:4]),
-        lambda w: (w.reshape(4, 2, D)[1:3].reshape(4, D), w.reshape(2, 4, D)[1]),
-        lambda w: (w.T.reshape(D, 4, 2)[:, 1:2].reshape(D, 2).T, w[3:5]),
-        lambda w: (w[::2], w[1::2]),
-        lambda w: (w[4:8][0:2], w[4:6]),  # the same rows
-        lambda w: (w[4:8][0:2], w[0:2]),
-        lambda w: (w.reshape(6, 8)[2:4, :6], w[2:4]),  # which mixes rows and columns
-        lambda w: (w.reshape(6, 8)[2:4, :6], w[4:6]),
-    ],
-)
+@pytest.mark.parametrize("cut", in_tiers(CUTS, 2))
 def test_two_views_of_one_matrix(cut, method):
     def loss(w, example):
         one, other = cut(w)

@@ -24,6 +24,8 @@ KINDS = {
     "laplace": (privacy.add_laplace_noise, math.sqrt(2)),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
+# Tests of `dp_grad` draw from the other.
+laplace = pytest.mark.parametrize("kind", in_tiers(KINDS.keys(), {"laplace"}))
 
 
 def drawn(kind, tree, steps=1, key=KEY):
@@ -79,7 +81,7 @@ def test_leaves_and_steps_are_independent(kind):
         assert not np.isin(x, y).mean() > 0.01  # nor shifted
 
 
-@each_kind
+@laplace
 def test_same_noise_for_every_dtype(kind):
     wide = drawn(kind, jnp.zeros(300))[0]
     for dtype in (jnp.bfloat16, jnp.float16):
@@ -97,7 +99,7 @@ def test_same_noise_for_every_dtype(kind):
     chex.assert_trees_all_equal(n, jnp.zeros(3, n.dtype))
 
 
-@each_kind
+@laplace
 @pytest.mark.parametrize("axes", in_tiers([AxisType.Explicit, AxisType.Auto], 2))
 def test_sharded_draws_equal_whole_ones(kind, axes):
     tree = {"split": jnp.zeros((16, 24)), "whole": jnp.zeros(7), "odd": jnp.zeros(8)}
@@ -119,7 +121,7 @@ def test_sharded_draws_equal_whole_ones(kind, axes):
     assert "[16,24]" not in text.split("ENTRY")[1].replace("sharding", "")
 
 
-@each_kind
+@laplace
 def test_parts_of_a_mesh_draw_their_own(kind):
     mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
     make = KINDS[kind][0]
@@ -145,7 +147,7 @@ def test_parts_of_a_mesh_draw_their_own(kind):
     assert np.unique(x).size > 0.99 * x.size
 
 
-@each_kind
+@laplace
 def test_resumed_run_goes_on_with_the_same_noise_and_repeats_none(kind, tmp_path):
     params = {"w": jnp.zeros(50)}
     whole = [np.asarray(x["w"]) for x in drawn(kind, params, 6)]
@@ -169,9 +171,9 @@ def test_resumed_run_goes_on_with_the_same_noise_and_repeats_none(kind, tmp_path
 def test_schedule_and_accumulation():
     tx = privacy.add_gaussian_noise(lambda step: jnp.where(step < 1, 0.0, 2.0), KEY)
     params = jnp.zeros(1000)
-    state = tx.init(params)
-    first, state = tx.update(params, state)
-    second, state = tx.update(params, state)
+    state, update = tx.init(params), jax.jit(tx.update)
+    first, state = update(params, state)
+    second, state = update(params, state)
     assert (first == 0).all()
     assert float(second.std()) == pytest.approx(2, rel=0.1)
     # Once per logical batch: inside of the accumulation, of sums. Means would get the
@@ -179,10 +181,10 @@ def test_schedule_and_accumulation():
     for mean, size in ((False, 4.0), (True, 1.0)):
         noise = privacy.add_gaussian_noise(2.0, KEY)
         tx = optax.MultiSteps(noise, 4, use_grad_mean=mean)
-        state, seen = tx.init(params), []
+        state, seen, update = tx.init(params), [], jax.jit(tx.update)
         with jax.numpy_dtype_promotion("standard"):  # for Optax
             for _ in range(8):
-                out, state = tx.update(params + 1, state, params)
+                out, state = update(params + 1, state, params)
                 seen.append((float(out.mean()), float(out.std())))
         for place, (middle, spread) in enumerate(seen):
             last = place % 4 == 3

@@ -105,7 +105,7 @@ STEPS = {
     for ord, rule in ORDS
     for dtype in ("float32", "bfloat16", "float16")
 }
-USUAL_STEPS = {"2-quantile-float32", "2-dpsgd_f-bfloat16", "1-fixed-float16"}
+USUAL_STEPS = {"2-dpsgd_f-bfloat16", "1-fixed-float16"}
 
 
 @pytest.mark.parametrize("step", in_tiers(STEPS, USUAL_STEPS))
@@ -240,7 +240,7 @@ def test_noise_multiplier_may_be_traced(rule):
     assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("ord", [1, 2])
+@pytest.mark.parametrize("ord", in_tiers([1, 2], {2}))
 def test_allocations_cost_the_same(ord):
     """Blocks of noise b_k with thresholds C_k release sum (C_k / b_k)^p = z^-p."""
     limits = {"a": 2.0, "c": 0.5}
@@ -291,7 +291,9 @@ BY_NUMPY = {  # numbers as configurations hold them
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", in_tiers(["float32", "bfloat16", "float64"], 2))
+@pytest.mark.parametrize(
+    "dtype", in_tiers(["float32", "bfloat16", "float64"], {"float64"})
+)
 @pytest.mark.parametrize("x64", in_tiers([False, True], {True}))
 def test_states_keep_shapes_and_dtypes(x64, dtype):
     """Weak types too, so that loops over steps can carry them; nothing is compiled."""
@@ -395,7 +397,7 @@ def test_split_of_the_noise_multiplier():
     assert dp(0.0, privacy.quantile(1.0, count_stddev=0.1)).rule.count_stddev == 0.1
 
 
-@pytest.mark.parametrize("rule", in_tiers(RULES.keys(), {"quantile", "dpsgd_f"}))
+@pytest.mark.parametrize("rule", in_tiers(RULES.keys(), {"quantile"}))
 def test_noise_has_its_level_and_is_fresh(rule):
     """Of counts and of every coordinate, at every step, independent of all others."""
     grad, steps = dp(1.0, RULES[rule]()), 2000
@@ -437,7 +439,7 @@ ADAPTING = {
 }
 
 
-@pytest.mark.parametrize("case", in_tiers(ADAPTING, {"quantile-4", "dpsgd_f-None"}))
+@pytest.mark.parametrize("case", in_tiers(ADAPTING, {"quantile-4"}))
 def test_noise_follows_the_threshold_as_it_adapts(case):
     """At every step: what clips each example, and what noise is drawn, exactly."""
     rule, microbatch_size = case
@@ -505,7 +507,9 @@ def test_rule_of_the_last_counts_is_one_rule():
     np.testing.assert_allclose(kept, np.minimum(info.norm, limit), rtol=1e-5)
 
 
-@pytest.mark.parametrize("allocation", ["global", "equal_budget"])
+@pytest.mark.parametrize(
+    "allocation", in_tiers(["global", "equal_budget"], {"equal_budget"})
+)
 def test_noise_never_vanishes_before_what_it_hides(allocation):
     """Thresholds whose squares leave float32, up to those that leave it themselves."""
     params = {"a": {"w": jnp.zeros(2)}, "b": {"w": jnp.zeros(2)}}
@@ -565,7 +569,8 @@ def test_key_is_never_shown():
     assert str(seed) in jax.jit(step).lower(*args).as_text()  # as documented
     given = lambda key, *args: make(key)(*args, where=None)[:2]
     assert str(seed) not in jax.jit(given).lower(key, *args).as_text()
-    chex.assert_trees_all_equal(given(key, *args), step(*args)[:2])
+    found, right = jax.jit(given)(key, *args), jax.jit(step)(*args)[:2]
+    chex.assert_trees_all_close(found, right, rtol=1e-6)
 
 
 def test_mask_by_another_name_is_asked_for():

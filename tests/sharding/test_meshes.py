@@ -265,10 +265,12 @@ WAYS = {
 
 
 CASES = {f"{name}-{way}": (name, WAYS[way]) for name in ROWS for way in WAYS}
-FEW_CASES = {
-    f"{name}-{way}"
-    for way in WAYS
-    for name in ("ord_3_per_layer", "spamp", "agc", "weight_decay_balance")
+FEW_CASES = {f"agc-{way}" for way in WAYS} | {
+    "ord_3_per_layer-on_explicit_mesh",
+    "spamp-on_auto_mesh",
+    "error_feedback-in_shard_map",
+    "autoclip-in_shard_map_by_name",
+    "weight_decay_balance-in_pmap",
 }
 
 

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# What only a GPU can tell, in at most eight minutes: run it on a machine that has one,
+# with clipfx, its dependencies and absl-py installed. `on_gpu.sh small` tries the script
+# itself on a CPU.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=3 PYTHONPATH=.
+
+step() { printf '\n== %s (%dm%02ds)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
+run() { timeout "$1" python3 -m "${@:2}" || echo "ended with status $?"; }
+
+less=()
+trees=25x1000000,1x25000000
+if [ "${1:-}" = small ]; then
+  less=(--width=64 --turns=1 --steps=1)
+  trees=2x1000
+fi
+
+step "versions"
+command -v nvidia-smi >/dev/null &&
+  nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+python3 -c "import jax, optax; print(jax.__version__, optax.__version__, jax.devices())"
+
+step "steps of training, and what the host waits for in a loop"
+run 120 benchmarks.accelerators --models=mlp --ways=,loop \
+  --methods=optax,none,floor,global,layer "${less[@]}"
+run 120 benchmarks.accelerators --models=decoder --dtypes=bfloat16 \
+  --methods=optax,none,global,layer "${less[@]}"
+
+step "every method"
+run 100 benchmarks.accelerators --models=mlp --dtypes=bfloat16 "${less[@]}"
+
+step "a clip in front of AdamW"
+run 60 benchmarks.batch --trees="$trees" --leaves=10 --dtypes=float32 --steps=20
+
+step "norms and laws, as on a GPU"
+JAX_PLATFORMS=cuda XLA_FLAGS=--xla_backend_optimization_level=3 run 60 pytest -q -n0 -x tests/core/test_norms.py -p no:cacheprovider \
+  -k "others_get_wrong or powers or different_magnitude"
+step "done"
