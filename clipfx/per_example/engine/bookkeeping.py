@@ -194,7 +194,7 @@ def powers(
     """
     leaves = range(len(plan.methods))
     if tape.powers is None:
-        one = lambda tape: _spread(
+        one = lambda tape: spread(
             plan, [_of_leaf(plan, k, tape) for k in leaves], split
         )
         return jax.vmap(one, axis_size=size)(tape)
@@ -217,16 +217,7 @@ def over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     return jax.lax.psum(x, tuple(sorted(axes, key=str))) if axes else x
 
 
-def of_gradient(
-    plan: Plan, gradient: Sequence[jax.Array], split: Sequence[frozenset[str]]
-) -> jax.Array:
-    """Powers `[L, 4, 2]` of one example's gradient by leaf."""
-    if not any(split):
-        return scaled_sums.power_of_each(gradient, plan.ord, dtype(plan))
-    return _spread(plan, [[scaled_sums.power(x, plan.ord)] for x in gradient], split)
-
-
-def _spread(
+def spread(
     plan: Plan, powers: Sequence[list[Power]], split: Sequence[frozenset[str]]
 ) -> jax.Array:
     """Powers by leaf, any number of each, as `[L, 4, 2]`, added up over a mesh."""

@@ -47,14 +47,17 @@ def power_of_products(
     if sum(f.right.shape[1] for f in factors) == 1:
         return _of_one_position(factors[0], ord)
     assert ord == 2, ord
-    total = terms = rest = jnp.zeros((), dtype)
+    total = terms = jnp.zeros((), dtype)
+    odd = jnp.zeros((), bool)
     if dense is not None:
         total, terms = _gram(dense.left, dense.right, precision)
-        rest = scaled_sums.unusual(dense.left, dense.right)
+        odd, rest = scaled_sums.unusual(dense.left, dense.right)
+        terms += rest
     if rows is not None:
         total += add_up(abs_power(_sum_rows(rows.left, rows.right), 2))
         terms += add_up(abs_power(rows.right, 2))
-        rest += scaled_sums.unusual(rows.right)
+        more, rest = scaled_sums.unusual(rows.right)
+        odd, terms = odd | more, terms + rest
     if dense is not None and rows is not None:
         take = functools.partial(jnp.take_along_axis, axis=2)
         ids = jnp.broadcast_to(
@@ -63,9 +66,11 @@ def power_of_products(
         inner = _matmul(dense.right, rows.right, precision)
         total += 2 * add_up(take(dense.left, ids) * inner)
     # What cannot be measured so is not to be trusted, whatever came of it.
-    total = jnp.where(rest == jnp.inf, 0, jnp.maximum(total, 0))
-    # A zero for each example, split over a mesh as they are.
-    return Power(total, terms + rest, scaled_sums.exponent(total) * 0)
+    total = jnp.where(odd, 0, jnp.maximum(total, 0))
+    terms = jnp.where(odd, jnp.inf, terms)
+    n = scaled_sums.exponent(jnp.maximum(total, terms))
+    unit = scaled_sums.inverse_of(n, dtype)
+    return Power(total * unit, terms * unit, n)
 
 
 def _of_one_position(f: Factors, ord: int) -> Power:

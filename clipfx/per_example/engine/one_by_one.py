@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from clipfx import _compat
 from clipfx._core.leaves import widen
 from clipfx._core.norms import Norms
-from clipfx.per_example.engine import bookkeeping, interpreter
+from clipfx.per_example.engine import bookkeeping, interpreter, scaled_sums
 from clipfx.per_example.engine.bookkeeping import Tape
 from clipfx.per_example.engine.trace import Call
 from clipfx.per_example.engine.weighted_sum import weighted_sum
@@ -66,7 +66,8 @@ def each(
         i = jnp.where(todo, number, call.size).min()
         row = lambda x: _row(x, i)
         gradient = _gradient(call, tape, row)
-        norms = group(bookkeeping.of_gradient(plan, gradient, split)[None])
+        powers = [[scaled_sums.power(x, plan.ord)] for x in gradient]
+        norms = group(bookkeeping.spread(plan, powers, split)[None])
         chosen = number == i
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:

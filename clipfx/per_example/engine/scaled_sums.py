@@ -101,10 +101,8 @@ def pair_to_one(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     return u, v * inverse_of(jnp.maximum(top - size, 0), v.dtype)[..., None], top
 
 
-def unusual(*rows: jax.Array) -> jax.Array:
-    """What squares may have lost, to be added to terms: infinite if they may overflow.
-
-    Of rows that are not finite nothing, so that this tells them from those.
+def unusual(*rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whether squares may overflow; and what may vanish of them, to be added to terms.
 
     Args:
       *rows: `[..., K]`, one array or a pair, whose outer products are added up.
@@ -115,16 +113,14 @@ def unusual(*rows: jax.Array) -> jax.Array:
     info = jnp.finfo(size.dtype)
     high = 2.0 ** (info.maxexp // 4)  # 2^32: room for 2^60 elements
     low = 2.0 ** (-info.maxexp * 3 // 8)  # 2^-48: what matters has normal squares
-    finite = functools.reduce(jnp.logical_and, [jnp.isfinite(x) for x in each])
+    usual = functools.reduce(jnp.logical_and, [jnp.isfinite(x) for x in each])
     largest = functools.reduce(jnp.maximum, [*each, size])
     smallest = functools.reduce(jnp.minimum, [*each, size])
     nonzero = functools.reduce(jnp.minimum, each) > 0
     # Of vanishing rows 2^22 times their share, so that it is seen if it matters.
-    lost = jnp.where(nonzero & (smallest < low), size * (2.0**24 * count**0.5), 0)
-    lost = jnp.where(largest > high, jnp.inf, lost)
-    lost = jnp.where(finite, lost, 0).sum()
+    lost = jnp.where(nonzero & (smallest < low), size, 0).sum() * (2.0**24 * count**0.5)
     least = jnp.maximum(lost * lost, low * low)  # which may vanish itself
-    return jnp.where(lost > 0, least, 0)
+    return jnp.any(usual & (largest > high)), jnp.where(lost > 0, least, 0)
 
 
 class Power(NamedTuple):
@@ -149,28 +145,10 @@ def power(x: jax.Array, p: int) -> Power:
     return Power(total, total, p * n)
 
 
-def power_of_each(xs: Sequence[jax.Array], p: int, dtype: Any) -> jax.Array:
-    """The sums of powers of several arrays, `[len(xs), 4, 2]`.
-
-    What is small is done for all at once: XLA:CPU compiles by the operation.
-    """
-    xs = [widen(x) for x in xs]
-    n = exponent(jnp.stack([jnp.max(jnp.abs(x), initial=0).astype(dtype) for x in xs]))
-    inverse = inverse_of(n, dtype)
-    sums = [add_up(abs_power(times(x, inverse[k]), p)) for k, x in enumerate(xs)]
-    total = jnp.stack([x.astype(dtype) for x in sums])
-    return spread_pairs(jnp.stack([total, total], axis=1), p * n)
-
-
 def spread(powers: Sequence[Power], dtype: Any) -> jax.Array:
     """Each at the scale that serves it, `[len(powers), 4, 2]`."""
-    column = lambda xs: jnp.stack([x.astype(dtype) for x in xs])
-    value = column(x.value for x in powers)
-    terms = column(x.terms for x in powers)
-    n = jnp.stack([x.n for x in powers])
-    more = exponent(jnp.maximum(value, terms))
-    pair = jnp.stack([value, terms], axis=1) * inverse_of(more, dtype)[:, None]
-    return spread_pairs(pair, n + more)
+    pair = jnp.stack([jnp.stack([x.value, x.terms]).astype(dtype) for x in powers])
+    return spread_pairs(pair, jnp.stack([x.n for x in powers]))
 
 
 def spread_pairs(pair: jax.Array, n: jax.Array) -> jax.Array:
