@@ -32,7 +32,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU to compile for, as v5e:2x
 _MODELS = flags.DEFINE_list("models", ["mlp", "decoder"], "Of MODELS.")
 _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Of activations.")
 _METHODS = flags.DEFINE_list("methods", [], "Of METHODS; none for all.")
-_WAYS = flags.DEFINE_list("ways", [""], "To sum up: loop, together, separate.")
+_AS = flags.DEFINE_list("as", [""], "Sums as on a cpu, gpu or tpu; none for its own.")
 _WIDTH = flags.DEFINE_integer("width", 0, "Of the models; 0 for 2048 and 1024.")
 _TURNS = flags.DEFINE_integer("turns", 9, "Timed turns of each variant.")
 _CHAIN = flags.DEFINE_integer("steps", 10, "Steps in each turn.")
@@ -158,7 +158,8 @@ def facts(text: str) -> str:
         if entry or name in bodies:
             cycles += sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', body)))
     count = lambda op: len(re.findall(rf" {op}\(", text))
-    return f"{cycles / 1e3:10.0f}{count('while'):7}{count('conditional'):7}"
+    known = f"{cycles / 1e3:10.0f}" if cycles else f"{'-':>10}"
+    return f"{known}{count('while'):7}{count('conditional'):7}"
 
 
 def drawn(shapes: Any) -> Any:
@@ -178,13 +179,13 @@ def measure(name: str, dtype: Any, sharding: Any) -> None:
     model = MODELS[name](_WIDTH.value)
     steps, carries, rows = {}, {}, {}
     for method in _METHODS.value or METHODS:
-        for way in _WAYS.value if method not in ("optax", "none", "floor") else [""]:
-            reductions.forced_way = way
+        for way in _AS.value if method not in ("optax", "none", "floor") else [""]:
+            reductions.forced_device = way
             start = time.perf_counter()
             step, tx = compiled(model, METHODS[method](), dtype, sharding)
             seconds = time.perf_counter() - start
             temp = step.memory_analysis().temp_size_in_bytes / 1e6
-            label = f"{method} {way}".strip()
+            label = f"{method} as on {way}" if way else method
             rows[label] = f"{facts(step.as_text())}{temp:9.1f}{seconds:9.1f}"
             if not _TOPOLOGY.value:
                 params = drawn(model.params)

@@ -22,7 +22,7 @@ command -v nvidia-smi >/dev/null &&
 python3 -c "import jax, optax; print(jax.__version__, optax.__version__, jax.devices())"
 
 step "steps of training, and what the host waits for in a loop"
-run 120 benchmarks.accelerators --models=mlp --ways=,loop \
+run 120 benchmarks.accelerators --models=mlp --as=,cpu \
   --methods=optax,none,floor,global,layer "${less[@]}"
 run 120 benchmarks.accelerators --models=decoder --dtypes=bfloat16 \
   --methods=optax,none,global,layer "${less[@]}"

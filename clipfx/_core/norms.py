@@ -14,6 +14,7 @@ from clipfx._core.groups import Groups, counted_leaves
 from clipfx._core.leaves import times, widen, widest
 from clipfx._core.reductions import (
     Layout,
+    by_device,
     combine,
     layout_of,
     per_shard,
@@ -23,7 +24,6 @@ from clipfx._core.reductions import (
 from clipfx._core.safe_sums import (
     abs_power,
     add_up,
-    by_way,
     largest,
     reciprocal_power_of_two,
     rescue_out_of_range,
@@ -148,9 +148,9 @@ def _norms_of(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
         return rescue_out_of_range(sums, root(sums, ord), again, layout)
 
     # Around the largest at once there is no loop, but a second collective over a mesh.
-    ways = dict.fromkeys(("loop", "mesh"), in_range_or_again)
-    ways |= dict.fromkeys(("together", "separate"), around_largest)
-    return Norms(*by_way(ways, layout, leaves))
+    ways = dict.fromkeys(("cpu", "mesh"), in_range_or_again)
+    ways |= dict.fromkeys(("gpu", "tpu"), around_largest)
+    return Norms(*by_device(ways, layout.device, leaves))
 
 
 @_measure.defjvp

@@ -10,7 +10,13 @@ from clipfx._core.clip_factors import exceeds
 from clipfx._core.groups import Groups
 from clipfx._core.leaves import widest
 from clipfx._core.norms import Norms, group_sizes
-from clipfx._core.reductions import combine, layout_of, per_shard
+from clipfx._core.reductions import (
+    by_device,
+    combine,
+    device_of_programs,
+    layout_of,
+    per_shard,
+)
 from clipfx._core.safe_sums import add_up, largest
 
 
@@ -54,9 +60,8 @@ def peak_and_share(
 
 def _on_one_cpu(one: Callable[..., Any], other: Callable[..., Any], *args: Any) -> Any:
     """Calls `one` there. Over several devices XLA would split it with gathers."""
-    if jax.device_count() > 1:
-        return other(*args)
-    return jax.lax.platform_dependent(*args, cpu=one, default=other)
+    ways = dict.fromkeys(("gpu", "tpu", "mesh"), other) | {"cpu": one}
+    return by_device(ways, device_of_programs(), *args)
 
 
 def in_two_passes(x: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -20,19 +20,27 @@ class Layout(NamedTuple):
     dtype: Any
     axis_names: tuple[Any, ...]
     apart: frozenset[str]
-    way: str = "mesh"
+    device: str = "mesh"
 
 
-# Set by tests and benchmarks: a way instead of the one that suits the device.
-forced_way = ""
+# Set by tests and benchmarks: "cpu", "gpu", "tpu" or "mesh" instead of what there is.
+forced_device = ""
 
 
-def way_of_devices() -> str:
-    """How sums that may leave the range are taken: see `safe_sums.by_way`.
+def device_of_programs() -> str:
+    """One, or a mesh; of what kind one is, is known when a program is lowered."""
+    return forced_device or ("mesh" if jax.device_count() > 1 else "one")
 
-    What one device is, is known only when a program is lowered.
+
+def by_device(ways: dict[str, Callable[..., Any]], device: str, *args: Any) -> Any:
+    """Calls what suits one "cpu", "gpu" or "tpu", or a "mesh" of any.
+
+    A program that is compiled for one platform has no branch for it.
     """
-    return forced_way or ("mesh" if jax.device_count() > 1 else "platform")
+    if device in ways:
+        return ways[device](*args)
+    cpu, gpu, tpu = (ways[x] for x in ("cpu", "gpu", "tpu"))
+    return jax.lax.platform_dependent(*args, cpu=cpu, cuda=gpu, default=tpu)
 
 
 def layout_of(
@@ -44,7 +52,9 @@ def layout_of(
 ) -> Layout:
     """For leaves split as their types and `axis_name` say, but for axes `apart`."""
     split = stacked_axes_of_trees(varying(leaves, axis_name))
-    return Layout(index, number, dtype, as_tuple(axis_name), split, way_of_devices())
+    return Layout(
+        index, number, dtype, as_tuple(axis_name), split, device_of_programs()
+    )
 
 
 def apart(fun: Callable[..., Any], axes: Iterable[Any]) -> Callable[..., Any]:

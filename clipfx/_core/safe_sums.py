@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from clipfx import _compat
 from clipfx._core.leaves import times, widen
-from clipfx._core.reductions import Layout, combine
+from clipfx._core.reductions import Layout, by_device, combine
 
 # What the loops here pass on.
 _Carry: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
@@ -41,19 +41,8 @@ def sums_in_range(
     separate = functools.partial(_at_once, _separate, layout=layout, ord=ord)
     # Over several devices no loop: with a collective inside devices of XLA:CPU may wait
     # for each other for ever. And what is reduced together XLA gathers first.
-    ways = {"loop": loop, "together": together, "separate": separate, "mesh": separate}
-    return by_way(ways, layout, leaves)
-
-
-def by_way(ways: dict[str, Callable[..., Any]], layout: Layout, *args: Any) -> Any:
-    """Calls what suits a mesh, or one CPU ("loop"), GPU ("together") or TPU.
-
-    A program that is compiled for one platform has no branch for it.
-    """
-    if layout.way in ways:
-        return ways[layout.way](*args)
-    cpu, cuda, other = (ways[x] for x in ("loop", "together", "separate"))
-    return jax.lax.platform_dependent(*args, cpu=cpu, cuda=cuda, default=other)
+    ways = {"cpu": loop, "gpu": together, "tpu": separate, "mesh": separate}
+    return by_device(ways, layout.device, leaves)
 
 
 def _at_once(

@@ -72,3 +72,16 @@ def assert_close(a, b, rtol: float = 1e-6, atol: float = 0.0) -> None:
 def once(tx, tree):
     """The first update of a transform."""
     return tx.update(tree, tx.init(tree), tree)[0]
+
+
+def trained(rate, length, scan=True):
+    """A loss after two steps that are clipped by `length`, of a weight with a scale."""
+    start, slope = jnp.arange(1.0, 6.0) / 4, jnp.arange(1.0, 6.0)
+
+    def body(w, _):
+        grad = w * slope
+        return w - rate * grad * jnp.minimum(1, 0.5 / length(grad)), None
+
+    if scan:
+        return jnp.sum(jax.lax.scan(body, start, None, length=2)[0] ** 2)
+    return jnp.sum(body(body(start, None)[0], None)[0] ** 2)
