@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from clipfx import _compat
 from clipfx._core.leaves import widen, widest
+from clipfx._core.norms import Norms
 from clipfx.per_example.engine import (
     ghost_norm,
     interpreter,
@@ -20,7 +21,7 @@ from clipfx.per_example.engine.cost_model import by_region
 from clipfx.per_example.engine.param_views import LeafSlice
 from clipfx.per_example.engine.plan import Plan
 from clipfx.per_example.engine.rules.site import Site
-from clipfx.per_example.engine.scaled_sums import Power
+from clipfx.per_example.engine.scaled_sums import Elements
 
 
 class Program(NamedTuple):
@@ -181,35 +182,59 @@ def dtype(plan: Plan) -> Any:
     return widest(dtypes)
 
 
+class Powers(NamedTuple):
+    """Norms of each example's gradient to the power of p, in parts to add up.
+
+    Attributes:
+      rows: `[B, J, 4, 2]`.
+      group: Of which group of leaves each of the J is a part.
+    """
+
+    rows: jax.Array
+    group: tuple[int | None, ...]
+
+
+# What is measured of a leaf.
+_Part: TypeAlias = Elements | ghost_norm.Products
+
+
 def powers(
-    plan: Plan, tape: Tape, size: int, split: Sequence[frozenset[str]]
-) -> jax.Array:
-    """Norms `[B, L, 4, 2]` of each example's gradient to the power of p, by leaf.
+    plan: Plan,
+    tape: Tape,
+    size: int,
+    split: Sequence[frozenset[str]],
+    index: Sequence[int | None],
+) -> Powers:
+    """Norms of each example's gradient to the power of p.
 
     Args:
       plan: Decisions.
       tape: From `backward_pass`.
       size: B.
       split: Per leaf the mesh axes of `jax.shard_map` that it is split over.
+      index: Per leaf its group.
     """
-    leaves = range(len(plan.methods))
     if tape.powers is None:
-        one = lambda tape: spread(
-            plan, [_of_leaf(plan, k, tape) for k in leaves], split
-        )
-        return jax.vmap(one, axis_size=size)(tape)
-    sums = tape.powers.astype(dtype(plan))
-    one = lambda x: [scaled_sums.power(x, plan.ord)]
-    power = lambda x: scaled_sums.spread(one(x), dtype(plan))[0]
-    for leaf, x in tape.leaves.items():
-        sums = sums.at[:, leaf].add(jax.vmap(power)(x))
-    every = frozenset().union(*split)
-    if not every:
-        return sums
-    # Together they count as varying over what one of them does.
-    same = lambda k: jax.lax.pmean(sums[:, k], tuple(sorted(every - split[k])))
-    columns = [same(k) if every - split[k] else sums[:, k] for k in leaves]
-    return jnp.stack([over(x, a) for x, a in zip(columns, split, strict=True)], 1)
+        group: list[int | None] = []  # told by what follows, which is traced once
+
+        def one(tape: Tape) -> jax.Array:
+            parts = [_of_leaf(plan, k, tape) for k in range(len(split))]
+            group[:], rows = measured(plan, parts, split, index)
+            return rows
+
+        rows = jax.vmap(one, axis_size=size)(tape)
+        return Powers(rows, tuple(group))
+    every, leaf = frozenset().union(*split), [*range(len(split)), *tape.leaves]
+    one = lambda x: _powers([(0, Elements(x))], plan.ord, dtype(plan))[1]
+    rows = [tape.powers.astype(dtype(plan)), *map(jax.vmap(one), tape.leaves.values())]
+    rows = jnp.concatenate(rows, axis=1)
+    if every:
+        # Together they count as varying over what one of them does.
+        same = lambda x, axes: jax.lax.pmean(x, tuple(sorted(axes))) if axes else x
+        columns = [(rows[:, j : j + 1], split[k]) for j, k in enumerate(leaf)]
+        columns = [over(same(x, every - axes), axes) for x, axes in columns]
+        rows = jnp.concatenate(columns, axis=1)
+    return Powers(rows, tuple(index[k] for k in leaf))
 
 
 def over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
@@ -217,39 +242,82 @@ def over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     return jax.lax.psum(x, tuple(sorted(axes, key=str))) if axes else x
 
 
-def spread(
-    plan: Plan, powers: Sequence[list[Power]], split: Sequence[frozenset[str]]
-) -> jax.Array:
-    """Powers by leaf, any number of each, as `[L, 4, 2]`, added up over a mesh."""
-    if all(len(terms) == 1 for terms in powers) and not any(split):
-        return scaled_sums.spread([x for (x,) in powers], dtype(plan))
+def measured(
+    plan: Plan,
+    parts: Sequence[Sequence[_Part]],
+    split: Sequence[frozenset[str]],
+    index: Sequence[int | None],
+) -> tuple[list[int | None], jax.Array]:
+    """Of which group each power is, and powers `[J, 4, 2]`, of parts by leaf."""
+    group: list[int | None] = []
     rows = []
-    for terms, axes in zip(powers, split, strict=True):
-        row = scaled_sums.spread(terms, dtype(plan)).sum(0) if terms else _nothing(plan)
-        rows.append(over(row, axes))
-    return jnp.stack(rows)
+    for axes in dict.fromkeys(split):
+        leaves = [k for k, x in enumerate(split) if x == axes]
+        some = [(index[k], part) for k in leaves for part in parts[k]]
+        if some:
+            which, powers = _powers(some, plan.ord, dtype(plan))
+            group += which
+            rows.append(over(powers, axes))
+    if not rows:  # of parameters that the loss does not use
+        return [None], jnp.zeros((1, scaled_sums.SCALES, 2), dtype(plan))
+    return group, jnp.concatenate(rows)
 
 
-def _nothing(plan: Plan) -> jax.Array:
-    return jnp.zeros((scaled_sums.SCALES, 2), dtype(plan))
+def _powers(
+    parts: Sequence[tuple[int | None, _Part]], ord: int, dtype: Any
+) -> tuple[list[int | None], jax.Array]:
+    """Of which group each power is, and powers `[J, 4, 2]`, of one example."""
+    arrays: dict[int | None, list[Elements]] = {}
+    products = []
+    for group, part in parts:
+        if isinstance(part, Elements):
+            arrays.setdefault(group, []).append(part)
+        else:
+            products.append((group, part))
+    powers = [scaled_sums.power(xs, ord, dtype) for xs in arrays.values()]
+    groups = list(arrays)
+    if products:
+        order, power = ghost_norm.powers_of_products(
+            [x for _, x in products], ord, dtype
+        )
+        groups += [products[k][0] for k in order]
+        powers.append(power)
+    return groups, scaled_sums.spread(scaled_sums.join(powers))
 
 
-def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> list[Power]:
-    """The norm of one example's gradient to the power of p, in parts to add up."""
+def norms(plan: Plan, powers: Powers, count: int) -> tuple[Norms, jax.Array]:
+    """Norms `[B, G]`, and whether they are to be trusted."""
+    sums = by_group(powers.rows, powers.group, count)
+    return scaled_sums.norms(sums, plan.ord)
+
+
+def by_group(rows: jax.Array, index: Sequence[int | None], count: int) -> jax.Array:
+    """Adds up `[B, J, ...]` by group, `[B, G, ...]`."""
+    if count == 1 and None not in index:
+        return rows.sum(1, keepdims=True)
+    # Slices of one: XLA moves what squeezes them by one addition at a time.
+    columns = [
+        sum((rows[:, k : k + 1] for k, i in enumerate(index) if i == g),
+            jnp.zeros_like(rows[:, :1]))
+        for g in range(count)
+    ]  # fmt: skip
+    return jnp.concatenate(columns or [rows[:, :0]], axis=1)
+
+
+def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> list[_Part]:
+    """What is to be measured of one example's gradient, in parts to add up."""
     if leaf in tape.leaves:
-        return [scaled_sums.power(tape.leaves[leaf], plan.ord)]
-    powers = []
+        return [Elements(tape.leaves[leaf])]
+    parts = []
     for places in by_region(plan.uses[leaf]):
         (site, part), *_ = places
         if site.number in tape.formed:
-            formed = _part(site, part, tape.formed[site.number])
-            powers.append(scaled_sums.power(formed, plan.ord))
+            parts.append(Elements(_part(site, part, tape.formed[site.number])))
         else:
-            uses_of_region = [
-                (s, p, tape.operand(s), tape.deltas[s.tap]) for s, p in places
-            ]
-            powers += _of_region(uses_of_region, plan.ord)
-    return powers
+            parts += _of_region(
+                [(s, p, tape.operand(s), tape.deltas[s.tap]) for s, p in places]
+            )
+    return parts
 
 
 def _part(site: Site, part: LeafSlice, formed: jax.Array) -> jax.Array:
@@ -264,23 +332,19 @@ def _part(site: Site, part: LeafSlice, formed: jax.Array) -> jax.Array:
     return formed.sum([k for k, loop in enumerate(loops) if loop not in stacks])
 
 
-def _of_region(places: list, ord: int) -> list[Power]:
+def _of_region(places: list) -> list[_Part]:
     """From all uses of one region of a leaf, each with what was recorded there."""
     site = places[0][0]
     if site.adds:
         parts = [s.rule.factors(s, p, x, d) for s, p, x, d in places]
         rows = [rows.reshape(rows.shape[0], -1) for _, rows in parts]
         total = functools.reduce(jnp.add, [x.reshape(-1) for x, _ in parts])
-        total = scaled_sums.power(total, ord)
         if sum(len(x) for x in rows) == 1:
-            return [total]
+            return [Elements(total)]
         # What positions add up to may cancel.
-        zero = jnp.zeros_like(total.value)
-        each = [scaled_sums.power(x, ord)._replace(value=zero) for x in rows]
-        return [total._replace(terms=zero), *each]
+        return [Elements(total, terms=False), *(Elements(x, False) for x in rows)]
     factors = [outer_products.factors(*place) for place in places]
-    precision = primitives.precision(site.eqn)
-    return [ghost_norm.power_of_products(factors, precision, ord)]
+    return [ghost_norm.Products(factors, primitives.precision(site.eqn))]
 
 
 def _probe(
@@ -300,8 +364,9 @@ def _probe(
         sums = _no_powers(plan)
         turn = site._replace(loops=())
         for part in parts:
-            x = _of_region([(turn, part._replace(stack=()), data, delta)], plan.ord)
-            sums = sums.at[part.leaf].add(scaled_sums.spread(x, sums.dtype).sum(0))
+            x = _of_region([(turn, part._replace(stack=()), data, delta)])
+            _, powers = _powers([(0, y) for y in x], plan.ord, sums.dtype)
+            sums = sums.at[part.leaf].add(powers.sum(0))
         return None, delta, sums
 
     probe.defvjp(lambda data, out, sums: (out, data), backward)

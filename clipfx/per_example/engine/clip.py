@@ -12,7 +12,8 @@ from clipfx._core.clip_factors import factors
 from clipfx._core.groups import Groups
 from clipfx._core.leaves import times
 from clipfx._core.norms import Norms
-from clipfx.per_example.engine import bookkeeping, one_by_one, scaled_sums
+from clipfx.per_example.engine import bookkeeping, one_by_one
+from clipfx.per_example.engine.bookkeeping import Tape
 from clipfx.per_example.engine.trace import Call
 from clipfx.per_example.engine.weighted_sum import weighted_sum
 
@@ -58,12 +59,11 @@ def bounded_sum(
     """
     inputs, index, plan = call.inputs, members.index, call.program.plan
     outs, tape = bookkeeping.backward_pass(call.program, inputs, norms=True)
-    group = functools.partial(_grouped, call, members)
-    norms, trusted = group(bookkeeping.powers(plan, tape, call.size, call.split))
+    norms, trusted = _norms(call, members, tape)
     good = jnp.isfinite(norms.value / norms.scale).all(1)
     keep = jnp.ones_like(good) if where is None else _compat.as_like(where, good)
     alone = good & keep & ~trusted.all(1)
-    each = functools.partial(one_by_one.each, call, tape, group=lambda x: group(x)[0])
+    each = functools.partial(one_by_one.each, call, tape, members)
     if callable(limit):
         if plan.adds_up:
             start = one_by_one.Progress(norms, jnp.zeros_like(norms.value), [])
@@ -127,10 +127,11 @@ def _shown(norms: Norms, keep: jax.Array) -> jax.Array:
     return jnp.where(keep[:, None], norm, jnp.zeros_like(norm))
 
 
-def _grouped(call: Call, members: Groups, powers: jax.Array) -> tuple[Norms, jax.Array]:
-    """Norms `[B, G]` from powers `[B, L, 4, 2]`, and whether they are to be trusted."""
-    sums = by_group(powers, members.index, len(members.names))
-    return scaled_sums.norms(sums, call.program.plan.ord)
+def _norms(call: Call, members: Groups, tape: Tape) -> tuple[Norms, jax.Array]:
+    """Norms `[B, G]`, and whether they are to be trusted."""
+    plan = call.program.plan
+    powers = bookkeeping.powers(plan, tape, call.size, call.split, members.index)
+    return bookkeeping.norms(plan, powers, len(members.names))
 
 
 def make_info(
@@ -160,31 +161,16 @@ def with_rounding_margin(limit: jax.Array) -> jax.Array:
     return limit * (1 - 2.0 ** (-49 if wide else -20))
 
 
-def by_group(rows: jax.Array, index: Sequence[int | None], count: int) -> jax.Array:
-    """Adds up `[B, L, ...]` by group, `[B, G, ...]`."""
-    # Slices of one: XLA moves what squeezes them by one addition at a time.
-    columns = [
-        sum((rows[:, k : k + 1] for k, i in enumerate(index) if i == g),
-            jnp.zeros_like(rows[:, :1]))
-        for g in range(count)
-    ]  # fmt: skip
-    return jnp.concatenate(columns, axis=1)
-
-
 def measure(call: Call, members: Groups, where: jax.Array | None) -> PerExample:
     """Norms alone."""
     outs, tape = bookkeeping.backward_pass(call.program, call.inputs, norms=True)
-    group = functools.partial(_grouped, call, members)
-    norms, trusted = group(
-        bookkeeping.powers(call.program.plan, tape, call.size, call.split)
-    )
+    norms, trusted = _norms(call, members, tape)
     keep = jnp.ones_like(outs[0], bool) if where is None else where
     keep = _compat.as_like(keep, outs[0])
     if call.program.plan.adds_up:
         alone = jnp.isfinite(norms.value / norms.scale).all(1) & keep & ~trusted.all(1)
         start = one_by_one.Progress(norms, jnp.zeros_like(norms.value), [])
-        one = lambda x: group(x)[0]
-        norms = one_by_one.each(call, tape, alone, one, start, None).norms
+        norms = one_by_one.each(call, tape, members, alone, start, None).norms
     return make_info(call, outs, keep, _shown(norms, keep), None)
 
 

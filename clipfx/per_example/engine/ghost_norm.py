@@ -8,35 +8,88 @@ is only the case of one position, :math:`|u|_p^p |v|_p^p`.
 """
 
 import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from clipfx import _compat
-from clipfx._core.leaves import widest
 from clipfx._core.safe_sums import abs_power, add_up, summed
 from clipfx.per_example.engine import scaled_sums
 from clipfx.per_example.engine.outer_products import Factors
-from clipfx.per_example.engine.scaled_sums import Power
+from clipfx.per_example.engine.scaled_sums import Elements, Power
 
 # More positions than this are taken in tiles, half of which symmetry saves.
 TILE = 256
 
 
-def power_of_products(
-    factors: list[Factors], precision: jax.lax.PrecisionLike = None, ord: int = 2
-) -> Power:
-    """The norm of a sum of outer products, of one example, to the power of p.
+class Products(NamedTuple):
+    """A sum of outer products, of one example.
 
-    Args:
+    Attributes:
       factors: All of the same leaf or the same region of it, aligned.
       precision: Of the matrix products.
-      ord: p, 2 unless there is one position only.
     """
-    dtype = widest(f.right.dtype for f in factors)
+
+    factors: list[Factors]
+    precision: jax.lax.PrecisionLike
+
+    @property
+    def positions(self) -> int:
+        """How many outer products are added up."""
+        return sum(f.right.shape[0] * f.right.shape[1] for f in self.factors)
+
+
+def powers_of_products(
+    products: Sequence[Products], ord: int, dtype: Any
+) -> tuple[list[int], Power]:
+    """The norms of sums of outer products, to the power of p.
+
+    Args:
+      products: The sums.
+      ord: p, 2 unless there is one position only.
+      dtype: Of the powers.
+
+    Returns:
+      Which of `products` each power is of, and the powers.
+    """
+    # Those of as many positions together: XLA compiles every operation.
+    alike: dict[int, list[int]] = {}
+    order, powers = [], []
+    for k, sums in enumerate(products):
+        if sum(f.right.shape[1] for f in sums.factors) == 1:
+            order.append(k)
+            powers.append(_of_one_position(_cast(sums.factors, dtype)[0], ord, dtype))
+        else:
+            alike.setdefault(sums.positions, []).append(k)
+    for some in alike.values():
+        assert ord == 2, ord
+        order += some
+        each = [_of_several(products[k], dtype) for k in some]
+        total, terms, u, v = map(jnp.stack, zip(*(x[:4] for x in each), strict=True))
+        odd, rest = scaled_sums.unusual(u, v, [x[4] for x in each])
+        # What cannot be measured so is not to be trusted, whatever came of it.
+        total = jnp.where(odd, 0, jnp.maximum(total, 0))
+        terms = jnp.where(odd, jnp.inf, terms + rest)
+        powers.append(scaled_sums.at_scale(total, terms))
+    return order, scaled_sums.join(powers)
+
+
+def _cast(factors: list[Factors], dtype: Any) -> list[Factors]:
     cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-    factors = [Factors(cast(f.left), cast(f.right), f.key) for f in _align(factors)]
+    return [Factors(cast(f.left), cast(f.right), f.key) for f in factors]
+
+
+def _of_several(
+    sums: Products, dtype: Any
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, int]:
+    """The square of the norm, that of terms, and what tells whether to trust them.
+
+    That is the largest magnitudes of rows u and v, and the size of their product.
+    """
+    factors = _cast(_align(sums.factors), dtype)
     if any(f.by_index for f in factors):  # look-ups do not know about meshes
         factors = [
             Factors(_compat.whole(f.left), _compat.whole(f.right), f.key)
@@ -44,43 +97,38 @@ def power_of_products(
         ]
     dense = _join([f for f in factors if not f.by_index])
     rows = _join([f for f in factors if f.by_index])
-    if sum(f.right.shape[1] for f in factors) == 1:
-        return _of_one_position(factors[0], ord)
-    assert ord == 2, ord
     total = terms = jnp.zeros((), dtype)
-    odd = jnp.zeros((), bool)
+    left, right, count = [], [], 1
     if dense is not None:
-        total, terms = _gram(dense.left, dense.right, precision)
-        odd, rest = scaled_sums.unusual(dense.left, dense.right)
-        terms += rest
+        total, terms = _gram(dense.left, dense.right, sums.precision)
+        left.append(scaled_sums.peaks(dense.left).reshape(-1))
+        right.append(scaled_sums.peaks(dense.right).reshape(-1))
+        count = dense.left.shape[-1] * dense.right.shape[-1]
     if rows is not None:
         total += add_up(abs_power(_sum_rows(rows.left, rows.right), 2))
         terms += add_up(abs_power(rows.right, 2))
-        more, rest = scaled_sums.unusual(rows.right)
-        odd, terms = odd | more, terms + rest
+        right.append(scaled_sums.peaks(rows.right).reshape(-1))
+        left.append(jnp.ones_like(right[-1]))
+        count = max(count, rows.right.shape[-1])
     if dense is not None and rows is not None:
         take = functools.partial(jnp.take_along_axis, axis=2)
         ids = jnp.broadcast_to(
             rows.left[:, None], (*dense.left.shape[:2], rows.left.shape[1])
         )
-        inner = _matmul(dense.right, rows.right, precision)
+        inner = _matmul(dense.right, rows.right, sums.precision)
         total += 2 * add_up(take(dense.left, ids) * inner)
-    # What cannot be measured so is not to be trusted, whatever came of it.
-    total = jnp.where(odd, 0, jnp.maximum(total, 0))
-    terms = jnp.where(odd, jnp.inf, terms)
-    n = scaled_sums.exponent(jnp.maximum(total, terms))
-    unit = scaled_sums.inverse_of(n, dtype)
-    return Power(total * unit, terms * unit, n)
+    one = lambda xs: xs[0] if len(xs) == 1 else jnp.concatenate(xs)
+    return total, terms, one(left), one(right), count
 
 
-def _of_one_position(f: Factors, ord: int) -> Power:
+def _of_one_position(f: Factors, ord: int, dtype: Any) -> Power:
     """Of one position, at any magnitude."""
     if f.by_index:
-        return scaled_sums.power(f.right, ord)
+        return scaled_sums.power([Elements(f.right)], ord, dtype)
     left, right, top = scaled_sums.pair_to_one(f.left, f.right)
     total = (abs_power(left, ord).sum(-1) * abs_power(right, ord).sum(-1)).sum()
     top = jnp.where(top == scaled_sums.NOTHING, 0, top)
-    return Power(total, total, ord * top)
+    return Power(total[None], total[None], ord * top[None])
 
 
 def fits(keys: list[tuple | None]) -> bool:
@@ -146,7 +194,7 @@ def _gram(
             if j < k:
                 rows[j].append(tile.sum((0, 1)))
             else:
-                terms += jnp.diagonal(tile, axis1=1, axis2=2).sum()
+                terms += jnp.where(jnp.eye(tile.shape[1], dtype=bool), tile, 0).sum()
     add = lambda xs: functools.reduce(jnp.add, xs)
     total = jnp.concatenate([summed(add(row)) for row in rows]).sum()
     if count > 1:

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from clipfx import _compat
+from clipfx._core.groups import Groups
 from clipfx._core.leaves import widen
 from clipfx._core.norms import Norms
-from clipfx.per_example.engine import bookkeeping, interpreter, scaled_sums
-from clipfx.per_example.engine.bookkeeping import Tape
+from clipfx.per_example.engine import bookkeeping, interpreter
+from clipfx.per_example.engine.bookkeeping import Powers, Tape
+from clipfx.per_example.engine.scaled_sums import Elements
 from clipfx.per_example.engine.trace import Call
 from clipfx.per_example.engine.weighted_sum import weighted_sum
 
@@ -38,8 +40,8 @@ class Progress(NamedTuple):
 def each(
     call: Call,
     tape: Tape,
+    members: Groups,
     todo: jax.Array,
-    group: Callable,
     progress: Progress,
     bound: Callable | None,
     anew: Any = False,
@@ -49,8 +51,8 @@ def each(
     Args:
       call: The loss and its inputs.
       tape: From `backward_pass`.
+      members: Of the leaves of the parameters.
       todo: bool `[B]`, which.
-      group: From powers by leaf `[1, L, 4, 2]` to `Norms` `[1, G]`.
       progress: What is known so far; entries of these examples are replaced, their
         contributions are added to the sums.
       bound: `bound(gradient, norms, row) -> contributions, factor [1, G]` for the
@@ -66,8 +68,10 @@ def each(
         i = jnp.where(todo, number, call.size).min()
         row = lambda x: _row(x, i)
         gradient = _gradient(call, tape, row)
-        powers = [[scaled_sums.power(x, plan.ord)] for x in gradient]
-        norms = group(bookkeeping.spread(plan, powers, split)[None])
+        parts = [[Elements(x)] for x in gradient]
+        index, powers = bookkeeping.measured(plan, parts, split, members.index)
+        powers = Powers(powers[None], tuple(index))
+        norms, _ = bookkeeping.norms(plan, powers, len(members.names))
         chosen = number == i
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -123,4 +127,6 @@ def _row(x: jax.Array, i: jax.Array) -> jax.Array:
     # for one. Of a slice XLA would hand all rows to every device, and before the loop.
     spec = _compat.explicit_spec(x)
     out = _compat.sharding(x, (None, *spec[1:])) if spec else None
-    return x.at[i[None]].get(mode="promise_in_bounds", out_sharding=out)
+    return x.at[i[None]].get(
+        mode="promise_in_bounds", out_sharding=out, wrap_negative_indices=False
+    )

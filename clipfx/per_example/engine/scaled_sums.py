@@ -11,8 +11,6 @@ several positions cancel it is much more than the first, and tells that rounding
 is left.
 """
 
-import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -101,30 +99,47 @@ def pair_to_one(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     return u, v * inverse_of(jnp.maximum(top - size, 0), v.dtype)[..., None], top
 
 
-def unusual(*rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+def unusual(
+    u: jax.Array, v: jax.Array, count: Sequence[int]
+) -> tuple[jax.Array, jax.Array]:
     """Whether squares may overflow; and what may vanish of them, to be added to terms.
 
     Args:
-      *rows: `[..., K]`, one array or a pair, whose outer products are added up.
+      u: `[K, T]`, the largest magnitude of each row.
+      v: `[K, T]`, that of the row in the outer product with it.
+      count: K numbers of elements of a position's gradient.
     """
-    each = [peaks(x) for x in rows]
-    size = functools.reduce(jnp.multiply, each)
-    count = math.prod(x.shape[-1] for x in rows)  # elements of a position's gradient
+    size = u * v
     info = jnp.finfo(size.dtype)
     high = 2.0 ** (info.maxexp // 4)  # 2^32: room for 2^60 elements
     low = 2.0 ** (-info.maxexp * 3 // 8)  # 2^-48: what matters has normal squares
-    usual = functools.reduce(jnp.logical_and, [jnp.isfinite(x) for x in each])
-    largest = functools.reduce(jnp.maximum, [*each, size])
-    smallest = functools.reduce(jnp.minimum, [*each, size])
-    nonzero = functools.reduce(jnp.minimum, each) > 0
+    usual = jnp.isfinite(u) & jnp.isfinite(v)
+    largest = jnp.maximum(jnp.maximum(u, v), size)
+    smallest = jnp.minimum(jnp.minimum(u, v), size)
+    nonzero = jnp.minimum(u, v) > 0
     # Of vanishing rows 2^22 times their share, so that it is seen if it matters.
-    lost = jnp.where(nonzero & (smallest < low), size, 0).sum() * (2.0**24 * count**0.5)
+    share = jnp.asarray([2.0**24 * n**0.5 for n in count], size.dtype)
+    lost = jnp.where(nonzero & (smallest < low), size, 0).sum(-1) * share
     least = jnp.maximum(lost * lost, low * low)  # which may vanish itself
-    return jnp.any(usual & (largest > high)), jnp.where(lost > 0, least, 0)
+    return (usual & (largest > high)).any(-1), jnp.where(lost > 0, least, 0)
+
+
+class Elements(NamedTuple):
+    """An array to be measured.
+
+    Attributes:
+      array: Its elements.
+      counts: Whether they are what is measured.
+      terms: Whether they are what was added up to it.
+    """
+
+    array: jax.Array
+    counts: bool = True
+    terms: bool = True
 
 
 class Power(NamedTuple):
-    """A sum of powers, `value * 2**n`.
+    """Sums of powers `[K]`, `value * 2**n`.
 
     Attributes:
       value: Of what is measured.
@@ -137,18 +152,43 @@ class Power(NamedTuple):
     n: jax.Array
 
 
-def power(x: jax.Array, p: int) -> Power:
-    """The sum of powers of all elements of `x`."""
-    x = widen(x)
-    n = exponent(jnp.max(jnp.abs(x), initial=0))
-    total = add_up(abs_power(times(x, inverse_of(n, jnp.finfo(x.dtype).dtype)), p))
-    return Power(total, total, p * n)
+def power(xs: Sequence[Elements], p: int, dtype: Any) -> Power:
+    """The sum of powers of all elements of all arrays, `[1]`.
+
+    At one scale for all: what vanishes of a small array does not matter beside a large
+    one. And XLA compiles alike what it does to arrays of one shape.
+    """
+    # Behind barriers: of a constant XLA would take the unit out, and square it.
+    arrays = [widen(jax.lax.optimization_barrier(x.array), dtype) for x in xs]
+    n = exponent(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in arrays]).max())
+    unit = inverse_of(n, dtype)
+    each = jnp.stack([add_up(abs_power(times(x, unit), p)) for x in arrays])
+
+    def total(chosen: list[bool]) -> jax.Array:
+        x = each if all(chosen) else jnp.where(jnp.array(chosen), each, 0)
+        return x.sum(keepdims=True)
+
+    value = total([x.counts for x in xs])
+    return Power(value, total([x.terms for x in xs]), p * n[None])
 
 
-def spread(powers: Sequence[Power], dtype: Any) -> jax.Array:
-    """Each at the scale that serves it, `[len(powers), 4, 2]`."""
-    pair = jnp.stack([jnp.stack([x.value, x.terms]).astype(dtype) for x in powers])
-    return spread_pairs(pair, jnp.stack([x.n for x in powers]))
+def at_scale(total: jax.Array, terms: jax.Array) -> Power:
+    """Sums and their terms, brought to 1 together."""
+    n = exponent(jnp.maximum(total, terms))
+    unit = inverse_of(n, total.dtype)
+    return Power(total * unit, terms * unit, n)
+
+
+def join(powers: Sequence[Power]) -> Power:
+    """One after the other."""
+    if len(powers) == 1:
+        return powers[0]
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *powers)
+
+
+def spread(power: Power) -> jax.Array:
+    """Each at the scale that serves it, `[K, 4, 2]`."""
+    return spread_pairs(jnp.stack([power.value, power.terms], -1), power.n)
 
 
 def spread_pairs(pair: jax.Array, n: jax.Array) -> jax.Array:
