@@ -4,6 +4,7 @@ Features are detected, never inferred from a version string.
 """
 
 import contextlib
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -169,6 +170,14 @@ def as_like(x: jax.Array, like: jax.Array) -> jax.Array:
     if explicit_spec(x) is None:  # no mesh in its type: it takes that of another
         return jnp.where(jnp.ones_like(like, bool), x, x)
     return reshard(x, spec)
+
+
+def stack(xs: Sequence[jax.Array]) -> jax.Array:
+    """Stacks what may be split differently, on a mesh with Explicit axes."""
+    if any(explicit_spec(x) is not None for x in xs):
+        every = functools.reduce(jnp.add, xs)  # split as any of them, mapped axes too
+        xs = [jnp.where(every == every, x, x) for x in xs]
+    return jnp.stack(xs)
 
 
 def lead_whole(x: jax.Array) -> jax.Array:

@@ -225,7 +225,7 @@ def powers(
         rows = jax.vmap(one, axis_size=size)(tape)
         return Powers(rows, tuple(group))
     every, leaf = frozenset().union(*split), [*range(len(split)), *tape.leaves]
-    one = lambda x: _powers([(0, Elements(x))], plan.ord, dtype(plan))[1]
+    one = lambda x: _powers([(0, Elements([x]))], plan.ord, dtype(plan))[1]
     rows = [tape.powers.astype(dtype(plan)), *map(jax.vmap(one), tape.leaves.values())]
     rows = jnp.concatenate(rows, axis=1)
     if every:
@@ -267,15 +267,10 @@ def _powers(
     parts: Sequence[tuple[int | None, _Part]], ord: int, dtype: Any
 ) -> tuple[list[int | None], jax.Array]:
     """Of which group each power is, and powers `[J, 4, 2]`, of one example."""
-    arrays: dict[int | None, list[Elements]] = {}
-    products = []
-    for group, part in parts:
-        if isinstance(part, Elements):
-            arrays.setdefault(group, []).append(part)
-        else:
-            products.append((group, part))
-    powers = [scaled_sums.power(xs, ord, dtype) for xs in arrays.values()]
-    groups = list(arrays)
+    arrays = [(group, x) for group, x in parts if isinstance(x, Elements)]
+    products = [(group, x) for group, x in parts if not isinstance(x, Elements)]
+    powers = [scaled_sums.power(x, ord, dtype) for _, x in arrays]
+    groups = [group for group, _ in arrays]
     if products:
         order, power = ghost_norm.powers_of_products(
             [x for _, x in products], ord, dtype
@@ -307,12 +302,12 @@ def by_group(rows: jax.Array, index: Sequence[int | None], count: int) -> jax.Ar
 def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> list[_Part]:
     """What is to be measured of one example's gradient, in parts to add up."""
     if leaf in tape.leaves:
-        return [Elements(tape.leaves[leaf])]
+        return [Elements([tape.leaves[leaf]])]
     parts = []
     for places in by_region(plan.uses[leaf]):
         (site, part), *_ = places
         if site.number in tape.formed:
-            parts.append(Elements(_part(site, part, tape.formed[site.number])))
+            parts.append(Elements([_part(site, part, tape.formed[site.number])]))
         else:
             parts += _of_region(
                 [(s, p, tape.operand(s), tape.deltas[s.tap]) for s, p in places]
@@ -340,9 +335,9 @@ def _of_region(places: list) -> list[_Part]:
         rows = [rows.reshape(rows.shape[0], -1) for _, rows in parts]
         total = functools.reduce(jnp.add, [x.reshape(-1) for x, _ in parts])
         if sum(len(x) for x in rows) == 1:
-            return [Elements(total)]
+            return [Elements([total])]
         # What positions add up to may cancel.
-        return [Elements(total, terms=False), *(Elements(x, False) for x in rows)]
+        return [Elements([total], terms=False), Elements(rows, counts=False)]
     factors = [outer_products.factors(*place) for place in places]
     return [ghost_norm.Products(factors, primitives.precision(site.eqn))]
 

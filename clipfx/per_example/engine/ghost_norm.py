@@ -68,7 +68,8 @@ def powers_of_products(
         assert ord == 2, ord
         order += some
         each = [_of_several(products[k], dtype) for k in some]
-        total, terms, u, v = map(jnp.stack, zip(*(x[:4] for x in each), strict=True))
+        columns = zip(*(x[:4] for x in each), strict=True)
+        total, terms, u, v = map(_compat.stack, columns)
         odd, rest = scaled_sums.unusual(u, v, [x[4] for x in each])
         # What cannot be measured so is not to be trusted, whatever came of it.
         total = jnp.where(odd, 0, jnp.maximum(total, 0))
@@ -101,13 +102,13 @@ def _of_several(
     left, right, count = [], [], 1
     if dense is not None:
         total, terms = _gram(dense.left, dense.right, sums.precision)
-        left.append(scaled_sums.peaks(dense.left).reshape(-1))
-        right.append(scaled_sums.peaks(dense.right).reshape(-1))
+        left.append(_peaks(dense.left))
+        right.append(_peaks(dense.right))
         count = dense.left.shape[-1] * dense.right.shape[-1]
     if rows is not None:
         total += add_up(abs_power(_sum_rows(rows.left, rows.right), 2))
         terms += add_up(abs_power(rows.right, 2))
-        right.append(scaled_sums.peaks(rows.right).reshape(-1))
+        right.append(_peaks(rows.right))
         left.append(jnp.ones_like(right[-1]))
         count = max(count, rows.right.shape[-1])
     if dense is not None and rows is not None:
@@ -121,10 +122,15 @@ def _of_several(
     return total, terms, one(left), one(right), count
 
 
+def _peaks(rows: jax.Array) -> jax.Array:
+    """The largest magnitude of each row, flat."""
+    return _compat.whole(scaled_sums.peaks(rows)).reshape(-1)
+
+
 def _of_one_position(f: Factors, ord: int, dtype: Any) -> Power:
     """Of one position, at any magnitude."""
     if f.by_index:
-        return scaled_sums.power([Elements(f.right)], ord, dtype)
+        return scaled_sums.power(Elements([f.right]), ord, dtype)
     left, right, top = scaled_sums.pair_to_one(f.left, f.right)
     total = (abs_power(left, ord).sum(-1) * abs_power(right, ord).sum(-1)).sum()
     top = jnp.where(top == scaled_sums.NOTHING, 0, top)
@@ -194,7 +200,8 @@ def _gram(
             if j < k:
                 rows[j].append(tile.sum((0, 1)))
             else:
-                terms += jnp.where(jnp.eye(tile.shape[1], dtype=bool), tile, 0).sum()
+                flat = tile.reshape(tile.shape[0], -1)  # a slice: gathers are slow
+                terms += lax.slice_in_dim(flat, 0, None, tile.shape[1] + 1, 1).sum()
     add = lambda xs: functools.reduce(jnp.add, xs)
     total = jnp.concatenate([summed(add(row)) for row in rows]).sum()
     if count > 1:

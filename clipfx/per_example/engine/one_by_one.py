@@ -61,15 +61,25 @@ def each(
       anew: Whether to forget the sums, and to do all examples.
     """
     plan, split = call.program.plan, call.split
+    of = members.index
     number = _compat.as_like(jnp.arange(call.size, dtype=jnp.int32), todo)
+
+    def together(gradient: list) -> list[list[Elements]]:
+        """Leaves of a group at one scale: XLA compiles alike what it does to them."""
+        alike: dict[Any, list[int]] = {}
+        for k, key in enumerate(zip(split, of, strict=True)):
+            alike.setdefault(key, []).append(k)
+        whole = {ks[0]: Elements([gradient[k] for k in ks]) for ks in alike.values()}
+        return [[whole[k]] if k in whole else [] for k in range(len(gradient))]
 
     def body(state: tuple) -> tuple:
         _, todo, progress, forget = state
         i = jnp.where(todo, number, call.size).min()
         row = lambda x: _row(x, i)
         gradient = _gradient(call, tape, row)
-        parts = [[Elements(x)] for x in gradient]
-        index, powers = bookkeeping.measured(plan, parts, split, members.index)
+        # Behind barriers: of a constant XLA takes the scale out, and squares it.
+        gradient = [jax.lax.optimization_barrier(x) for x in gradient]
+        index, powers = bookkeeping.measured(plan, together(gradient), split, of)
         powers = Powers(powers[None], tuple(index))
         norms, _ = bookkeeping.norms(plan, powers, len(members.names))
         chosen = number == i

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from clipfx import _compat
 from clipfx._core.leaves import times, widen
 from clipfx._core.norms import Norms
 from clipfx._core.safe_sums import abs_power, add_up
@@ -125,15 +126,16 @@ def unusual(
 
 
 class Elements(NamedTuple):
-    """An array to be measured.
+    """Arrays to be measured.
 
     Attributes:
-      array: Its elements.
+      arrays: Whose elements, at one scale for all: what vanishes of a small array does
+        not matter beside a large one.
       counts: Whether they are what is measured.
       terms: Whether they are what was added up to it.
     """
 
-    array: jax.Array
+    arrays: Sequence[jax.Array]
     counts: bool = True
     terms: bool = True
 
@@ -152,24 +154,15 @@ class Power(NamedTuple):
     n: jax.Array
 
 
-def power(xs: Sequence[Elements], p: int, dtype: Any) -> Power:
-    """The sum of powers of all elements of all arrays, `[1]`.
-
-    At one scale for all: what vanishes of a small array does not matter beside a large
-    one. And XLA compiles alike what it does to arrays of one shape.
-    """
-    # Behind barriers: of a constant XLA would take the unit out, and square it.
-    arrays = [widen(jax.lax.optimization_barrier(x.array), dtype) for x in xs]
-    n = exponent(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in arrays]).max())
+def power(x: Elements, p: int, dtype: Any) -> Power:
+    """The sum of powers of all elements, `[1]`."""
+    arrays = [widen(y, dtype) for y in x.arrays]
+    n = exponent(_compat.stack([jnp.max(jnp.abs(y), initial=0) for y in arrays]).max())
     unit = inverse_of(n, dtype)
-    each = jnp.stack([add_up(abs_power(times(x, unit), p)) for x in arrays])
-
-    def total(chosen: list[bool]) -> jax.Array:
-        x = each if all(chosen) else jnp.where(jnp.array(chosen), each, 0)
-        return x.sum(keepdims=True)
-
-    value = total([x.counts for x in xs])
-    return Power(value, total([x.terms for x in xs]), p * n[None])
+    each = [add_up(abs_power(times(y, unit), p)) for y in arrays]
+    total = _compat.stack(each).sum(keepdims=True)
+    zero = jnp.zeros_like(total)
+    return Power(total if x.counts else zero, total if x.terms else zero, p * n[None])
 
 
 def at_scale(total: jax.Array, terms: jax.Array) -> Power:
