@@ -131,6 +131,14 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "error_feedback": lambda: clipfx.error_feedback(clipfx.clip_by_global_norm(1.0)),
 }
 
+_KNOWN = {"models": MODELS, "methods": METHODS, "as": ["", "cpu", "gpu", "tpu", "mesh"]}
+for _flag, _names in _KNOWN.items():
+    flags.register_validator(
+        _flag,
+        lambda chosen, names=_names: all(x in names for x in chosen),
+        f"must be of {', '.join(filter(None, _names))}.",
+    )
+
 
 def compiled(model: Model, tx: Any, dtype: Any, sharding: Any) -> tuple[Any, Any]:
     """A compiled donating step `(params, state, batch)`, and shapes of its carry."""
