@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiers import in_tiers
+from trees import enable_x64
 
 from clipfx import per_example, responses
 from clipfx._core.groups import group_leaves
@@ -251,6 +252,44 @@ def test_products_whose_squares_vanish_are_measured():
     sums, info = jax.jit(grad)(jnp.zeros(1024), (x, d))
     np.testing.assert_allclose(info.norm[0, 0], 28.8, rtol=1e-6)
     np.testing.assert_allclose(jnp.linalg.norm(sums), 1, rtol=2e-6)
+
+
+def nearly_cancelled(p, e):
+    """Positions add up to a thousandth, exactly, and `p["b"]` is not used."""
+    sign = jnp.array([[1.0], [-1.0], [1.0], [2.0**-10 - 1]], e.dtype)
+    return jnp.sum((jnp.full((4, 3), e) @ p["w"]) * sign)
+
+
+ALIKE = {
+    "broadcast": lambda p, e: e * jnp.sum(p["w"]) + e * jnp.sum(p["b"]),
+    "cancelled": nearly_cancelled,
+    "cancelled, remat": jax.checkpoint(nearly_cancelled),
+}
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("loss", ALIKE)
+def test_gradients_of_one_number_are_measured(loss, x64):
+    """Of a constant XLA takes the scale out of the square, where it overflows."""
+    with enable_x64(x64):
+        params = {"b": jnp.ones(5), "w": jnp.ones((3, 5))}
+        grad = per_example.clipped_grad(ALIKE[loss], 1.0, groups="global")
+        step = jax.jit(lambda e, c: grad(params, e, max_norm=c))
+        one = jax.jit(jax.vmap(lambda e: jax.grad(ALIKE[loss])(params, e)))
+
+        def length(tree, power):
+            scaled = lambda x: np.asarray(x, np.float64) * 2.0**-power
+            return norms64(jax.tree.map(scaled, tree), "global")
+
+        for power in [-664, -83, 0, 332] if x64 else [-100, -83, 0, 100]:
+            batch = 2.0**power * jnp.array([1.0, 2.0, 0.5])
+            true = length(one(batch), power)
+            sums, info = step(batch, jnp.asarray(2.0**power))
+            norm = np.asarray(info.norm, np.float64) * 2.0**-power
+            np.testing.assert_allclose(norm, true, rtol=1e-6)
+            whole = length(jax.tree.map(lambda x: x[None], sums), power)
+            bounded = np.minimum(true, 1).sum()
+            np.testing.assert_allclose(whole, [[bounded]], rtol=3e-6)
 
 
 @pytest.mark.parametrize("mode", in_tiers(MODES[:4], {"fill", "wrap"}))

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from clipfx import _compat
+from clipfx._core.groups import Groups
 from clipfx._core.leaves import widen, widest
-from clipfx._core.norms import Norms
 from clipfx.per_example.engine import (
     ghost_norm,
     interpreter,
@@ -182,20 +182,10 @@ def dtype(plan: Plan) -> Any:
     return widest(dtypes)
 
 
-class Powers(NamedTuple):
-    """Norms of each example's gradient to the power of p, in parts to add up.
-
-    Attributes:
-      rows: `[B, J, 4, 2]`.
-      group: Of which group of leaves each of the J is a part.
-    """
-
-    rows: jax.Array
-    group: tuple[int | None, ...]
-
-
 # What is measured of a leaf.
-_Part: TypeAlias = Elements | ghost_norm.Products
+_Measured: TypeAlias = Elements | ghost_norm.Products
+# And the mesh axes of `jax.shard_map` that the leaf is split over, and its group.
+_Part: TypeAlias = tuple[frozenset[str], int | None, _Measured]
 
 
 def powers(
@@ -203,27 +193,25 @@ def powers(
     tape: Tape,
     size: int,
     split: Sequence[frozenset[str]],
-    index: Sequence[int | None],
-) -> Powers:
-    """Norms of each example's gradient to the power of p.
+    members: Groups,
+) -> jax.Array:
+    """Norms `[B, G, 4, 2]` of each example's gradient to the power of p, by group.
 
     Args:
       plan: Decisions.
       tape: From `backward_pass`.
       size: B.
       split: Per leaf the mesh axes of `jax.shard_map` that it is split over.
-      index: Per leaf its group.
+      members: Of the leaves.
     """
     if tape.powers is None:
-        group: list[int | None] = []  # told by what follows, which is traced once
 
         def one(tape: Tape) -> jax.Array:
-            parts = [_of_leaf(plan, k, tape) for k in range(len(split))]
-            group[:], rows = measured(plan, parts, split, index)
-            return rows
+            keys = enumerate(zip(split, members.index, strict=True))
+            parts = [(*key, x) for k, key in keys for x in _of_leaf(plan, k, tape)]
+            return powers_of_parts(plan, parts, members)
 
-        rows = jax.vmap(one, axis_size=size)(tape)
-        return Powers(rows, tuple(group))
+        return jax.vmap(one, axis_size=size)(tape)
     every, leaf = frozenset().union(*split), [*range(len(split)), *tape.leaves]
     one = lambda x: _powers([(0, Elements([x]))], plan.ord, dtype(plan))[1]
     rows = [tape.powers.astype(dtype(plan)), *map(jax.vmap(one), tape.leaves.values())]
@@ -234,7 +222,8 @@ def powers(
         columns = [(rows[:, j : j + 1], split[k]) for j, k in enumerate(leaf)]
         columns = [over(same(x, every - axes), axes) for x, axes in columns]
         rows = jnp.concatenate(columns, axis=1)
-    return Powers(rows, tuple(index[k] for k in leaf))
+    index = [members.index[k] for k in leaf]
+    return jax.vmap(lambda x: _by_group(x, index, members))(rows)
 
 
 def over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
@@ -242,29 +231,22 @@ def over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     return jax.lax.psum(x, tuple(sorted(axes, key=str))) if axes else x
 
 
-def measured(
-    plan: Plan,
-    parts: Sequence[Sequence[_Part]],
-    split: Sequence[frozenset[str]],
-    index: Sequence[int | None],
-) -> tuple[list[int | None], jax.Array]:
-    """Of which group each power is, and powers `[J, 4, 2]`, of parts by leaf."""
-    group: list[int | None] = []
+def powers_of_parts(plan: Plan, parts: Sequence[_Part], members: Groups) -> jax.Array:
+    """Norms `[G, 4, 2]` of one example's gradient to the power of p, by group."""
+    index: list[int | None] = []
     rows = []
-    for axes in dict.fromkeys(split):
-        leaves = [k for k, x in enumerate(split) if x == axes]
-        some = [(index[k], part) for k in leaves for part in parts[k]]
-        if some:
-            which, powers = _powers(some, plan.ord, dtype(plan))
-            group += which
-            rows.append(over(powers, axes))
+    for axes in dict.fromkeys(axes for axes, _, _ in parts):
+        some = [(group, x) for other, group, x in parts if other == axes]
+        groups, powers = _powers(some, plan.ord, dtype(plan))
+        index += groups
+        rows.append(over(powers, axes))
     if not rows:  # of parameters that the loss does not use
-        return [None], jnp.zeros((1, scaled_sums.SCALES, 2), dtype(plan))
-    return group, jnp.concatenate(rows)
+        return jnp.zeros((len(members.names), scaled_sums.SCALES, 2), dtype(plan))
+    return _by_group(jnp.concatenate(rows), index, members)
 
 
 def _powers(
-    parts: Sequence[tuple[int | None, _Part]], ord: int, dtype: Any
+    parts: Sequence[tuple[int | None, _Measured]], ord: int, dtype: Any
 ) -> tuple[list[int | None], jax.Array]:
     """Of which group each power is, and powers `[J, 4, 2]`, of one example."""
     arrays = [(group, x) for group, x in parts if isinstance(x, Elements)]
@@ -280,26 +262,23 @@ def _powers(
     return groups, scaled_sums.spread(scaled_sums.join(powers))
 
 
-def norms(plan: Plan, powers: Powers, count: int) -> tuple[Norms, jax.Array]:
-    """Norms `[B, G]`, and whether they are to be trusted."""
-    sums = by_group(powers.rows, powers.group, count)
-    return scaled_sums.norms(sums, plan.ord)
-
-
-def by_group(rows: jax.Array, index: Sequence[int | None], count: int) -> jax.Array:
-    """Adds up `[B, J, ...]` by group, `[B, G, ...]`."""
+def _by_group(
+    rows: jax.Array, index: Sequence[int | None], members: Groups
+) -> jax.Array:
+    """Adds up `[J, ...]` by group, `[G, ...]`."""
+    count = len(members.names)
     if count == 1 and None not in index:
-        return rows.sum(1, keepdims=True)
+        return rows.sum(0, keepdims=True)
     # Slices of one: XLA moves what squeezes them by one addition at a time.
     columns = [
-        sum((rows[:, k : k + 1] for k, i in enumerate(index) if i == g),
-            jnp.zeros_like(rows[:, :1]))
+        sum((rows[k : k + 1] for k, i in enumerate(index) if i == g),
+            jnp.zeros_like(rows[:1]))
         for g in range(count)
     ]  # fmt: skip
-    return jnp.concatenate(columns or [rows[:, :0]], axis=1)
+    return jnp.concatenate(columns)
 
 
-def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> list[_Part]:
+def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> list[_Measured]:
     """What is to be measured of one example's gradient, in parts to add up."""
     if leaf in tape.leaves:
         return [Elements([tape.leaves[leaf]])]
@@ -327,7 +306,7 @@ def _part(site: Site, part: LeafSlice, formed: jax.Array) -> jax.Array:
     return formed.sum([k for k, loop in enumerate(loops) if loop not in stacks])
 
 
-def _of_region(places: list) -> list[_Part]:
+def _of_region(places: list) -> list[_Measured]:
     """From all uses of one region of a leaf, each with what was recorded there."""
     site = places[0][0]
     if site.adds:

@@ -12,7 +12,7 @@ from clipfx._core.clip_factors import factors
 from clipfx._core.groups import Groups
 from clipfx._core.leaves import times
 from clipfx._core.norms import Norms
-from clipfx.per_example.engine import bookkeeping, one_by_one
+from clipfx.per_example.engine import bookkeeping, one_by_one, scaled_sums
 from clipfx.per_example.engine.bookkeeping import Tape
 from clipfx.per_example.engine.trace import Call
 from clipfx.per_example.engine.weighted_sum import weighted_sum
@@ -130,8 +130,8 @@ def _shown(norms: Norms, keep: jax.Array) -> jax.Array:
 def _norms(call: Call, members: Groups, tape: Tape) -> tuple[Norms, jax.Array]:
     """Norms `[B, G]`, and whether they are to be trusted."""
     plan = call.program.plan
-    powers = bookkeeping.powers(plan, tape, call.size, call.split, members.index)
-    return bookkeeping.norms(plan, powers, len(members.names))
+    powers = bookkeeping.powers(plan, tape, call.size, call.split, members)
+    return scaled_sums.norms(powers, plan.ord)
 
 
 def make_info(

@@ -55,7 +55,7 @@ def powers_of_products(
     Returns:
       Which of `products` each power is of, and the powers.
     """
-    # Those of as many positions together: XLA compiles every operation.
+    # Those of as many positions together: small numbers are traced once for all.
     alike: dict[int, list[int]] = {}
     order, powers = [], []
     for k, sums in enumerate(products):

@@ -16,8 +16,8 @@ from clipfx import _compat
 from clipfx._core.groups import Groups
 from clipfx._core.leaves import widen
 from clipfx._core.norms import Norms
-from clipfx.per_example.engine import bookkeeping, interpreter
-from clipfx.per_example.engine.bookkeeping import Powers, Tape
+from clipfx.per_example.engine import bookkeeping, interpreter, scaled_sums
+from clipfx.per_example.engine.bookkeeping import Tape
 from clipfx.per_example.engine.scaled_sums import Elements
 from clipfx.per_example.engine.trace import Call
 from clipfx.per_example.engine.weighted_sum import weighted_sum
@@ -60,17 +60,12 @@ def each(
         `[B, ...]`; None to measure only.
       anew: Whether to forget the sums, and to do all examples.
     """
-    plan, split = call.program.plan, call.split
-    of = members.index
+    plan = call.program.plan
     number = _compat.as_like(jnp.arange(call.size, dtype=jnp.int32), todo)
-
-    def together(gradient: list) -> list[list[Elements]]:
-        """Leaves of a group at one scale: XLA compiles alike what it does to them."""
-        alike: dict[Any, list[int]] = {}
-        for k, key in enumerate(zip(split, of, strict=True)):
-            alike.setdefault(key, []).append(k)
-        whole = {ks[0]: Elements([gradient[k] for k in ks]) for ks in alike.values()}
-        return [[whole[k]] if k in whole else [] for k in range(len(gradient))]
+    # Leaves of a group are measured at one scale: XLA compiles alike what it does then.
+    alike: dict[Any, list[int]] = {}
+    for k, key in enumerate(zip(call.split, members.index, strict=True)):
+        alike.setdefault(key, []).append(k)
 
     def body(state: tuple) -> tuple:
         _, todo, progress, forget = state
@@ -79,9 +74,11 @@ def each(
         gradient = _gradient(call, tape, row)
         # Behind barriers: of a constant XLA takes the scale out, and squares it.
         gradient = [jax.lax.optimization_barrier(x) for x in gradient]
-        index, powers = bookkeeping.measured(plan, together(gradient), split, of)
-        powers = Powers(powers[None], tuple(index))
-        norms, _ = bookkeeping.norms(plan, powers, len(members.names))
+        parts = [
+            (*key, Elements([gradient[k] for k in ks])) for key, ks in alike.items()
+        ]
+        powers = bookkeeping.powers_of_parts(plan, parts, members)
+        norms, _ = scaled_sums.norms(powers[None], plan.ord)
         chosen = number == i
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:

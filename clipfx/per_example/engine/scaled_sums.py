@@ -11,13 +11,13 @@ several positions cancel it is much more than the first, and tells that rounding
 is left.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from clipfx import _compat
 from clipfx._core.leaves import times, widen
 from clipfx._core.norms import Norms
 from clipfx._core.safe_sums import abs_power, add_up
@@ -157,10 +157,11 @@ class Power(NamedTuple):
 def power(x: Elements, p: int, dtype: Any) -> Power:
     """The sum of powers of all elements, `[1]`."""
     arrays = [widen(y, dtype) for y in x.arrays]
-    n = exponent(_compat.stack([jnp.max(jnp.abs(y), initial=0) for y in arrays]).max())
+    peaks = [jnp.max(jnp.abs(y), initial=0) for y in arrays]
+    n = exponent(functools.reduce(jnp.maximum, peaks))
     unit = inverse_of(n, dtype)
     each = [add_up(abs_power(times(y, unit), p)) for y in arrays]
-    total = _compat.stack(each).sum(keepdims=True)
+    total = functools.reduce(jnp.add, each)[None]
     zero = jnp.zeros_like(total)
     return Power(total if x.counts else zero, total if x.terms else zero, p * n[None])
 
