@@ -1,14 +1,16 @@
 """Single leaves: widened to compute in, narrowed to be stored, scaled by group."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from clipfx import _compat
 from clipfx._core.groups import Groups, is_counted
 from clipfx._core.paths import KeyPath
+from clipfx._core.reductions import by_device, device_of_programs
 
 
 def widen(x: jax.Array, least: Any = jnp.float32) -> jax.Array:
@@ -100,12 +102,16 @@ def counted_zeros(tree: Any, wide: bool) -> Any:
 
 
 def widen_counted(
-    fn: Callable[[jax.Array, int], jax.Array], tree: Any, groups: Groups
+    fn: Callable[..., jax.Array], tree: Any, groups: Groups, *rows: jax.Array
 ) -> Any:
-    """Maps `fn(wide leaf, group) -> wide leaf` over counted leaves."""
+    """Maps `fn(wide leaf, *scalars) -> wide leaf` over counted leaves.
+
+    The scalars are what `rows`, each `[G]`, hold for the group of the leaf.
+    """
+    scalars = columns(*rows) if rows else [()] * len(groups.names)
 
     def on(x: Any, i: int | None) -> Any:
-        return x if i is None else fn(widen(jnp.asarray(x)), i)
+        return x if i is None else fn(widen(jnp.asarray(x)), *scalars[i])
 
     leaves, treedef = jax.tree.flatten(tree)
     return treedef.unflatten([on(*x) for x in zip(leaves, groups.index, strict=True)])
@@ -124,10 +130,10 @@ def narrow_counted(wide: Any, tree: Any, groups: Groups) -> Any:
 
 
 def map_counted(
-    fn: Callable[[jax.Array, int], jax.Array], tree: Any, groups: Groups
+    fn: Callable[..., jax.Array], tree: Any, groups: Groups, *rows: jax.Array
 ) -> Any:
-    """Maps `fn(wide leaf, group) -> wide leaf` over counted leaves, keeping dtypes."""
-    return narrow_counted(widen_counted(fn, tree, groups), tree, groups)
+    """`widen_counted` that keeps dtypes."""
+    return narrow_counted(widen_counted(fn, tree, groups, *rows), tree, groups)
 
 
 def scale_groups(
@@ -141,15 +147,47 @@ def scale_groups(
       *factors: `[G]`; two where their product is no normal number.
       drop: bool `[G]`, groups that become exactly zero, whatever they hold.
     """
-    rows = [jnp.unstack(row) for row in factors]
-    drops = None if drop is None else jnp.unstack(drop)
 
-    def scale(x: jax.Array, i: int) -> jax.Array:
-        for row in rows:
-            x = times(x, row[i])
-        return x if drops is None else jnp.where(drops[i], jnp.zeros_like(x), x)
+    def scale(x: jax.Array, *factors: jax.Array) -> jax.Array:
+        return functools.reduce(times, factors, x)
 
-    return map_counted(scale, tree, groups)
+    def scale_or_drop(x: jax.Array, drop: jax.Array, *factors: jax.Array) -> jax.Array:
+        return jnp.where(drop, jnp.zeros_like(x), scale(x, *factors))
+
+    if drop is None:
+        return map_counted(scale, tree, groups, *factors)
+    return map_counted(scale_or_drop, tree, groups, drop, *factors)
+
+
+def columns(*rows: jax.Array) -> Sequence[tuple[jax.Array, ...]]:
+    """What each of several `[G]` holds for each group, as scalars.
+
+    XLA:CPU compiles alike loops over leaves once, and a loop with the second entry of
+    an array in it is not like one with the third: there it cannot tell them apart.
+    """
+    if rows[0].size <= 8:
+        return list(zip(*_unstack(*rows), strict=True))
+    ways = dict.fromkeys(("gpu", "tpu", "mesh"), _unstack) | {"cpu": _alike}
+    return list(zip(*by_device(ways, device_of_programs(), *rows), strict=True))
+
+
+def _unstack(*rows: jax.Array) -> list[tuple[jax.Array, ...]]:
+    return [tuple(jnp.unstack(row)) for row in rows]
+
+
+def _alike(*rows: jax.Array) -> list[tuple[jax.Array, ...]]:
+    # Constants that pass a loop, which never turns, but XLA does not know that. Each
+    # turn would change them in a way that it cannot sum up.
+    def turn(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return carry[0] - 1, *(k * k for k in carry[1:])
+
+    first = jax.lax.stop_gradient(rows[0][0]).astype(jnp.float32)
+    never = jnp.abs(jax.lax.bitcast_convert_type(first, jnp.int32)).clip(max=0)
+    axes = _compat.varying_axes(never)
+    places = [_compat.vary(jnp.uint32(k), axes) for k in range(rows[0].size)]
+    _, *places = jax.lax.while_loop(lambda carry: carry[0] > 0, turn, (never, *places))
+    pick = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+    return [tuple(pick(row, k) for k in places) for row in rows]
 
 
 def signed_power(x: jax.Array, power: jax.Array, unit: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 
 from clipfx._core.checks import check_static, is_number
 from clipfx._core.groups import Groups, counted_leaves
-from clipfx._core.leaves import times, widen, widest
+from clipfx._core.leaves import columns, times, widen, widest
 from clipfx._core.reductions import (
     Layout,
     by_device,
@@ -125,11 +125,11 @@ def _norms_of(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
         scale = reciprocal_power_of_two(peak)
         near = peak * scale  # 0.6 to the power of 200 is out of range already
         near = jnp.where(jnp.isfinite(near) & (near > 0), near, 1)
-        rows = jnp.unstack(scale), jnp.unstack(1 / near)
+        rows = columns(scale, 1 / near)
 
         def part(x: jax.Array, i: int) -> jax.Array:
             # A barrier, or XLA:CPU keeps scales of full size for leaves of one shape.
-            x, *scales = jax.lax.optimization_barrier((x, *(row[i] for row in rows)))
+            x, *scales = jax.lax.optimization_barrier((x, *rows[i]))
             unit = functools.reduce(times, scales, widen(x, layout.dtype))
             return add_up(abs_power(unit, ord))
 

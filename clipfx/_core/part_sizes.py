@@ -1,22 +1,17 @@
 """How large elements or units are: the largest of them, and how many are too large."""
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from clipfx import _compat
 from clipfx._core.clip_factors import exceeds
 from clipfx._core.groups import Groups
 from clipfx._core.leaves import widest
 from clipfx._core.norms import Norms, group_sizes
-from clipfx._core.reductions import (
-    by_device,
-    combine,
-    device_of_programs,
-    layout_of,
-    per_shard,
-)
+from clipfx._core.reductions import Layout, by_device, combine, layout_of, per_shard
 from clipfx._core.safe_sums import add_up, largest
 
 
@@ -34,46 +29,69 @@ def peak_and_share(
         return Norms(jnp.zeros(1), jnp.ones(1)), jnp.zeros(1, jnp.float32)
     dtype = widest(x.dtype for x in sizes)
     layout = layout_of(sizes, (0,) * len(sizes), 1, dtype, axis_name)
-
-    def peaks(sizes: list[jax.Array]) -> jax.Array:
-        parts = [_on_one_cpu(peak_in_one_pass, largest, x) for x in sizes]
-        return combine(jnp.maximum, parts, layout)
+    limits = [] if limit is None else [limit]
 
     def both(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-        *sizes, limit = leaves
-        parts = [
-            _on_one_cpu(in_one_pass, in_two_passes, x, limit.astype(x.dtype))
-            for x in sizes
-        ]
-        peaks, counts = zip(*parts, strict=True)
-        counted = layout._replace(dtype=jnp.dtype(jnp.float32))
-        return combine(jnp.maximum, peaks, layout), combine(jnp.add, counts, counted)
+        sizes, limits = leaves[: len(layout.index)], leaves[len(layout.index) :]
+        one = functools.partial(in_one_pass, layout=layout)
+        two = functools.partial(in_two_passes, layout=layout)
+        # Over several devices XLA would split the one with gathers.
+        ways = dict.fromkeys(("gpu", "tpu", "mesh"), two) | {"cpu": one}
+        return by_device(ways, layout.device, sizes, *limits)
 
-    if limit is None:
-        peak = per_shard(peaks, sizes)
-        return Norms(peak, jnp.ones_like(peak)), jnp.zeros(1, jnp.float32)
+    peak, count = per_shard(both, [*sizes, *limits])
     every = Groups(("global",), layout.index)
-    peak, count = per_shard(both, [*sizes, limit])
     number = jnp.maximum(group_sizes(sizes, every, axis_name), 1)
     return Norms(peak, jnp.ones_like(peak)), count / number
 
 
-def _on_one_cpu(one: Callable[..., Any], other: Callable[..., Any], *args: Any) -> Any:
-    """Calls `one` there. Over several devices XLA would split it with gathers."""
-    ways = dict.fromkeys(("gpu", "tpu", "mesh"), other) | {"cpu": one}
-    return by_device(ways, device_of_programs(), *args)
+def in_two_passes(
+    sizes: list[jax.Array], limit: jax.Array | None = None, *, layout: Layout
+) -> tuple[jax.Array, jax.Array]:
+    """The largest `[1]`, infinite where there is a NaN, and the number `[1]` above."""
+    peak = combine(jnp.maximum, [largest(x) for x in sizes], layout)
+    if limit is None:
+        return peak, jnp.zeros(1, jnp.float32)
+    above = [exceeds(x, limit.astype(x.dtype)) for x in sizes]
+    counts = [add_up(x.astype(jnp.float32)) for x in above]
+    counted = layout._replace(dtype=jnp.dtype(jnp.float32))
+    return peak, combine(jnp.add, counts, counted)
 
 
-def in_two_passes(x: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The largest, infinite where there is a NaN, and how many are above the limit."""
-    return largest(x), add_up(exceeds(x, limit).astype(jnp.float32))
-
-
-def in_one_pass(x: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
+def in_one_pass(
+    sizes: list[jax.Array], limit: jax.Array | None = None, *, layout: Layout
+) -> tuple[jax.Array, jax.Array]:
     """The same, over the bits, which are in the order of what is not negative.
 
-    XLA:CPU makes loops over whole numbers fast, which it must not of floats.
+    XLA:CPU makes loops over whole numbers fast, which it must not of floats. It
+    compiles one for alike leaves, but what follows it for each leaf, and again for
+    each use: hence one array of all, and a sort, which it fuses with nothing.
     """
+    rows: dict[Any, list[tuple[jax.Array, jax.Array]]] = {}
+    axes = frozenset[str]().union(*map(_compat.varying_axes, sizes))
+    for x in sizes:
+        # With a count beside it: alone XLA:CPU takes the largest in more passes.
+        bound = jnp.ones([], x.dtype) if limit is None else limit.astype(x.dtype)
+        pair = _bits_and_count(x, bound)
+        pair = jax.lax.optimization_barrier(pair) if limit is None else pair
+        top, number = (_compat.vary(y, axes) for y in pair)
+        rows.setdefault(x.dtype, []).append((top, number.astype(jnp.float32)))
+    peaks: list[jax.Array] = []
+    counts: list[jax.Array] = []
+    for dtype, pairs in rows.items():
+        tops, numbers = jax.lax.sort([*map(jnp.stack, zip(*pairs, strict=True))])
+        infinite = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, dtype), tops.dtype)
+        top = jnp.minimum(tops[-1], infinite)  # of NaN they are larger still
+        peaks.append(jax.lax.bitcast_convert_type(top, dtype))
+        counts.append(numbers.sum())
+    layout = layout._replace(index=(0,) * len(rows))
+    counted = layout._replace(dtype=jnp.dtype(jnp.float32))
+    peak, count = combine(jnp.maximum, peaks, layout), combine(jnp.add, counts, counted)
+    return peak, jnp.zeros_like(count) if limit is None else count
+
+
+def _bits_and_count(x: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest as a whole number, and how many are above the limit."""
     whole = jnp.int64 if jnp.finfo(x.dtype).bits == 64 else jnp.int32
     known = all(isinstance(n, int) for n in x.shape)  # none of a symbolic shape
     rows = known and x.ndim > 1 and x.size >= 2**31  # more than an int32 counts
@@ -83,14 +101,6 @@ def in_one_pass(x: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
         lambda a, b: (jnp.maximum(a[0], b[0]), a[1] + b[1]),
         tuple(range(int(rows), x.ndim)),
     )
-    infinite = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, x.dtype), whole)
-    top = jnp.minimum(top.max(initial=0), infinite)  # of NaN they are larger still
     return (
-        jax.lax.bitcast_convert_type(top, x.dtype),
-        count.astype(jnp.float32).sum(),
+        (top.max(initial=0), count.astype(jnp.float32).sum()) if rows else (top, count)
     )
-
-
-def peak_in_one_pass(x: jax.Array) -> jax.Array:
-    """`largest`, with a count beside it: alone XLA:CPU takes it in more passes."""
-    return jax.lax.optimization_barrier(in_one_pass(x, jnp.ones([], x.dtype)))[0]

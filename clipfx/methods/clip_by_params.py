@@ -107,7 +107,7 @@ def clip_by_params(
             rows = [(x, w) for x, w, i in rows if i is not None]
             following = iter(rows)
 
-            def clip(x, _):
+            def clip(x):
                 limit = bound(next(following)[1]).astype(jnp.finfo(x.dtype).dtype)
                 if jnp.iscomplexobj(x):
                     size = jnp.abs(jnp.where(x == 0, 1, x))

@@ -60,7 +60,7 @@ def clip_by_value(
     check_values(max_abs)
     shape = responses.check_response(response)
 
-    def bound(x: jax.Array, _: int) -> jax.Array:
+    def bound(x: jax.Array) -> jax.Array:
         limit = jnp.maximum(jnp.asarray(max_abs).astype(jnp.finfo(x.dtype).dtype), 0)
         if jnp.iscomplexobj(x):
             size = jnp.abs(jnp.where(x == 0, 1, x))

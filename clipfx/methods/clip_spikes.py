@@ -1,5 +1,6 @@
 """Stable-SPAM: elements above the mean of the largest."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -92,19 +93,18 @@ def clip_spikes(
         return mean, ClipSpikesState(count, mean)
 
     def press(updates, step):
-        (before, factor), finite = step.factors, jnp.isfinite(step.norm)
-        total = step.factor()
+        finite, total = jnp.isfinite(step.norm), step.factor()
+        drop = jnp.zeros_like(finite) if step.drop is None else step.drop
 
-        def one(x, i):
+        def one(x, finite, total, drop, threshold, *factors):
             size = jnp.abs(x)
-            above = size > step.threshold[i].astype(size.dtype)
-            spiked = (above & (total[i] < 1)) | ~finite[i]
-            pressed = times(times(x, before[i]), factor[i])
-            if step.drop is not None:
-                pressed = jnp.where(step.drop[i], jnp.zeros_like(x), pressed)
+            spiked = ((size > threshold.astype(size.dtype)) & (total < 1)) | ~finite
+            pressed = functools.reduce(times, factors, x)
+            pressed = jnp.where(drop, jnp.zeros_like(x), pressed)
             return jnp.where(spiked, pressed, x)
 
-        return map_counted(one, updates, step.groups), total
+        facts = finite, total, drop, step.threshold, *step.factors
+        return map_counted(one, updates, step.groups, *facts), total
 
     return builder.by_norm(
         Threshold(init, learn),

@@ -51,7 +51,7 @@ def grad_power(
     exponent = jnp.asarray(power)
 
     def change(updates, groups, state, params):
-        shaped = lambda x, i: signed_power(x, exponent, jnp.ones([]))
+        shaped = lambda x: signed_power(x, exponent, jnp.ones([]))
         sizes = [jnp.abs(widen(x)) for x, _ in counted_leaves(updates, groups)]
         became = lambda size: signed_power(size, exponent, jnp.ones([]))
         raised = map_counted(shaped, updates, groups)

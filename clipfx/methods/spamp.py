@@ -163,12 +163,12 @@ def spamp(
     def compress(updates, step):
         members, norm = step.groups, step.norm
         limit = step.threshold.astype(norm.dtype)
-        power, unit = power_at(norm, limit), jnp.ones_like(norm)
+        power = jnp.asarray(power_at(norm, limit))
+        unit = jnp.ones_like(norm)
         if power_of == "rms":
             root = jnp.sqrt(group_sizes(updates, members, axis_name))
             unit = jnp.where(limit > 0, limit / jnp.maximum(root, 1), 1)
-        one = lambda x, i: signed_power(x, power[i], unit[i])
-        shaped = widen_counted(one, updates, members)
+        shaped = widen_counted(signed_power, updates, members, power, unit)
         norms = group_norms(shaped, members, axis_name=axis_name)
         before, factor = factors(norms, limit, responses.hard, nonfinite)
         clipped = scale_groups(shaped, members, before, factor, drop=step.drop)

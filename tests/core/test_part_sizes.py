@@ -1,5 +1,7 @@
 """The largest of many sizes, and how many of them are too large."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +10,7 @@ from methods import METHODS
 from trees import assert_same, enable_x64, sample
 
 from clipfx._core import reductions
-from clipfx._core.part_sizes import (
-    in_one_pass,
-    in_two_passes,
-    peak_in_one_pass,
-)
+from clipfx._core.part_sizes import in_one_pass, in_two_passes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -26,15 +24,20 @@ def test_one_pass_finds_what_two_do(shape, dtype):
             if special is not None and x.size:
                 x.flat[x.size // 2] = special
             limit = jnp.asarray(0.7, dtype)
-            peak, count = jax.jit(in_one_pass)(jnp.asarray(x), limit)
-            right = jax.jit(in_two_passes)(jnp.asarray(x), limit)
+            sizes = [jnp.asarray(x), jnp.asarray([0.1, 0.8], "float32"), x[None] / 2]
+            layout = reductions.layout_of(sizes, (0,) * 3, 1, jnp.dtype(dtype), None)
+            one = jax.jit(functools.partial(in_one_pass, layout=layout))
+            two = jax.jit(functools.partial(in_two_passes, layout=layout))
+            peak, count = one(sizes, limit)
+            right = two(sizes, limit)
             np.testing.assert_array_equal(peak, right[0])
             np.testing.assert_array_equal(count, right[1])
-            np.testing.assert_array_equal(jax.jit(peak_in_one_pass)(x), right[0])
+            np.testing.assert_array_equal(one(sizes)[0], right[0])
+            np.testing.assert_array_equal(one(sizes)[1], two(sizes)[1])
             assert (peak.dtype, count.dtype) == (dtype, "float32")
-            whole = np.where(np.isnan(x), np.inf, x).max(initial=0)
-            np.testing.assert_array_equal(peak, whole)
-            assert float(count) == (x > 0.7).sum()
+            whole = np.where(np.isnan(x), np.inf, x).max(initial=np.float32(0.8))
+            np.testing.assert_array_equal(peak[0], whole)
+            assert float(count[0]) == (x > 0.7).sum() + (x / 2 > 0.7).sum() + 1
 
 
 @pytest.mark.parametrize("name", ["clip_by_value", "grad_power", "spam_clip"])

@@ -78,6 +78,52 @@ def test_derivatives_of_every_order_in_a_scan(way, ord):
     assert float(twice(ours)) == pytest.approx(float(twice(plain)), rel=1e-4, abs=0)
 
 
+def test_many_groups(way):
+    """On one CPU their factors are picked by places that XLA does not know."""
+    tree = {f"{k:02}": jnp.arange(1.0, 4.0) * 10.0 ** (k - 18) for k in range(37)}
+    tree["05"] = tree["05"].at[0].set(jnp.nan)
+    clip = lambda tree, limit=1.0: clipfx.tree_clip(
+        tree, limit, groups="leaf", nonfinite="zero"
+    )[0]
+    one = lambda x: x / max(1, np.linalg.norm(x))
+    right = {k: one(np.asarray(x, np.float64)) for k, x in tree.items()}
+    right["05"] = np.zeros(3)
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-6)
+    jax.tree.map(close, jax.jit(clip)(tree), right)
+    rows = jax.tree.map(lambda x: jnp.stack([x, 0 * x]), tree)
+    jax.tree.map(lambda x, y: close(x[0], y), jax.jit(jax.vmap(clip))(rows), right)
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+    split = jax.shard_map(clip, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
+    jax.tree.map(close, jax.jit(split)(tree), right)
+    # The sum of what is clipped, of which the derivative by the threshold is known.
+    total = lambda limit: sum(map(jnp.sum, jax.tree.leaves(clip(tree, limit))))
+    at = 2.0**0.5
+    long = [x for x in right.values() if norm(x) > 0.99]  # of norm 1, once clipped
+    slope = float(sum(map(np.sum, long)))
+    assert float(jax.jit(jax.grad(total))(at)) == pytest.approx(slope, rel=1e-5, abs=0)
+
+    def turns(limit):  # hoisted out of a scan, rules of derivatives are lost
+        def turn(sum, x):
+            return sum + jax.grad(lambda y: y * total(limit) ** 2)(x), None
+
+        return jax.lax.scan(turn, 0.0, jnp.ones(2))[0]
+
+    again = 4 * float(jax.jit(total)(at)) * slope
+    assert float(jax.jit(jax.grad(turns))(at)) == pytest.approx(again, rel=1e-5, abs=0)
+
+
+@pytest.mark.parametrize("method", ["clip_by_norm", "zclip"])
+def test_loops_over_leaves_are_alike_to_a_compiler(method, monkeypatch):
+    """XLA:CPU compiles those once: no leaf has a place in an array for itself."""
+    monkeypatch.setattr(reductions, "forced_device", "cpu")
+    make = {"clip_by_norm": lambda **k: clipfx.clip_by_norm(1.0, **k)}
+    tx = make.get(method, getattr(clipfx, method))(groups="leaf")
+    tree = {str(k): jnp.ones(40) for k in range(30)}
+    text = jax.jit(tx.update).lower(tree, tx.init(tree)).compile().as_text()
+    assert text.count(" slice(") < 10
+    assert text.count(" dynamic-slice(") >= 30
+
+
 @pytest.mark.parametrize("kind", ["manual", "explicit", "auto"])
 def test_split_over_devices(way, kind):
     """At every magnitude, by one all-reduce where the program is ours to write."""
