@@ -1,0 +1,224 @@
+"""Whole training steps compiled, for devices that need not be here, and read."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import clipfx
+from benchmarks._timing import floor
+
+
+class Model(NamedTuple):
+    """A loss, `loss(params, batch, dtype)`, and shapes of what it takes."""
+
+    loss: Callable[..., Any]
+    params: Any
+    batch: Any
+
+
+def _floats(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def mlp(width: int, layers: int, mesh: Mesh | None) -> Model:
+    """Layers whose gradients are at hand one after the other."""
+    width = width or 2048
+
+    def loss(params: Any, batch: Any, dtype: Any) -> Any:
+        x, y = batch
+        for k, layer in enumerate(params):
+            x = jax.nn.relu(x) if k else x
+            x = x.astype(dtype) @ layer["w"].astype(dtype) + layer["b"].astype(dtype)
+        return jnp.mean((x.astype(jnp.float32) - y) ** 2)
+
+    params = [{"w": _floats(width, width), "b": _floats(width)} for _ in range(layers)]
+    rows = _floats(_chips(mesh) * width // 2, width)
+    return Model(loss, params, (rows, rows))
+
+
+def decoder(width: int, layers: int, mesh: Mesh | None) -> Model:
+    """Blocks in a scan, rematerialized, table tied to the head."""
+    width = width or 1024
+    length, size = min(width, 1024), 8 * _chips(mesh)
+    vocabulary, heads = 8 * width, width // 64
+
+    def block(x: Any, p: Any) -> Any:
+        cast = lambda w: w.astype(x.dtype)
+        y = _normed(x, p["norm1"]) @ cast(p["qkv"])
+        q, k, v = jnp.split(y.reshape(*y.shape[:2], heads, -1), 3, axis=-1)
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        x = x + y.reshape(x.shape) @ cast(p["out"])
+        return x + jax.nn.gelu(_normed(x, p["norm2"]) @ cast(p["up"])) @ cast(p["down"])
+
+    def split(x: Any) -> Any:
+        if mesh is None or mesh.size == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P("data")))
+
+    def loss(params: Any, batch: Any, dtype: Any) -> Any:
+        table = params["table"].astype(dtype)
+        turn = jax.checkpoint(lambda x, p: (split(block(x, p)), None))
+        x, _ = jax.lax.scan(turn, split(table[batch]), params["blocks"])
+        logits = (_normed(x, params["norm"]) @ table.T).astype(jnp.float32)
+        labels = jnp.roll(batch, -1, axis=1)
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return jnp.mean(each)
+
+    blocks = {
+        "qkv": _floats(layers, width, 3 * width),
+        "out": _floats(layers, width, width),
+        "up": _floats(layers, width, 4 * width),
+        "down": _floats(layers, 4 * width, width),
+        "norm1": _floats(layers, width),
+        "norm2": _floats(layers, width),
+    }
+    params = {
+        "table": _floats(vocabulary, width),
+        "blocks": blocks,
+        "norm": _floats(width),
+    }
+    return Model(loss, params, jax.ShapeDtypeStruct((size, length), jnp.int32))
+
+
+def _chips(mesh: Mesh | None) -> int:
+    return 1 if mesh is None else mesh.shape["data"]
+
+
+def _normed(x: Any, scale: Any) -> Any:
+    wide = x.astype(jnp.float32)
+    size = jnp.sqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+    return (wide / size * (1 + scale)).astype(x.dtype)
+
+
+MODELS = {"mlp": mlp, "decoder": decoder}
+METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "optax": lambda: optax.clip_by_global_norm(1.0),
+    "none": optax.identity,
+    "floor": lambda: floor(1.0),
+    "global": lambda: clipfx.clip_by_global_norm(1.0),
+    "layer": lambda: clipfx.clip_per_layer(1.0),
+    "ord_3": lambda: clipfx.clip_by_global_norm(1.0, ord=3),
+    "value": lambda: clipfx.clip_by_value(1.0),
+    "zclip": clipfx.zclip,
+    "autoclip": clipfx.autoclip,
+    "quantile_clip": clipfx.quantile_clip,
+    "adagc": clipfx.adagc,
+    "agc": clipfx.agc,
+    "spamp": clipfx.spamp,
+    "clip_spikes": clipfx.clip_spikes,
+    "spam_clip": clipfx.spam_clip,
+    "clip_by_params": clipfx.clip_by_params,
+    "skip_spikes": lambda: clipfx.skip_spikes(optax.identity()),
+    "error_feedback": lambda: clipfx.error_feedback(clipfx.clip_by_global_norm(1.0)),
+}
+
+
+def compiled(model: Model, tx: Any, dtype: Any, mesh: Mesh | None) -> tuple[Any, Any]:
+    """A compiled donating step `(params, state, batch)`, and its optimizer."""
+    tx = optax.chain(tx, optax.adamw(1e-3))
+
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        grads = jax.grad(model.loss)(params, batch, dtype)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    carry, batch = (model.params, jax.eval_shape(tx.init, model.params)), model.batch
+    out = None
+    if mesh is not None:
+        place = placing(mesh)
+        carry = jax.tree.map(lambda x: place(x, False), carry)
+        batch = jax.tree.map(lambda x: place(x, True), batch)
+        out = jax.tree.map(lambda x: x.sharding, carry)
+    step = jax.jit(step, donate_argnums=(0, 1), out_shardings=out)
+    return step.lower(*carry, batch).compile(), tx
+
+
+class Facts(NamedTuple):
+    """Of a compiled program, what is in a loop as often as it turns.
+
+    Attributes:
+      cycles: That XLA's cost model expects, for TPUs.
+      loops: Besides those of known length, which are the model's.
+      branches: Conditionals.
+      collectives: Number of each kind, and bytes of what comes out of them.
+    """
+
+    cycles: int
+    loops: int
+    branches: int
+    collectives: dict[str, tuple[int, int]]
+
+
+# As they stand in a line, behind the shape of the result. Behind that of a start there
+# may be its operand, too.
+_COLLECTIVES = {
+    "all-reduce": r"all-reduce(-start)?\(",
+    "all-gather": r"all-gather(-start)?\(",
+    "reduce-scatter": r"(?:reduce-scatter\(|fusion\(.*?calls=%all-reduce-scatter())",
+    "all-to-all": r"all-to-all(-start)?\(",
+    "permute": r"collective-permute(-start)?\(",
+}
+
+
+def facts(text: str) -> Facts:
+    """Reads the text of a compiled program."""
+    rows = re.findall(
+        r"^(ENTRY )?(%[\w.\-]+) \(.*?\) -> .*? \{\n(.*?)^\}", text, re.S | re.M
+    )
+    bodies = {name: body for _, name, body in rows}
+    cycles, loops, branches = 0, 0, 0
+    found: dict[str, tuple[int, int]] = {}
+    todo = [(name, 1) for entry, name, _ in rows if entry]
+    while todo:
+        name, times = todo.pop()
+        body = bodies[name]
+        cycles += times * sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', body)))
+        branches += len(re.findall(r" conditional\(", body))
+        for condition, inside in re.findall(
+            r" while\(.*?condition=(%[\w.\-]+), body=(%[\w.\-]+)", body
+        ):
+            turns = re.findall(r"constant\((\d+)\)", bodies[condition])
+            known = len(turns) == 1 and "direction=LT" in bodies[condition]
+            loops += not known
+            todo.append((inside, times * (int(turns[0]) if known else 1)))
+        for kind, pattern in _COLLECTIVES.items():
+            for shape, start in re.findall(rf"= (\S.*?) {pattern}", body):
+                number, size = found.get(kind, (0, 0))
+                one = max(_bytes(shape)) if start else sum(_bytes(shape))
+                found[kind] = number + times, size + times * one
+    return Facts(cycles, loops, branches, found)
+
+
+def _bytes(shapes: str) -> list[int]:
+    sizes = re.findall(r"[a-z]+(\d+)\[([\d,]*)\]", shapes)
+    return [int(bits) // 8 * math.prod(map(int, filter(None, dims.split(","))))
+            for bits, dims in sizes]  # fmt: skip
+
+
+def placing(mesh: Mesh) -> Callable[[Any, bool], Any]:
+    """How parameters and batches are split over a mesh of a pod.
+
+    The longest axis over `data`, as FSDP does, the next over `model`; batches over
+    `data`.
+    """
+
+    def place(x: Any, is_batch: bool) -> Any:
+        spec: list[str | None] = [None] * len(x.shape)
+        free = sorted(range(len(spec)), key=lambda axis: -x.shape[axis])
+        for name in mesh.axis_names[: 1 if is_batch else None]:
+            fits = (k for k in free if x.shape[k] % mesh.shape[name] == 0)
+            axis = 0 if is_batch else next(fits, None)
+            if axis is not None and mesh.size > 1:
+                spec[axis] = name
+                free.remove(axis)
+        sharding = NamedSharding(mesh, P(*spec))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return place
