@@ -98,10 +98,41 @@ def _normed(x: Any, scale: Any) -> Any:
 
 
 MODELS = {"mlp": mlp, "decoder": decoder}
+
+
+def least(more: str) -> optax.GradientTransformation:
+    """A bare multiply of what a rule has to read besides the updates.
+
+    Args:
+      more: `weights`; what is read `again`, when the norm of the updates is known; or a
+        `memory`, the norm of which is then asked for, and that of what is let through.
+    """
+    norm = lambda tree: jnp.sqrt(sum(jnp.sum(x * x) for x in jax.tree.leaves(tree)))
+    times = lambda tree, factor: jax.tree.map(lambda x: x * factor, tree)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if more == "memory":
+            updates = jax.tree.map(jnp.add, updates, state)
+        factor = 1 / jnp.maximum(1, norm(updates))
+        if more == "weights":
+            return times(updates, jnp.minimum(factor, norm(params))), state
+        changed = times(updates, factor)
+        if more == "again":
+            return times(changed, 1 / norm(changed)), state
+        left = jax.tree.map(jnp.subtract, updates, changed)
+        return changed, times(left, jnp.minimum(1, norm(changed) / norm(left)))
+
+    zeros = lambda params: optax.tree.zeros_like(params) if more == "memory" else ()
+    return optax.GradientTransformation(zeros, update)
+
+
 METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "optax": lambda: optax.clip_by_global_norm(1.0),
     "none": optax.identity,
     "floor": lambda: floor(1.0),
+    "floor weights": lambda: least("weights"),
+    "floor again": lambda: least("again"),
+    "floor memory": lambda: least("memory"),
     "global": lambda: clipfx.clip_by_global_norm(1.0),
     "layer": lambda: clipfx.clip_per_layer(1.0),
     "ord_3": lambda: clipfx.clip_by_global_norm(1.0, ord=3),
@@ -115,6 +146,7 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "clip_spikes": clipfx.clip_spikes,
     "spam_clip": clipfx.spam_clip,
     "clip_by_params": clipfx.clip_by_params,
+    "clip_by_curvature": lambda: clipfx.clip_by_curvature(1e-3),
     "skip_spikes": lambda: clipfx.skip_spikes(optax.identity()),
     "error_feedback": lambda: clipfx.error_feedback(clipfx.clip_by_global_norm(1.0)),
 }

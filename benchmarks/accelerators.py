@@ -40,6 +40,7 @@ _TURNS = flags.DEFINE_integer("turns", 9, "Timed turns of each variant.")
 _CHAIN = flags.DEFINE_integer("steps", 10, "Steps in each turn.")
 
 
+_OTHERS = [x for x in METHODS if x in ("optax", "none") or x.startswith("floor")]
 _KNOWN = {"models": MODELS, "methods": METHODS, "as": ["", "cpu", "gpu", "tpu", "mesh"]}
 for _flag, _names in _KNOWN.items():
     flags.register_validator(
@@ -72,7 +73,7 @@ def measure(name: str, dtype: Any, mesh: Mesh | None) -> None:
     print(head + times + ("  collectives, MB" if several else ""))
     steps, carries, rows = {}, {}, {}
     for method in _METHODS.value or METHODS:
-        for way in _AS.value if method not in ("optax", "none", "floor") else [""]:
+        for way in _AS.value if method not in _OTHERS else [""]:
             reductions.forced_device = way
             start = time.perf_counter()
             step, tx = compiled(model, METHODS[method](), dtype, mesh)
