@@ -149,7 +149,7 @@ def per_shard(fun: Callable[[list[jax.Array]], Any], leaves: list[jax.Array]) ->
     """Calls `fun`; where types say how leaves are split, on the shards.
 
     On a mesh with Explicit axes `combine` then needs one collective. Left to XLA it is
-    one for every set of axes that leaves are split over, and for every 256 leaves.
+    one for every set of axes that leaves are split over, and for every 256 sums.
     """
     specs = [_compat.explicit_spec(x) or () for x in leaves]
     mesh = next(
