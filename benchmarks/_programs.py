@@ -152,6 +152,10 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
 }
 
 
+# Of these nothing is ours.
+PLAIN = [x for x in METHODS if x in ("optax", "none") or x.startswith("floor")]
+
+
 def compiled(model: Model, tx: Any, dtype: Any, mesh: Mesh | None) -> tuple[Any, Any]:
     """A compiled donating step `(params, state, batch)`, and its optimizer."""
     tx = optax.chain(tx, optax.adamw(1e-3))

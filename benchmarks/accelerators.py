@@ -24,7 +24,7 @@ import optax
 from absl import app, flags
 from jax.sharding import Mesh
 
-from benchmarks._programs import METHODS, MODELS, compiled, facts
+from benchmarks._programs import METHODS, MODELS, PLAIN, compiled, facts
 from benchmarks._timing import in_turns
 from clipfx._core import reductions
 
@@ -40,7 +40,6 @@ _TURNS = flags.DEFINE_integer("turns", 9, "Timed turns of each variant.")
 _CHAIN = flags.DEFINE_integer("steps", 10, "Steps in each turn.")
 
 
-_OTHERS = [x for x in METHODS if x in ("optax", "none") or x.startswith("floor")]
 _KNOWN = {"models": MODELS, "methods": METHODS, "as": ["", "cpu", "gpu", "tpu", "mesh"]}
 for _flag, _names in _KNOWN.items():
     flags.register_validator(
@@ -73,7 +72,7 @@ def measure(name: str, dtype: Any, mesh: Mesh | None) -> None:
     print(head + times + ("  collectives, MB" if several else ""))
     steps, carries, rows = {}, {}, {}
     for method in _METHODS.value or METHODS:
-        for way in _AS.value if method not in _OTHERS else [""]:
+        for way in _AS.value if method not in PLAIN else [""]:
             reductions.forced_device = way
             start = time.perf_counter()
             step, tx = compiled(model, METHODS[method](), dtype, mesh)

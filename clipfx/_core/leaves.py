@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from clipfx import _compat
 from clipfx._core.groups import Groups, is_counted
 from clipfx._core.paths import KeyPath
-from clipfx._core.reductions import by_device, device_of_programs
+from clipfx._core.reductions import device_of_programs, on_one_cpu
 
 
 def widen(x: jax.Array, least: Any = jnp.float32) -> jax.Array:
@@ -167,8 +167,8 @@ def columns(*rows: jax.Array) -> Sequence[tuple[jax.Array, ...]]:
     """
     if rows[0].size <= 8:
         return list(zip(*_unstack(*rows), strict=True))
-    ways = dict.fromkeys(("gpu", "tpu", "mesh"), _unstack) | {"cpu": _alike}
-    return list(zip(*by_device(ways, device_of_programs(), *rows), strict=True))
+    picked = on_one_cpu(_alike, _unstack, device_of_programs(), *rows)
+    return list(zip(*picked, strict=True))
 
 
 def _unstack(*rows: jax.Array) -> list[tuple[jax.Array, ...]]:

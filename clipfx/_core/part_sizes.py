@@ -11,7 +11,7 @@ from clipfx._core.clip_factors import exceeds
 from clipfx._core.groups import Groups
 from clipfx._core.leaves import widest
 from clipfx._core.norms import Norms, group_sizes
-from clipfx._core.reductions import Layout, by_device, combine, layout_of, per_shard
+from clipfx._core.reductions import Layout, combine, layout_of, on_one_cpu, per_shard
 from clipfx._core.safe_sums import add_up, largest
 
 
@@ -36,8 +36,7 @@ def peak_and_share(
         one = functools.partial(in_one_pass, layout=layout)
         two = functools.partial(in_two_passes, layout=layout)
         # Over several devices XLA would split the one with gathers.
-        ways = dict.fromkeys(("gpu", "tpu", "mesh"), two) | {"cpu": one}
-        return by_device(ways, layout.device, sizes, *limits)
+        return on_one_cpu(one, two, layout.device, sizes, *limits)
 
     peak, count = per_shard(both, [*sizes, *limits])
     every = Groups(("global",), layout.index)

@@ -43,6 +43,14 @@ def by_device(ways: dict[str, Callable[..., Any]], device: str, *args: Any) -> A
     return jax.lax.platform_dependent(*args, cpu=cpu, cuda=gpu, default=tpu)
 
 
+def on_one_cpu(
+    one: Callable[..., Any], other: Callable[..., Any], device: str, *args: Any
+) -> Any:
+    """Calls `one` there, and `other` on everything else."""
+    ways = {"cpu": one, "gpu": other, "tpu": other, "mesh": other}
+    return by_device(ways, device, *args)
+
+
 def layout_of(
     leaves: Sequence[jax.Array],
     index: tuple[int, ...],
