@@ -125,12 +125,17 @@ def vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
 
 def explicit_spec(x: jax.Array) -> tuple | None:
     """The mesh axes of each dimension on a mesh with Explicit axes, None elsewhere."""
-    sharding: Any = getattr(jax.typeof(x), "sharding", None)
+    return spec_of_type(jax.typeof(x))
+
+
+def spec_of_type(aval: Any) -> tuple | None:
+    """The same of a type."""
+    sharding: Any = getattr(aval, "sharding", None)
     kinds = getattr(getattr(sharding, "mesh", None), "axis_types", ())
     if jax.sharding.AxisType.Explicit not in kinds:
         return None
     spec = tuple(sharding.spec)
-    return spec + (None,) * (x.ndim - len(spec))
+    return spec + (None,) * (len(aval.shape) - len(spec))
 
 
 def mesh_of(x: jax.Array) -> Any:

@@ -164,9 +164,9 @@ def explain(
                 f"Warning: for every example {size * 4 / 1e6:,.0f} MB of {row.leaf!r} "
                 f"are formed ({row.because}); microbatch_size bounds the memory."
             )
-    if plan.remat:
+    if plan.regions:
         notes.append(
-            "The program rematerializes: norms take one pass, the sum a second."
+            "The program rematerializes: the sum takes a second backward pass there."
         )
     return Report(tuple(rows), tuple(notes))
 

@@ -26,20 +26,25 @@ PLACES = {
 BY_HAND = {"whole": PLACES["whole"], "tensor": {**COLUMNS_THEN_ROWS, "table": P()}}
 
 
-def loss(params, example, over=(), **whole):
+def loss(params, example, over=(), around=lambda f: f, **whole):
     """Looks up two tokens, then two layers, and no differences, which rounding spoils.
 
     Args:
       params: Of the table and the layers.
       example: The tokens, and the direction to push the output in.
       over: Mesh axes of `shard_map` that the layers are split over.
+      around: What to wrap the layers in.
       **whole: `out_sharding` of what is added up over devices.
     """
     tokens, direction = example
     x = params["table"].at[tokens].get(**whole).sum(0)
-    h = jnp.exp((x @ params["up"] + params["bias"]) / 4)
-    out = jnp.dot(h, params["down"], **whole)
-    return jnp.vdot(jax.lax.psum(out, over) if over else out, direction)
+
+    def layers(x):
+        h = jnp.exp((x @ params["up"] + params["bias"]) / 4)
+        out = jnp.dot(h, params["down"], **whole)
+        return jax.lax.psum(out, over) if over else out
+
+    return jnp.vdot(around(layers)(x), direction)
 
 
 def draw():
@@ -62,6 +67,11 @@ PARAMS, BATCH = draw()
 def clipped_grad(loss, axis_name=None):
     grad = per_example.clipped_grad(loss, 2.0, groups="leaf", batch_axis_name=axis_name)
     return lambda params, batch: grad(params, batch["examples"])
+
+
+def rematerialized(loss, axis_name=None):
+    """The products; a table on an Explicit mesh is looked up outside of it."""
+    return clipped_grad(functools.partial(loss, around=jax.checkpoint), axis_name)
 
 
 def norms(loss):
@@ -118,6 +128,7 @@ FUNCTIONS = {
     make.__name__: make
     for make in (
         clipped_grad,
+        rematerialized,
         norms,
         population_grad,
         fair_grad,
@@ -126,7 +137,13 @@ FUNCTIONS = {
         dp_grad,
     )
 }
-LIKE_PARAMETERS = ("clipped_grad", "fair_grad", "clip_fair_groups", "dp_grad")
+LIKE_PARAMETERS = (
+    "clipped_grad",
+    "rematerialized",
+    "fair_grad",
+    "clip_fair_groups",
+    "dp_grad",
+)
 
 
 # -------------------------------------------------------------------------- the ways
@@ -225,6 +242,8 @@ CASES = {
 
 FEW_CASES = {
     "clipped_grad-shard_map-tensor",
+    "rematerialized-shard_map-tensor",
+    "rematerialized-explicit-tensor",
     "population_grad-auto-fsdp",
     "population_grad-shard_map-by_name",
     "clip_fair_groups-pmap",

@@ -1,7 +1,7 @@
 """What one pass over a batch leaves behind, and norms of gradients from it."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -18,6 +18,7 @@ from clipfx.per_example.engine import (
     scaled_sums,
 )
 from clipfx.per_example.engine.cost_model import by_region
+from clipfx.per_example.engine.interpreter import Given
 from clipfx.per_example.engine.param_views import LeafSlice
 from clipfx.per_example.engine.plan import Plan
 from clipfx.per_example.engine.rules.site import Site
@@ -47,14 +48,18 @@ class Tape(NamedTuple):
         tap.
       leaves: By leaf the gradient of each example, `[B, ...]`, where instantiated.
       formed: By site the gradient of each example with respect to its weight.
-      powers: `[B, L, 4, 2]`, norms to the power of p by leaf, if measured on the way.
+      powers: By leaf `[B, 4, 2]`, its norms to the power of p where regions measured
+        them.
+      again: `again(factor [B, L], good [B])` pulls what regions add up, by door; None
+        if there are no regions.
     """
 
     data: dict[int, jax.Array]
     deltas: dict[int, jax.Array]
     leaves: dict[int, jax.Array]
     formed: dict[int, jax.Array]
-    powers: jax.Array | None
+    powers: dict[int, jax.Array]
+    again: Callable | None = None
 
     def operand(self, site: Site) -> Any:
         """What was recorded for a site, None if it needs nothing."""
@@ -76,32 +81,48 @@ def backward_pass(
     """
     plan = program.plan
     params = [inputs[k] for k in program.params]
-    ghost = plan.remat and norms
 
     def one(*example):
         def loss(leaves, taps):
-            values = list(example)
-            for k, leaf in leaves.items():
-                values[program.params[k]] = leaf
-            visit = functools.partial(_probe, plan, taps) if ghost else None
-            outs, data = interpreter.run(
-                plan.root, values, plan.sites, {} if ghost else taps, visit
-            )
+            values = with_leaves(program, example, leaves)
+            outs, data, _ = interpreter.run(plan.root, values, plan.sites, Given(taps))
             return outs[0], (outs[1:], data)
 
-        taps = _no_powers(plan) if ghost else _taps(plan)
         leaves = {k: params[k] for k in sorted(plan.differentiated)}
-        value, pull, (aux, data) = jax.vjp(loss, leaves, taps, has_aux=True)
-        leaves, deltas = pull(jnp.ones_like(value))
-        return [value, *aux], data, leaves, deltas
+        value, pull, (aux, data) = jax.vjp(loss, leaves, taps_of(plan), has_aux=True)
+        return [value, *aux], data, *pull(jnp.ones_like(value))
 
-    outs, data, leaves, deltas = over_examples(one, program.mapped, inputs)
-    outs, data, leaves, deltas = jax.tree.map(
-        _like_rows(program, inputs), (outs, data, leaves, deltas)
-    )
+    outs, *rest = over_examples(one, program.mapped, inputs)
+    tape = tape_of(plan, *jax.tree.map(like_rows(program, inputs), rest), norms=norms)
+    return jax.tree.map(like_rows(program, inputs), outs), tape
+
+
+def with_leaves(program: Program, values: Sequence, leaves: Mapping[int, Any]) -> list:
+    """The inputs, with other values of some leaves."""
+    filled = list(values)
+    for k, leaf in leaves.items():
+        filled[program.params[k]] = leaf
+    return filled
+
+
+def tape_of(
+    plan: Plan,
+    data: dict[int, jax.Array],
+    leaves: dict[int, jax.Array],
+    deltas: dict[int, jax.Array],
+    *,
+    norms: bool = True,
+) -> Tape:
+    """What is left of a pass, with the gradients that are better formed at once.
+
+    Args:
+      plan: Decisions.
+      data: Recorded operands, by number.
+      leaves: By leaf the gradient of each example, where instantiated.
+      deltas: Gradients with respect to outputs, by number of the tap.
+      norms: Whether norms will be asked for.
+    """
     data, leaves, deltas = jax.tree.map(_settled, (data, leaves, deltas))
-    if ghost:
-        return outs, Tape({}, {}, leaves, {}, deltas)
     formed = {}
     for n in plan.formed if norms else ():
         site = plan.sites[n]
@@ -111,7 +132,7 @@ def backward_pass(
     rest = [site for n, site in plan.sites.items() if n not in formed]
     data = {site.data: data[site.data] for site in rest if site.data is not None}
     deltas = {site.tap: deltas[site.tap] for site in rest}
-    return outs, Tape(data, deltas, leaves, formed, None)
+    return Tape(data, deltas, leaves, formed, {})
 
 
 def over_examples(one: Callable, mapped: Sequence[bool], inputs: Sequence[Any]) -> Any:
@@ -123,17 +144,19 @@ def over_examples(one: Callable, mapped: Sequence[bool], inputs: Sequence[Any]) 
         if isinstance(error, ValueError) and "vmap" not in str(error):
             raise
         pairs = list(zip(inputs, mapped, strict=True))
-        if any(x.shape[0] != 1 for x, m in pairs if m):
+        batched = jax.tree.leaves([x for x, m in pairs if m])
+        if any(x.shape[0] != 1 for x in batched):
             raise NotImplementedError(
                 "fun must be made of what JAX can map over examples, got "
                 f"{str(error).splitlines()[0].rstrip('.')!r}; pass microbatch_size=1, "
                 "which takes one example after the other."
             ) from error
-    alone = one(*(x[0] if m else x for x, m in pairs))
+    first = lambda x: jax.tree.map(lambda y: y[0], x)
+    alone = one(*(first(x) if m else x for x, m in pairs))
     return jax.tree.map(lambda x: x[None], alone)
 
 
-def _like_rows(program: Program, inputs: Sequence[Any]) -> Callable:
+def like_rows(program: Program, inputs: Sequence[Any]) -> Callable:
     """Splits by example as the batch is; older JAX forgets it where axes are Auto."""
     pairs = zip(inputs, program.mapped, strict=True)
     specs = [_compat.explicit_spec(x) for x, mapped in pairs if mapped]
@@ -155,35 +178,33 @@ def _settled(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x) if half else x
 
 
-def _no_powers(plan: Plan) -> jax.Array:
-    """Where powers of norms are added up, `[L, 4, 2]`."""
-    value = plan.root.jaxpr.outvars[0].aval
-    shape = (len(plan.methods), scaled_sums.SCALES, 2)
-    return _zeros(shape, value).astype(dtype(plan))
+def taps_of(plan: Plan) -> dict[int, jax.Array]:
+    """Zeros for every tap, `[loops..., ...]`."""
 
-
-def _taps(plan: Plan) -> dict[int, jax.Array]:
-    def zeros(site: Site) -> jax.Array:
+    def like(site: Site) -> jax.Array:
         out = site.eqn.outvars[0].aval
-        return _zeros((*(n for _, n in site.loops), *out.shape), out)
+        return zeros((*(n for _, n in site.loops), *out.shape), out)
 
-    return {site.tap: zeros(site) for site in plan.sites.values()}
+    return {site.tap: like(site) for site in plan.sites.values()}
 
 
-def _zeros(shape: tuple[int, ...], like: Any) -> jax.Array:
+def zeros(shape: tuple[int, ...], like: Any) -> jax.Array:
     """Of the dtype of a type, varying over the same axes of `jax.shard_map`."""
     return _compat.vary(jnp.zeros(shape, like.dtype), _compat.axes_of_type(like))
 
 
 def dtype(plan: Plan) -> Any:
     """Of norms: float32, or wider where gradients are."""
-    dtypes = [site.eqn.outvars[0].aval.dtype for site in plan.sites.values()]
-    dtypes += [plan.root.jaxpr.outvars[0].aval.dtype, *plan.dtypes]
+    dtypes = [site.eqn.outvars[0].aval.dtype for site in plan.everywhere().values()]
+    dtypes += [
+        plan.root.jaxpr.outvars[0].aval.dtype,
+        *(aval.dtype for aval in plan.types),
+    ]
     return widest(dtypes)
 
 
-# What is measured of a leaf.
-_Measured: TypeAlias = Elements | ghost_norm.Products
+# What is measured of a leaf; an array `[4, 2]` is measured already.
+_Measured: TypeAlias = Elements | ghost_norm.Products | jax.Array
 # And the mesh axes of `jax.shard_map` that the leaf is split over, and its group.
 _Part: TypeAlias = tuple[frozenset[str], int | None, _Measured]
 
@@ -204,26 +225,13 @@ def powers(
       split: Per leaf the mesh axes of `jax.shard_map` that it is split over.
       members: Of the leaves.
     """
-    if tape.powers is None:
 
-        def one(tape: Tape) -> jax.Array:
-            keys = enumerate(zip(split, members.index, strict=True))
-            parts = [(*key, x) for k, key in keys for x in _of_leaf(plan, k, tape)]
-            return powers_of_parts(plan, parts, members)
+    def one(tape: Tape) -> jax.Array:
+        keys = enumerate(zip(split, members.index, strict=True))
+        parts = [(*key, x) for k, key in keys for x in of_leaf(plan, k, tape)]
+        return powers_of_parts(plan, parts, members)
 
-        return jax.vmap(one, axis_size=size)(tape)
-    every, leaf = frozenset().union(*split), [*range(len(split)), *tape.leaves]
-    one = lambda x: _powers([(0, Elements([x]))], plan.ord, dtype(plan))[1]
-    rows = [tape.powers.astype(dtype(plan)), *map(jax.vmap(one), tape.leaves.values())]
-    rows = jnp.concatenate(rows, axis=1)
-    if every:
-        # Together they count as varying over what one of them does.
-        same = lambda x, axes: jax.lax.pmean(x, tuple(sorted(axes))) if axes else x
-        columns = [(rows[:, j : j + 1], split[k]) for j, k in enumerate(leaf)]
-        columns = [over(same(x, every - axes), axes) for x, axes in columns]
-        rows = jnp.concatenate(columns, axis=1)
-    index = [members.index[k] for k in leaf]
-    return jax.vmap(lambda x: _by_group(x, index, members))(rows)
+    return jax.vmap(one, axis_size=size)(tape._replace(again=None))
 
 
 def over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
@@ -237,7 +245,7 @@ def powers_of_parts(plan: Plan, parts: Sequence[_Part], members: Groups) -> jax.
     rows = []
     for axes in dict.fromkeys(axes for axes, _, _ in parts):
         some = [(group, x) for other, group, x in parts if other == axes]
-        groups, powers = _powers(some, plan.ord, dtype(plan))
+        groups, powers = measure(some, plan.ord, dtype(plan))
         index += groups
         rows.append(over(powers, axes))
     if not rows:  # of parameters that the loss does not use
@@ -245,12 +253,13 @@ def powers_of_parts(plan: Plan, parts: Sequence[_Part], members: Groups) -> jax.
     return _by_group(jnp.concatenate(rows), index, members)
 
 
-def _powers(
-    parts: Sequence[tuple[int | None, _Measured]], ord: int, dtype: Any
-) -> tuple[list[int | None], jax.Array]:
+def measure(
+    parts: Sequence[tuple[Any, _Measured]], ord: int, dtype: Any
+) -> tuple[list, jax.Array]:
     """Of which group each power is, and powers `[J, 4, 2]`, of one example."""
     arrays = [(group, x) for group, x in parts if isinstance(x, Elements)]
-    products = [(group, x) for group, x in parts if not isinstance(x, Elements)]
+    products = [(group, x) for group, x in parts if isinstance(x, ghost_norm.Products)]
+    known = [(group, x) for group, x in parts if isinstance(x, jax.Array)]
     powers = [scaled_sums.power(x, ord, dtype) for _, x in arrays]
     groups = [group for group, _ in arrays]
     if products:
@@ -259,7 +268,10 @@ def _powers(
         )
         groups += [products[k][0] for k in order]
         powers.append(power)
-    return groups, scaled_sums.spread(scaled_sums.join(powers))
+    rows = [scaled_sums.spread(scaled_sums.join(powers))] if powers else []
+    rows += [x[None] for _, x in known]
+    groups += [group for group, _ in known]
+    return groups, rows[0] if len(rows) == 1 else jnp.concatenate(rows)
 
 
 def _by_group(
@@ -278,12 +290,13 @@ def _by_group(
     return jnp.concatenate(columns)
 
 
-def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> list[_Measured]:
+def of_leaf(plan: Plan, leaf: int, tape: Tape) -> list[_Measured]:
     """What is to be measured of one example's gradient, in parts to add up."""
     if leaf in tape.leaves:
         return [Elements([tape.leaves[leaf]])]
-    parts = []
-    for places in by_region(plan.uses[leaf]):
+    parts: list[_Measured] = [tape.powers[leaf]] if leaf in tape.powers else []
+    kept = [(site, part) for site, part in plan.uses[leaf] if site.number in plan.sites]
+    for places in by_region(kept):
         (site, part), *_ = places
         if site.number in tape.formed:
             parts.append(Elements([_part(site, part, tape.formed[site.number])]))
@@ -319,30 +332,3 @@ def _of_region(places: list) -> list[_Measured]:
         return [Elements([total], terms=False), Elements(rows, counts=False)]
     factors = [outer_products.factors(*place) for place in places]
     return [ghost_norm.Products(factors, primitives.precision(site.eqn))]
-
-
-def _probe(
-    plan: Plan, sums: jax.Array, site: Site, inputs: list, out: jax.Array, _: Any
-) -> jax.Array:
-    """The output; its backward pass adds powers of norms to the gradient of `sums`.
-
-    So nothing is kept, and rematerialization goes on saving memory.
-    """
-    parts = [p for p in site.view.parts if p.leaf not in (None, *plan.differentiated)]
-
-    @jax.custom_vjp
-    def probe(data, out, sums):
-        return out
-
-    def backward(data, delta):
-        sums = _no_powers(plan)
-        turn = site._replace(loops=())
-        for part in parts:
-            x = _of_region([(turn, part._replace(stack=()), data, delta)])
-            _, powers = _powers([(0, y) for y in x], plan.ord, sums.dtype)
-            sums = sums.at[part.leaf].add(powers.sum(0))
-        return None, delta, sums
-
-    probe.defvjp(lambda data, out, sums: (out, data), backward)
-    data = None if site.operand is None else inputs[site.operand]
-    return probe(data, out, sums)

@@ -12,7 +12,13 @@ from clipfx._core.clip_factors import factors
 from clipfx._core.groups import Groups
 from clipfx._core.leaves import times
 from clipfx._core.norms import Norms
-from clipfx.per_example.engine import bookkeeping, one_by_one, scaled_sums
+from clipfx.per_example.engine import (
+    bookkeeping,
+    cost_model,
+    one_by_one,
+    regions,
+    scaled_sums,
+)
 from clipfx.per_example.engine.bookkeeping import Tape
 from clipfx.per_example.engine.trace import Call
 from clipfx.per_example.engine.weighted_sum import weighted_sum
@@ -58,14 +64,15 @@ def bounded_sum(
       The sum by leaf, and what is known of every example.
     """
     inputs, index, plan = call.inputs, members.index, call.program.plan
-    outs, tape = bookkeeping.backward_pass(call.program, inputs, norms=True)
+    outs, tape = regions.backward_pass(call.program, inputs)
     norms, trusted = _norms(call, members, tape)
     good = jnp.isfinite(norms.value / norms.scale).all(1)
     keep = jnp.ones_like(good) if where is None else _compat.as_like(where, good)
     alone = good & keep & ~trusted.all(1)
+    apart = plan.adds_up and cost_model.on_cpu()
     each = functools.partial(one_by_one.each, call, tape, members)
     if callable(limit):
-        if plan.adds_up:
+        if apart:
             start = one_by_one.Progress(norms, jnp.zeros_like(norms.value), [])
             norms = each(alone, progress=start, bound=None).norms
         limit = limit(_shown(norms, keep), keep)
@@ -81,7 +88,7 @@ def bounded_sum(
         return jnp.where((both >= _LEAST) & (both <= _MOST), both, jnp.zeros_like(both))
 
     factor = jnp.where((good & keep)[:, None], factor_of(norms, limit), 0)
-    if not plan.adds_up:
+    if not apart:
         sums = weighted_sum(call.program, inputs, tape, factor, index, good)
         return total(call, sums), make_info(
             call, outs, keep, _shown(norms, keep), factor
@@ -90,7 +97,7 @@ def bounded_sum(
     reached = factor * (norms.value / norms.scale)
     alone |= good & keep & ((reached > 0) & (reached < _tiny(reached.dtype))).any(1)
     usual_factor = jnp.where(alone[:, None], jnp.zeros_like(factor), factor)
-    kept = None if tape.powers is None else good
+    kept = None if tape.again is None else good
     sums = weighted_sum(call.program, inputs, tape, usual_factor, index, kept)
     # A factor of 0 is not enough for what is not finite, 0 times NaN is NaN: then all
     # others are added up anew, one by one.
@@ -128,10 +135,14 @@ def _shown(norms: Norms, keep: jax.Array) -> jax.Array:
 
 
 def _norms(call: Call, members: Groups, tape: Tape) -> tuple[Norms, jax.Array]:
-    """Norms `[B, G]`, and whether they are to be trusted."""
+    """Norms `[B, G]`, and whether they are to be trusted.
+
+    A GPU's host would have to wait for a loop over those that are not, and all compile
+    it: elsewhere than on CPUs an upper bound takes their place.
+    """
     plan = call.program.plan
     powers = bookkeeping.powers(plan, tape, call.size, call.split, members)
-    return scaled_sums.norms(powers, plan.ord)
+    return scaled_sums.norms(powers, plan.ord, bound=not cost_model.on_cpu())
 
 
 def make_info(
@@ -163,11 +174,11 @@ def with_rounding_margin(limit: jax.Array) -> jax.Array:
 
 def measure(call: Call, members: Groups, where: jax.Array | None) -> PerExample:
     """Norms alone."""
-    outs, tape = bookkeeping.backward_pass(call.program, call.inputs, norms=True)
+    outs, tape = regions.backward_pass(call.program, call.inputs)
     norms, trusted = _norms(call, members, tape)
     keep = jnp.ones_like(outs[0], bool) if where is None else where
     keep = _compat.as_like(keep, outs[0])
-    if call.program.plan.adds_up:
+    if call.program.plan.adds_up and cost_model.on_cpu():
         alone = jnp.isfinite(norms.value / norms.scale).all(1) & keep & ~trusted.all(1)
         start = one_by_one.Progress(norms, jnp.zeros_like(norms.value), [])
         norms = one_by_one.each(call, tape, members, alone, start, None).norms

@@ -3,25 +3,49 @@
 import itertools
 from typing import Any
 
+import jax
+
 from clipfx.per_example.engine import ghost_norm
 from clipfx.per_example.engine.outer_products import key, sizes
 from clipfx.per_example.engine.param_views import LeafSlice
 from clipfx.per_example.engine.rules.site import IDS, Site
 
-# Moving a word through memory costs as much as this many multiplications: a gradient
-# that is instantiated is written, read for its norm and read for the sum.
-WORDS = 256
+# Multiplications in the time that it takes to move a word through memory three times: a
+# gradient that is instantiated is written, read for its norm and read for the sum. Of
+# two CPU cores, measured, and of what makers of TPUs (v5e, v5p) and of the H100 say.
+_WORDS, _WORDS_ELSEWHERE = 256, 1024
+# Instead of JAX's default, for tests and for programs compiled ahead of time.
+forced_platform = ""
 BIAS_SUM = "bias sum"
 
 
-def unaligned(places: list[tuple[Site, LeafSlice]], remat: bool) -> str:
-    """Why several uses of a leaf cannot be measured together, empty if they can."""
-    if remat:
-        if len(places) > 1:
-            return "several uses, and remat"
-        ((site, part),) = places
-        return "" if len(part.stack) == len(site.loops) else "a loop, and remat"
+def words() -> int:
+    """What to move a word of an instantiated gradient costs, in multiplications."""
+    return _WORDS if on_cpu() else _WORDS_ELSEWHERE
+
+
+def on_cpu() -> bool:
+    """Where to assume that the program runs that is being traced."""
+    return (forced_platform or jax.default_backend()) == "cpu"
+
+
+def unaligned(places: list[tuple[Site, LeafSlice]], outer: dict[int, int]) -> str:
+    """Why several uses of a leaf cannot be measured together, empty if they can.
+
+    Args:
+      places: The uses.
+      outer: By region, how many loops are around it.
+    """
+    for site, part in places:
+        if site.region is not None:
+            around = {loop for loop, _ in site.loops[: outer[site.region]]}
+            if around - {loop for loop, _ in part.stack}:
+                return "a loop around a rematerialized part"
     for (s1, p1), (s2, p2) in itertools.combinations(places, 2):
+        if s1.region != s2.region and (
+            p1.region is None or p2.region is None or not _apart(p1.region, p2.region)
+        ):
+            return "uses in different rematerialized parts"
         if p1.region is None or p2.region is None:
             return "several uses in different forms"
         if p1.region != p2.region:
@@ -71,5 +95,5 @@ def factored_cost(places: list[tuple[Site, LeafSlice]]) -> tuple[str, int]:
             method = "Gram" if dense else "segment sum"
             cost += s * (dense * dense * (k + n) // 2 + dense * rows * n + rows * n)
         if any(rule.copied for rule, *_ in each):
-            cost += 2 * WORDS * s * dense * k
+            cost += 2 * words() * s * dense * k
     return method, cost

@@ -61,7 +61,7 @@ def powers_of_products(
     for k, sums in enumerate(products):
         if sum(f.right.shape[1] for f in sums.factors) == 1:
             order.append(k)
-            powers.append(_of_one_position(_cast(sums.factors, dtype)[0], ord, dtype))
+            powers.append(_of_one_position(sums.factors[0], ord, dtype))
         else:
             alike.setdefault(sums.positions, []).append(k)
     for some in alike.values():
@@ -78,9 +78,8 @@ def powers_of_products(
     return order, scaled_sums.join(powers)
 
 
-def _cast(factors: list[Factors], dtype: Any) -> list[Factors]:
-    cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-    return [Factors(cast(f.left), cast(f.right), f.key) for f in factors]
+def _cast(x: jax.Array, dtype: Any) -> jax.Array:
+    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _of_several(
@@ -90,22 +89,23 @@ def _of_several(
 
     That is the largest magnitudes of rows u and v, and the size of their product.
     """
-    factors = _cast(_align(sums.factors), dtype)
+    factors = _align(sums.factors)
     if any(f.by_index for f in factors):  # look-ups do not know about meshes
         factors = [
             Factors(_compat.whole(f.left), _compat.whole(f.right), f.key)
             for f in factors
         ]
-    dense = _join([f for f in factors if not f.by_index])
-    rows = _join([f for f in factors if f.by_index])
+    dense = _join([f for f in factors if not f.by_index], dtype)
+    rows = _join([f for f in factors if f.by_index], dtype)
     total = terms = jnp.zeros((), dtype)
     left, right, count = [], [], 1
     if dense is not None:
-        total, terms = _gram(dense.left, dense.right, sums.precision)
-        left.append(_peaks(dense.left))
-        right.append(_peaks(dense.right))
+        total, terms = _gram(dense.left, dense.right, sums.precision, dtype)
+        left.append(_peaks(dense.left).astype(dtype))
+        right.append(_peaks(dense.right).astype(dtype))
         count = dense.left.shape[-1] * dense.right.shape[-1]
     if rows is not None:
+        rows = rows._replace(right=rows.right.astype(dtype))
         total += add_up(abs_power(_sum_rows(rows.left, rows.right), 2))
         terms += add_up(abs_power(rows.right, 2))
         right.append(_peaks(rows.right))
@@ -116,8 +116,8 @@ def _of_several(
         ids = jnp.broadcast_to(
             rows.left[:, None], (*dense.left.shape[:2], rows.left.shape[1])
         )
-        inner = _matmul(dense.right, rows.right, sums.precision)
-        total += 2 * add_up(take(dense.left, ids) * inner)
+        inner = _matmul(dense.right.astype(dtype), rows.right, sums.precision, dtype)
+        total += 2 * add_up(take(dense.left, ids).astype(dtype) * inner)
     one = lambda xs: xs[0] if len(xs) == 1 else jnp.concatenate(xs)
     return total, terms, one(left), one(right), count
 
@@ -131,7 +131,9 @@ def _of_one_position(f: Factors, ord: int, dtype: Any) -> Power:
     """Of one position, at any magnitude."""
     if f.by_index:
         return scaled_sums.power(Elements([f.right]), ord, dtype)
-    left, right, top = scaled_sums.pair_to_one(f.left, f.right)
+    left, right, top = scaled_sums.pair_to_one(
+        _cast(f.left, dtype), _cast(f.right, dtype)
+    )
     total = (abs_power(left, ord).sum(-1) * abs_power(right, ord).sum(-1)).sum()
     top = jnp.where(top == scaled_sums.NOTHING, 0, top)
     return Power(total[None], total[None], ord * top[None])
@@ -160,26 +162,42 @@ def _align(factors: list[Factors]) -> list[Factors]:
     return [turn(f) for f in factors]
 
 
-def _join(factors: list[Factors]) -> Factors | None:
-    """One sum over the positions of all."""
-    if len(factors) < 2:
-        return factors[0] if factors else None
-    join = lambda xs: jnp.concatenate(xs, axis=1)
+def _join(factors: list[Factors], dtype: Any) -> Factors | None:
+    """One sum over the positions of all.
+
+    Numbers of half precision stay such: products of them are exact in float32, and a
+    copy of the gradient of a head is larger than all else.
+    """
+    if not factors:
+        return None
+
+    def join(xs: list[jax.Array]) -> jax.Array:
+        kinds = {x.dtype for x in xs}
+        if len(kinds) > 1 or next(iter(kinds)).itemsize > 2:
+            xs = [_cast(x, dtype) for x in xs]
+        return xs[0] if len(xs) == 1 else jnp.concatenate(xs, axis=1)
+
+    key = factors[0].key if len(factors) == 1 else None
     return Factors(
-        join([f.left for f in factors]), join([f.right for f in factors]), None
+        join([f.left for f in factors]), join([f.right for f in factors]), key
     )
 
 
-def _matmul(a: jax.Array, b: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
+def _matmul(
+    a: jax.Array, b: jax.Array, precision: jax.lax.PrecisionLike, dtype: Any
+) -> jax.Array:
     """`[S, T, T']` from `[S, T, K]` and `[S, T', K]`."""
     spec = _compat.explicit_spec(a)
     spec = None if spec is None else _compat.sharding(a, (spec[0], None, None))
     dims = (((2,), (2,)), ((0,), (0,)))
-    return lax.dot_general(a, b, dims, precision=precision, out_sharding=spec)
+    # Of half precision as it is: products are exact, a copy would be twice as large.
+    return lax.dot_general(
+        a, b, dims, precision=precision, preferred_element_type=dtype, out_sharding=spec
+    )
 
 
 def _gram(
-    left: jax.Array, right: jax.Array, precision: jax.lax.PrecisionLike
+    left: jax.Array, right: jax.Array, precision: jax.lax.PrecisionLike, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
     """The sum over pairs of positions, in tiles, and that of pairs of a position alone.
 
@@ -191,11 +209,11 @@ def _gram(
     edges = [length * k // count for k in range(count + 1)]
     part = lambda k: tuple(x[:, edges[k] : edges[k + 1]] for x in (left, right))
     rows: list[list[jax.Array]] = [[] for _ in range(count)]
-    terms = jnp.zeros((), left.dtype)
+    terms = jnp.zeros((), dtype)
     for k in range(count):
         for j in range(k + 1):
             (u, v), (x, y) = part(k), part(j)
-            tile = _matmul(u, x, precision) * _matmul(v, y, precision)
+            tile = _matmul(u, x, precision, dtype) * _matmul(v, y, precision, dtype)
             rows[k].append(tile.sum((0, 2)))
             if j < k:
                 rows[j].append(tile.sum((0, 1)))

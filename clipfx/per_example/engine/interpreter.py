@@ -1,9 +1,8 @@
 """Runs a program again: with taps at its sites, or only its views of parameters."""
 
-import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,9 @@ from clipfx import _compat
 from clipfx.per_example.engine import primitives
 from clipfx.per_example.engine.plan import JaxprPlan
 from clipfx.per_example.engine.primitives import CALLS, REMAT
-from clipfx.per_example.engine.rules.site import Site
+from clipfx.per_example.engine.rules.site import Door, Site
 
-Visit = Callable[[Site, list, jax.Array, Any], Any]
+_NONE: Mapping[int, Any] = types.MappingProxyType({})
 
 
 @jax.custom_jvp
@@ -33,6 +32,80 @@ def _tap_jvp(primals, tangents):
     return tap(*primals), tangents[0] + tangents[1]
 
 
+@jax.custom_vjp
+def keep(x: jax.Array, data: jax.Array, slot: jax.Array) -> jax.Array:
+    """`x`; the gradient with respect to `slot` is `data`, which nobody has to keep."""
+    return x
+
+
+keep.defvjp(lambda x, data, slot: (x, data), lambda data, d: (d, None, data))
+
+
+def as_floats(x: jax.Array) -> jax.Array:
+    """Of any dtype, as gradients have to be; integers in pieces that are exact."""
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    size = x.dtype.itemsize
+    if size <= 2:
+        return x.astype(jnp.float32)
+    pieces = [(x >> (16 * k)) & 0xFFFF for k in range(size // 2)]
+    return jnp.stack(pieces, -1).astype(jnp.float32)
+
+
+def from_floats(x: jax.Array, dtype: Any) -> jax.Array:
+    """What `as_floats` was given."""
+    if jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize <= 2:
+        return x.astype(dtype)
+    pieces = jnp.unstack(x.astype(dtype), axis=-1)
+    return sum((y << (16 * k) for k, y in enumerate(pieces)), jnp.zeros_like(pieces[0]))
+
+
+class Given(NamedTuple):
+    """What comes in beside a program's inputs, by number.
+
+    Attributes:
+      taps: Where to tap, `[loops..., ...]`.
+      slots: By number of the site, `[loops..., ...]`: its data become the gradient with
+        respect to this, instead of being recorded.
+      doors: Parameters that enter regions, `[loops that slice..., ...]`.
+    """
+
+    taps: Mapping[int, Any] = _NONE
+    slots: Mapping[int, Any] = _NONE
+    doors: Mapping[int, Any] = _NONE
+
+    def within(self, node: JaxprPlan, k: int) -> "Given":
+        """Of the program inside of equation k."""
+        some = lambda xs, numbers: {n: xs[n] for n in numbers & xs.keys()}
+        taps, numbers = node.inner[k].all_taps(), node.inner[k].numbers()
+        numbers |= {door.number for door in node.doors.get(k, ())}
+        return Given(
+            some(self.taps, taps), some(self.slots, numbers), some(self.doors, numbers)
+        )
+
+
+_NOTHING = Given()
+
+
+class Done(NamedTuple):
+    """What comes of running a program.
+
+    Attributes:
+      outs: Its outputs.
+      records: The data that sites see, by number, stacked over the turns of loops.
+      thread: What went through all regions.
+    """
+
+    outs: list[Any]
+    records: dict[int, Any]
+    thread: Any
+
+
+# Runs a region: its number, its program, the equation, inputs, what is given inside,
+# and the thread.
+Enter = Callable[[int, JaxprPlan, Any, list, Given, Any], Done]
+
+
 def _literal(v: Any) -> jax.Array:
     return jnp.asarray(v.val, v.aval.dtype)
 
@@ -41,23 +114,19 @@ def run(
     node: JaxprPlan,
     values: Sequence[Any],
     sites: Mapping[int, Site],
-    taps: Mapping[int, Any],
-    visit: Visit | None = None,
-    given: Mapping[int, Any] = types.MappingProxyType({}),
-) -> tuple[list[Any], dict[int, Any]]:
+    given: Given = _NOTHING,
+    enter: Enter | None = None,
+    thread: Any = None,
+) -> Done:
     """Runs a program, with taps, and records what sites see.
 
     Args:
       node: The program.
       values: Of its inputs.
       sites: By number, those that matter.
-      taps: By number, `[loops..., ...]`; may be empty.
-      visit: `visit(site, inputs, output, given) -> output` is called instead of
-        recording.
-      given: By number of the site what `visit` is given, `[loops..., ...]`.
-
-    Returns:
-      The outputs, and the records by number, stacked over the turns of loops.
+      given: What comes in besides.
+      enter: What runs regions.
+      thread: What each region is given by the one before it.
     """
     jaxpr = node.jaxpr
     env = dict(zip(jaxpr.constvars, node.consts, strict=True))
@@ -66,74 +135,84 @@ def run(
     records = {}
     for k, eqn in enumerate(jaxpr.eqns):
         inputs = [read(v) for v in eqn.invars]
-        keep = [i for i, v in enumerate(eqn.outvars) if v in node.users]
+        used = [i for i, v in enumerate(eqn.outvars) if v in node.users]
         inner = node.inner.get(k)
         if inner is not None and inner.numbers() & sites.keys():
-            again = functools.partial(_again, inner, sites, visit)
-            outs, inside = _inside(inner, eqn, inputs, taps, given, again)
+            outs, inside, thread = _inside(node, k, inputs, sites, given, enter, thread)
             records.update(inside)
-            outs = [outs[i] for i in keep]
         else:
-            every = _compat.evaluate(eqn, inputs)
+            outs = _compat.evaluate(eqn, inputs)
             for site in node.sites.get(k, ()):
-                if site.number in sites and visit is not None:
-                    every[0] = visit(site, inputs, every[0], given.get(site.number))
-                elif site.number in sites and site.operand is not None:
-                    records[site.data] = inputs[site.operand]
-            outs = [every[i] for i in keep]
-        if outs and node.taps.get(k) in taps:
-            outs = [tap(outs[0], taps[node.taps[k]]), *outs[1:]]
-        env.update(zip([eqn.outvars[i] for i in keep], outs, strict=True))
-    return [read(v) for v in jaxpr.outvars], records
-
-
-def _again(
-    inner: JaxprPlan, sites: Any, visit: Any, values: Any, taps: Any, given: Any
-) -> tuple[list, dict]:
-    return run(inner, values, sites, taps, visit, given)
+                if site.number not in sites or site.operand is None:
+                    continue
+                assert site.data is not None
+                data = inputs[site.operand]
+                if site.number in given.slots:
+                    slot = given.slots[site.number]
+                    outs[0] = keep(outs[0], as_floats(data), slot)
+                else:
+                    records[site.data] = data
+        if used and node.taps.get(k) in given.taps:
+            outs[used[0]] = tap(outs[used[0]], given.taps[node.taps[k]])
+        env.update((eqn.outvars[i], outs[i]) for i in used)
+    return Done([read(v) for v in jaxpr.outvars], records, thread)
 
 
 def _inside(
-    inner: JaxprPlan, eqn: Any, inputs: list, taps: Any, given: Any, again: Callable
-) -> tuple[list, dict]:
+    node: JaxprPlan,
+    k: int,
+    inputs: list,
+    sites: Mapping[int, Site],
+    given: Given,
+    enter: Enter | None,
+    thread: Any,
+) -> Done:
+    eqn, inner = node.jaxpr.eqns[k], node.inner[k]
+    given = given.within(node, k)
+    if enter is not None and k in node.regions:
+        return enter(node.regions[k], inner, eqn, inputs, given, thread)
+
+    def again(values: list, given: Given, thread: Any) -> Done:
+        return run(inner, values, sites, given, enter, thread)
+
     name = eqn.primitive.name
-    taps = {n: taps[n] for n in inner.all_taps() if n in taps}
-    given = {n: given[n] for n in inner.numbers() if n in given}
     if name in REMAT:
-        wrapped = jax.checkpoint(again, **primitives.remat_options(eqn))
-        return wrapped(inputs, taps, given)
+        again = jax.checkpoint(again, **primitives.remat_options(eqn))
     if name in CALLS:
-        return again(inputs, taps, given)
+        return again(inputs, given, thread)
     const, carried = _compat.scan_sizes(eqn)
     first = const + carried
     # What a loop takes slices of need not be recorded, it is there.
     sliced = dict(zip(inner.jaxpr.invars[first:], inputs[first:], strict=True))
     known = {n: sliced[v] for v, n in inner.data.items() if v in sliced}
 
-    def body(carry, turn):
-        xs, taps, given = turn
-        outs, records = again([*inputs[:const], *carry, *xs], taps, given)
+    def body(state: tuple, turn: tuple) -> tuple:
+        (carry, thread), (xs, given) = state, turn
+        outs, records, thread = again([*inputs[:const], *carry, *xs], given, thread)
         records = {n: x for n, x in records.items() if n not in known}
-        return outs[:carried], (outs[carried:], records)
+        return (outs[:carried], thread), (outs[carried:], records)
 
-    carry, (ys, records) = lax.scan(
+    (carry, thread), (ys, records) = lax.scan(
         body,
-        inputs[const:first],
-        (inputs[first:], taps, given),
+        (inputs[const:first], thread),
+        (inputs[first:], given),
         **primitives.scan_options(eqn),
     )
-    return [*carry, *ys], records | known
+    return Done([*carry, *ys], records | known, thread)
 
 
 def weights(
-    node: JaxprPlan, values: Sequence[Any], sites: Mapping[int, Site], depth: int = 0
+    node: JaxprPlan,
+    values: Sequence[Any],
+    sites: Mapping[int, Site | Door],
+    depth: int = 0,
 ) -> tuple[list[Any], dict[int, jax.Array]]:
     """Views of parameters up to the sites where they are used, without casts.
 
     Args:
       node: The program.
       values: Parameters of one dtype; None for all other inputs, which count as zero.
-      sites: By number, those to look at.
+      sites: By number, those to look at, and doors.
       depth: How many loops there are around.
 
     Returns:
@@ -148,6 +227,11 @@ def weights(
         if all(x is None for x in inputs):
             continue
         inner, node_sites = node.inner.get(k), node.sites.get(k, ())
+        at_sites |= {
+            door.number: inputs[door.weight]
+            for door in node.doors.get(k, ())
+            if door.number in sites
+        }
         if inner is not None and eqn.primitive.name in CALLS:
             outs, inside = weights(inner, inputs, sites, depth)
             env.update(zip(eqn.outvars, outs, strict=True))

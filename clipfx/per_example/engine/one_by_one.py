@@ -110,7 +110,7 @@ def each(
 def _gradient(call: Call, tape: Tape, row: Callable) -> list[jax.Array]:
     """The gradient of one example by leaf, in float32 or wider."""
     program, plan = call.program, call.program.plan
-    if tape.powers is None:
+    if tape.again is None:
         one = jax.tree.map(row, tape)
         index = [0] * len(program.params)
         return weighted_sum(program, call.inputs, one, None, index, None)
@@ -119,10 +119,8 @@ def _gradient(call: Call, tape: Tape, row: Callable) -> list[jax.Array]:
     values = [row(x)[0] if mapped else x for x, mapped in pairs]
 
     def loss(params: list) -> jax.Array:
-        filled = list(values)
-        for k, x in zip(program.params, params, strict=True):
-            filled[k] = x
-        return interpreter.run(plan.root, filled, {}, {})[0][0]
+        filled = bookkeeping.with_leaves(program, values, dict(enumerate(params)))
+        return interpreter.run(plan.root, filled, {}).outs[0]
 
     value, pull = jax.vjp(loss, [values[k] for k in program.params])
     return [widen(x) for x in pull(jnp.ones_like(value))[0]]

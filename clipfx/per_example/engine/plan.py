@@ -17,12 +17,13 @@ from clipfx import _compat
 from clipfx.per_example.engine import param_views, primitives, rules
 from clipfx.per_example.engine.cost_model import (
     BIAS_SUM,
-    WORDS,
+    by_region,
     factored_cost,
     unaligned,
+    words,
 )
 from clipfx.per_example.engine.param_views import LeafSlice, ParamView
-from clipfx.per_example.engine.rules.site import Site
+from clipfx.per_example.engine.rules.site import Door, Site
 
 # Methods that know the 2-norm only.
 SQUARED = {"Gram", "segment sum"}
@@ -57,6 +58,8 @@ class JaxprPlan(NamedTuple):
       data: By variable the number of what is recorded of it.
       taps: By equation the number of the tap on its output.
       users: By variable the equations that read it, and None for the program's end.
+      regions: By equation that rematerializes, the number of that region.
+      doors: By such an equation, where parameters enter.
     """
 
     jaxpr: Any
@@ -67,17 +70,39 @@ class JaxprPlan(NamedTuple):
     data: dict[Any, int]
     taps: dict[int, int]
     users: dict[Any, list[int | None]]
+    regions: dict[int, int]
+    doors: dict[int, list[Door]]
 
     def numbers(self) -> set[int]:
-        """Of all sites here and inside."""
+        """Of all sites and doors here and inside."""
         inside = [node.numbers() for node in self.inner.values()]
-        numbers_here = {s.number for sites in self.sites.values() for s in sites}
-        return numbers_here.union(*inside)
+        some = [*self.sites.values(), *self.doors.values()]
+        return {s.number for sites in some for s in sites}.union(*inside)
 
     def all_taps(self) -> set[int]:
         """Numbers of taps here and inside."""
         inside = [node.all_taps() for node in self.inner.values()]
         return set(self.taps.values()).union(*inside)
+
+
+class Region(NamedTuple):
+    """A part of a program that is rematerialized: a rest of it that has its own tape.
+
+    Nothing of it is kept. Its backward pass runs it again, and measures and adds up
+    there what the tape of the program would have held. Of regions within each other a
+    site belongs to the innermost.
+
+    Attributes:
+      sites: By number, with those loops alone that are inside of it.
+      uses: Per leaf its sites and the parts there, likewise.
+      doors: By number, where parameters enter.
+      formed: Numbers of sites whose weight's gradient is instantiated.
+    """
+
+    sites: dict[int, Site]
+    uses: list[list[tuple[Site, LeafSlice]]]
+    doors: dict[int, Door]
+    formed: frozenset[int]
 
 
 class Plan(NamedTuple):
@@ -89,11 +114,11 @@ class Plan(NamedTuple):
       methods: Per leaf: `"unused"`, `"bias sum"`, `"outer product"`, `"Gram"`,
         `"segment sum"`, `"instantiated"`, or `"sum"` without norms.
       reasons: Per leaf why no site would do, empty if one does.
-      sites: Those that are used, by number.
+      sites: Those that are used, by number, but for what regions have.
       differentiated: Leaves that are instantiated by JAX's own derivative.
       formed: Numbers of sites whose weight's gradient is instantiated after loops.
-      remat: Whether the program rematerializes.
-      dtypes: Of the parameters.
+      regions: What the program rematerializes, by number, if norms will be asked for.
+      types: Of the parameters.
       ord: p of the norm, 1 or 2.
     """
 
@@ -104,17 +129,27 @@ class Plan(NamedTuple):
     sites: dict[int, Site]
     differentiated: frozenset[int]
     formed: frozenset[int]
-    remat: bool
-    dtypes: list
+    regions: dict[int, Region]
+    types: list
     ord: int
+
+    def everywhere(self) -> dict[int, Site]:
+        """All sites, those of regions too."""
+        inside = [region.sites for region in self.regions.values()]
+        return {n: site for sites in (self.sites, *inside) for n, site in sites.items()}
+
+    def doors(self) -> dict[int, Door]:
+        """Those of all regions."""
+        return {n: x for r in self.regions.values() for n, x in r.doors.items()}
 
     @property
     def adds_up(self) -> bool:
         """Whether there are norms of sums over positions, unformed, that may cancel."""
+        formed = self.formed.union(*(r.formed for r in self.regions.values()))
 
         def several(places: list) -> bool:
             site = places[0][0]
-            repeats = site.repeats and site.number not in self.formed
+            repeats = site.repeats and site.number not in formed
             return len(places) > 1 or repeats
 
         return any(
@@ -131,7 +166,8 @@ class _Walk:
         self.loop_number = itertools.count()
         self.uses: list[list[tuple[Site, LeafSlice]]] = [[] for _ in range(leaves)]
         self.reasons: list[list[str]] = [[] for _ in range(leaves)]
-        self.remat = False
+        self.region: int | None = None  # the innermost one around
+        self.doors: dict[int, list[Door]] = {}
 
     def blame(self, info: ValueInfo, why: str) -> None:
         for leaf in info.leaves:
@@ -146,7 +182,7 @@ class _Walk:
         )
         env.update(zip(jaxpr.invars, infos, strict=True))
         read = lambda v: ValueInfo() if _compat.is_literal(v) else env[v]
-        node = JaxprPlan(jaxpr, consts, {}, {}, {}, {}, {}, _users(jaxpr))
+        node = JaxprPlan(jaxpr, consts, {}, {}, {}, {}, {}, users_of(jaxpr), {}, {})
         for k, eqn in enumerate(jaxpr.eqns):
             inputs = [read(v) for v in eqn.invars]
             outs = self.equation(node, k, eqn, inputs, loops)
@@ -161,9 +197,19 @@ class _Walk:
         data = any(i.data for i in inputs)
         if not leaves or name == primitives.STOP_GRADIENT:
             return [ValueInfo(data=data)] * count
+        if name in primitives.REMAT and data:
+            around, self.region = self.region, next(self.number)
+            node.regions[k] = self.region
+            node.doors[k] = self.doors[self.region] = [
+                Door(next(self.number), j, info.view, loops)
+                for j, info in enumerate(inputs)
+                if info.view is not None
+            ]
+            node.inner[k], outs = self.walk(primitives.inner(eqn), inputs, loops)
+            self.region = around
+            return outs
         if name in primitives.CALLS:
             node.inner[k], outs = self.walk(primitives.inner(eqn), inputs, loops)
-            self.remat |= name in primitives.REMAT and data
             return outs
         if name == primitives.SCAN and data:
             return self.scan(node, k, eqn, inputs, loops)
@@ -211,7 +257,10 @@ class _Walk:
                 if operand is not None:
                     data = node.data.setdefault(eqn.invars[operand], number)
                 tap = node.taps.setdefault(_where_added(node, k), number)
-                site = Site(number, eqn, rule, j, operand, info.view, loops, data, tap)
+                site = Site(
+                    number, eqn, rule, j, operand, info.view, loops, data, tap,
+                    self.region,
+                )  # fmt: skip
                 node.sites.setdefault(k, []).append(site)
                 for part in info.view.parts:
                     if part.leaf is not None:
@@ -237,7 +286,8 @@ class _Walk:
         return [ValueInfo(data=True)] * len(eqn.outvars)
 
 
-def _users(jaxpr: Any) -> dict[Any, list[int | None]]:
+def users_of(jaxpr: Any) -> dict[Any, list[int | None]]:
+    """By variable the equations that read it, and None for the program's end."""
     users: dict[Any, list[int | None]] = {}
     ends = [(None, v) for v in jaxpr.outvars]
     for k, v in [*((k, v) for k, e in enumerate(jaxpr.eqns) for v in e.invars), *ends]:
@@ -293,25 +343,26 @@ def make_plan(
     walk = _Walk(len(leaves))
     root, outs = walk.walk(closed, infos, ())
     walk.blame(outs[0], "a term without data")  # others are not differentiated
-    shapes = [jaxpr.invars[k].aval.shape for k in leaves]
-    dtypes = [jaxpr.invars[k].aval.dtype for k in leaves]
-    return _decide(walk, root, shapes, dtypes, norms, ord, force)
+    types = [jaxpr.invars[k].aval for k in leaves]
+    return _decide(walk, root, types, norms, ord, force)
 
 
 def _decide(
     walk: _Walk,
     root: JaxprPlan,
-    shapes: list,
-    dtypes: list,
+    types: list,
     norms: bool,
     ord: int,
     force: Any,
 ) -> Plan:
     uses, reasons = walk.uses, walk.reasons
     forces = force if isinstance(force, tuple) else (force,) * len(uses)
-    for leaf, dtype in enumerate(dtypes):
-        if jnp.issubdtype(dtype, jnp.complexfloating):
+    shapes = [aval.shape for aval in types]
+    for leaf, aval in enumerate(types):
+        if jnp.issubdtype(aval.dtype, jnp.complexfloating):
             reasons[leaf].append("complex numbers")
+    # Around each region so many loops.
+    outer = {r: len(doors[0].loops) for r, doors in walk.doors.items() if doors}
     methods = [""] * len(uses)
     costs: dict[int, float] = {}
     for leaf, places in enumerate(uses):
@@ -321,28 +372,30 @@ def _decide(
         if not norms:
             methods[leaf], costs[leaf] = "sum", 0
             continue
-        why = unaligned(places, walk.remat)
+        why = unaligned(places, outer)
         if why:
             methods[leaf], reasons[leaf] = INSTANTIATED, [why]
             continue
         methods[leaf], costs[leaf] = factored_cost(places)
-        cost, way = WORDS * math.prod(shapes[leaf]), forces[leaf]
+        cost, way = words() * math.prod(shapes[leaf]), forces[leaf]
         instantiate = cost < costs[leaf] if way is None else way != "factored"
         instantiate &= methods[leaf] != BIAS_SUM
         if ord != 2 and methods[leaf] in SQUARED:
             instantiate, costs[leaf] = True, math.inf
         in_time = any(len(p.stack) < len(s.loops) for s, p in places)
+        in_time |= places[0][0].region is not None
         if instantiate and (not in_time or way == "instantiated"):
             methods[leaf] = INSTANTIATED
     # Up to here by JAX, in loops too. The gradient of a weight in a loop is better
-    # instantiated after the loop.
+    # instantiated after the loop, that in a region when its backward pass has run.
     differentiated = {k for k, method in enumerate(methods) if method == INSTANTIATED}
     sites = {s.number: s for places in uses for s, _ in places}
     formed = set()
     for number, site in sites.items():
         leaves = {p.leaf for p in site.view.parts if p.leaf is not None}
         leaves -= differentiated
-        if not leaves or any(len(uses[leaf]) > 1 for leaf in leaves):
+        alike = [places for leaf in leaves for places in by_region(uses[leaf])]
+        if any(len(places) > 1 for places in alike) or not leaves:
             continue
         if site.adds:
             # What positions add up to may be nothing but rounding, as it is with the
@@ -350,9 +403,9 @@ def _decide(
             if norms and site.repeats and not site.view.repeated:
                 formed.add(number)
             continue
-        if all(site.sliced):
+        if all(site.sliced) and site.region is None:
             continue
-        cost = WORDS * sum(math.prod(shapes[leaf]) for leaf in leaves)
+        cost = words() * sum(math.prod(shapes[leaf]) for leaf in leaves)
         ways = {forces[leaf] for leaf in leaves}
         cheaper = cost < sum(costs[leaf] for leaf in leaves)
         if (cheaper and ways == {None}) or ways == {"formed"}:
@@ -366,9 +419,10 @@ def _decide(
             if not s.adds and leaf not in differentiated}  # fmt: skip
     for leaf, places in enumerate(uses):
         if methods[leaf] == BIAS_SUM and any(
-            s.repeats and s.tap not in kept for s, _ in places
+            s.repeats and s.tap not in kept and s.region is None for s, _ in places
         ):
             differentiated.add(leaf)
+    _join(differentiated, walk.doors)
     for leaf in differentiated:
         methods[leaf] = INSTANTIATED
     used = {
@@ -377,7 +431,56 @@ def _decide(
         for s, _ in places
         if leaf not in differentiated
     }
+    inside = {r: {n: s for n, s in used.items() if s.region == r} for r in outer}
+    regions = {
+        r: _region(r, sites, uses, walk.doors[r], outer[r], formed, differentiated)
+        for r, sites in inside.items()
+        if sites and norms
+    }
+    sites = {n: s for n, s in used.items() if s.region not in regions}
     return Plan(
-        root, uses, methods, reasons, used, frozenset(differentiated),
-        frozenset(formed & used.keys()), walk.remat and norms, dtypes, ord,
+        root, uses, methods, reasons, sites, frozenset(differentiated),
+        frozenset(formed & sites.keys()), regions, types, ord,
     )  # fmt: skip
+
+
+def _join(differentiated: set[int], doors: dict[int, list[Door]]) -> None:
+    """Adds leaves that enter a region together with one that JAX differentiates."""
+    joined = [leaves_of(door.view) for some in doors.values() for door in some]
+    while (
+        more := {
+            leaf for leaves in joined if leaves & differentiated for leaf in leaves
+        }
+        - differentiated
+    ):
+        differentiated |= more
+
+
+def leaves_of(view: ParamView) -> set[int]:
+    """Those that a value consists of."""
+    return {part.leaf for part in view.parts if part.leaf is not None}
+
+
+def _region(
+    number: int,
+    sites: dict[int, Site],
+    uses: list,
+    doors: list[Door],
+    outer: int,
+    formed: set[int],
+    differentiated: set[int],
+) -> Region:
+    """A region, seen from the inside."""
+    # Each with data of its own: where one is not differentiated its data do not come.
+    cut = {
+        n: site._replace(
+            loops=site.loops[outer:], data=None if site.data is None else n
+        )
+        for n, site in sites.items()
+    }
+    here = [[(cut[s.number], part) for s, part in places if s.number in cut]
+            if leaf not in differentiated else []
+            for leaf, places in enumerate(uses)]  # fmt: skip
+    leaves = {leaf for leaf, places in enumerate(here) if places}
+    enter = {x.number: x for x in doors if leaves_of(x.view) & leaves}
+    return Region(cut, here, enter, frozenset(formed & cut.keys()))

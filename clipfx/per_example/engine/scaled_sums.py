@@ -194,8 +194,14 @@ def spread_pairs(pair: jax.Array, n: jax.Array) -> jax.Array:
     return jnp.where(at[:, :, None], pair[:, None], jnp.zeros_like(pair)[:, None])
 
 
-def norms(sums: jax.Array, p: int) -> tuple[Norms, jax.Array]:
-    """Norms `[...]` from `[..., 4, 2]`, and whether their terms did not cancel."""
+def norms(sums: jax.Array, p: int, *, bound: bool = False) -> tuple[Norms, jax.Array]:
+    """Norms `[...]` from `[..., 4, 2]`, and whether their terms did not cancel.
+
+    Args:
+      sums: Of powers, at four scales.
+      p: Of the norm.
+      bound: Whether to raise norms whose terms did cancel, to what they can be at most.
+    """
     dtype, bits = sums.dtype, _bits(sums.dtype)
     limit = jnp.finfo(dtype).maxexp - 2
     terms = sums[..., 1]
@@ -207,6 +213,8 @@ def norms(sums: jax.Array, p: int) -> tuple[Norms, jax.Array]:
     unit = two_to(jnp.minimum(centre - top, limit), dtype)
     total = (sums * unit[..., None]).sum(-2)
     value, terms = total[..., 0], total[..., 1]
+    if bound:
+        value = jnp.maximum(value, CANCELLED * terms)
     root = jnp.sqrt(value) if p == 2 else value
     n = jnp.where(value > 0, top[..., 0] >> (p - 1), 0)
     near = jnp.clip(n, -_far(dtype), _far(dtype))

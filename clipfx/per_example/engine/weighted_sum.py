@@ -1,7 +1,6 @@
 """Weighted sums of gradients, from what one pass over a batch left behind."""
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 
 from clipfx import _compat
 from clipfx._core.leaves import widen
-from clipfx.per_example.engine import bookkeeping, interpreter
+from clipfx.per_example.engine import bookkeeping, cost_model, interpreter
 from clipfx.per_example.engine.bookkeeping import Program, Tape
 from clipfx.per_example.engine.plan import Plan
 from clipfx.per_example.engine.rules.site import Site, floating
@@ -38,9 +37,10 @@ def weighted_sum(
     params = [widen(inputs[k]) for k in program.params]
     sums = [jnp.zeros_like(p) for p in params]
     for leaf, x in tape.leaves.items():
-        x = _mask(_scale(x, factor, ((index[leaf], 0),), None), good)
+        x = mask(_scale(x, factor, ((index[leaf], 0),), None), good)
         sums[leaf] = x.sum(0, dtype=params[leaf].dtype)
-    if not plan.sites:
+    sites = plan.sites | plan.doors()
+    if not sites:
         return sums
     # One dtype for all, because views may join leaves.
     views = {k: p for k, p in enumerate(params) if k not in tape.leaves}
@@ -51,27 +51,47 @@ def weighted_sum(
         values = [None] * len(inputs)
         for k, leaf in views.items():
             values[program.params[k]] = leaf
-        return interpreter.weights(plan.root, values, plan.sites)[1]
+        return interpreter.weights(plan.root, values, sites)[1]
 
     weights, pull = jax.vjp(at_sites, views)
-    groups = {n: _groups(site, index) for n, site in plan.sites.items()}
-    if tape.powers is None:
-        grads = _of_sites(plan, tape, weights, factor, groups, good)
-        for n, x in tape.formed.items():
-            axis = _axis_of_weight(plan.sites[n])
-            grads[n] = _mask(_scale(x, factor, groups[n], axis), good).sum(0)
-    else:
+    drop = _masked_if_any if cost_model.on_cpu() else masked
+    grads = at_sites_of(plan, tape, weights, factor, index, good, drop)
+    if tape.again is not None:
         assert factor is not None and good is not None
-        inputs = _stand_in(program, inputs, good)
-        grads = _second_pass(program, inputs, weights, factor, groups)
+        grads |= tape.again(jnp.stack([factor[:, g or 0] for g in index], 1), good)
     like = lambda x, w: _compat.as_like(x.astype(common), w)
     (back,) = pull({n: like(grads[n], w) for n, w in weights.items()})
     for leaf, x in back.items():
         sums[leaf] = x.astype(params[leaf].dtype)
-    if tape.powers is None or good is None:
-        return sums
-    # Without a good example there is none to stand in.
-    return [jnp.where(good.any(), x, jnp.zeros_like(x)) for x in sums]
+    return sums
+
+
+def at_sites_of(
+    plan: Plan,
+    tape: Tape,
+    weights: dict,
+    factor: jax.Array | None,
+    index: Sequence[int | None],
+    good: jax.Array | None,
+    drop: Callable[[list, jax.Array | None], list],
+) -> dict[int, jax.Array]:
+    """Weighted sums at sites, `[loops that slice..., weight]`.
+
+    Args:
+      plan: Decisions.
+      tape: From one pass.
+      weights: By number of the site, its weight.
+      factor: See `weighted_sum`, as the next two.
+      index: By leaf its group.
+      good: Which examples are finite.
+      drop: `drop(data, good)` takes examples out that are not good.
+    """
+    groups = {n: _groups(site, index) for n, site in plan.sites.items()}
+    grads = _of_sites(plan, tape, weights, factor, groups, good, drop)
+    for n, x in tape.formed.items():
+        axis = _axis_of_weight(plan.sites[n])
+        grads[n] = mask(_scale(x, factor, groups[n], axis), good).sum(0)
+    return grads
 
 
 def _of_sites(
@@ -81,6 +101,7 @@ def _of_sites(
     factor: jax.Array | None,
     groups: dict,
     good: jax.Array | None,
+    drop: Callable[[list, jax.Array | None], list],
 ) -> dict[int, jax.Array]:
     """Sums at the sites that are not formed.
 
@@ -103,47 +124,40 @@ def _of_sites(
             data[first] = _scale(a, factor, groups[n], axis) if in_data else a
         if second not in deltas:
             d = widen(d) if in_data else _scale(d, factor, groups[n], axis)
-            deltas[second] = _mask(d, good)
+            deltas[second] = mask(d, good)
         pairs[n] = first, second
-    data = dict(zip(data, _finite(list(data.values()), good), strict=True))
+    data = dict(zip(data, drop(list(data.values()), good), strict=True))
     return {
         n: plan.sites[n].rule.gradient(plan.sites[n], data[a], deltas[d], weights[n])
         for n, (a, d) in pairs.items()
     }
 
 
-def _finite(data: list, good: jax.Array | None) -> list:
+def masked(data: list, good: jax.Array | None) -> list:
     """Nothing of examples that are not good: 0 times NaN is NaN."""
+    return jax.tree.map(lambda x: mask(x, good), data)
+
+
+def _masked_if_any(data: list, good: jax.Array | None) -> list:
+    """The same where a product does not take the mask along, and a copy costs time."""
     if good is None or not jax.tree.leaves(data):
         return data
 
-    def mask(state):
+    def turn(state):
         bad, data = state
-        return jnp.zeros_like(bad), jax.tree.map(lambda x: _mask(x, good), data)
+        return jnp.zeros_like(bad), masked(data, good)
 
     # Hardly ever. A loop works in place, where a branch would copy its results.
     # A sum of numbers: one all-reduce with those of the gradients.
     bad = jnp.where(good, 0.0, 1.0).sum()
-    return jax.lax.while_loop(lambda state: state[0] > 0, mask, (bad, data))[1]
+    return jax.lax.while_loop(lambda state: state[0] > 0, turn, (bad, data))[1]
 
 
-def _mask(x: jax.Array, good: jax.Array | None) -> jax.Array:
+def mask(x: jax.Array, good: jax.Array | None) -> jax.Array:
+    """Zeros in the rows of examples that are not good."""
     if good is None:
         return x
     return jnp.where(good.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
-
-
-def _stand_in(program: Program, inputs: Sequence[Any], good: jax.Array) -> list:
-    """A good example in the place of each that is not."""
-    mapped = [x for x, m in zip(inputs, program.mapped, strict=True) if m]
-
-    def replace(mapped):
-        rows = jnp.where(good, jnp.arange(good.shape[0]), jnp.argmax(good))
-        return [x[rows] for x in mapped]
-
-    mapped = iter(jax.lax.cond(good.all(), lambda xs: xs, replace, mapped))
-    return [next(mapped) if m else x
-            for x, m in zip(inputs, program.mapped, strict=True)]  # fmt: skip
 
 
 def _groups(site: Site, index: Sequence[int | None]) -> tuple[tuple[Any, int], ...]:
@@ -172,41 +186,3 @@ def _scale(x: Any, factor: jax.Array | None, groups: tuple, axis: int | None) ->
         row, shape = jnp.concatenate(rows, axis=1), [1] * x.ndim
         shape[0], shape[axis] = row.shape
     return widen(x) * row.reshape(shape).astype(widen(x).dtype)
-
-
-def _second_pass(
-    program: Program,
-    inputs: Sequence[Any],
-    weights: dict,
-    factor: jax.Array,
-    groups: dict,
-) -> dict[int, jax.Array]:
-    """Weighted sums by an ordinary backward pass, which rematerializes."""
-    plan = program.plan
-
-    def loss(weights, row, *values):
-        def visit(site, inputs, out, weight):
-            # Data get the gradient as it is, the weight gets it times the factor.
-            site_groups = groups[site.number]
-            times = lambda x, axis: _scale(x[None], row[None], site_groups, axis)[0]
-            data: Any = None if site.operand is None else inputs[site.operand]
-            data = jax.lax.stop_gradient(data)
-            in_data, k = site.rule.axis(site)
-            axis = None if k is None else k + 1
-            if in_data:
-                data = times(data.astype(weight.dtype), axis)
-                scaled = site.rule.apply(site, weight, data)
-            else:
-                scaled = times(site.rule.apply(site, weight, data), axis)
-            return interpreter.tap(out, scaled.astype(out.dtype))
-
-        outs, _ = interpreter.run(plan.root, values, plan.sites, {}, visit, weights)
-        return outs[0]
-
-    def batched(weights):
-        one = functools.partial(loss, weights)
-        mapped = (True, *program.mapped)
-        return bookkeeping.over_examples(one, mapped, [factor, *inputs])
-
-    value, pull = jax.vjp(batched, weights)
-    return pull(jnp.ones_like(value))[0]

@@ -76,6 +76,7 @@ class Site(NamedTuple):
         there is none.
       tap: Number of the tap that gives the gradient with respect to the output; sites
         whose outputs are only added up share it.
+      region: Number of the innermost rematerialized part around, None if there is none.
     """
 
     number: int
@@ -87,6 +88,7 @@ class Site(NamedTuple):
     loops: tuple[tuple[int, int], ...]
     data: int | None
     tap: int
+    region: int | None = None
 
     @property
     def name(self) -> str:
@@ -112,8 +114,33 @@ class Site(NamedTuple):
     @property
     def sliced(self) -> tuple[bool, ...]:
         """For every loop whether it takes a slice of the weight each turn."""
-        stacks = {loop for p in self.view.parts for loop, _ in p.stack}
-        return tuple(loop in stacks for loop, _ in self.loops)
+        return _sliced(self.view, self.loops)
+
+
+class Door(NamedTuple):
+    """Where a parameter enters a part of the program that is rematerialized.
+
+    Attributes:
+      number: Among those of sites.
+      weight: Which input it is.
+      view: What it consists of.
+      loops: Enclosing loops, number and length, the outermost first.
+    """
+
+    number: int
+    weight: int
+    view: ParamView
+    loops: tuple[tuple[int, int], ...]
+
+    @property
+    def sliced(self) -> tuple[bool, ...]:
+        """For every loop whether it takes a slice of the parameter each turn."""
+        return _sliced(self.view, self.loops)
+
+
+def _sliced(view: ParamView, loops: tuple) -> tuple[bool, ...]:
+    stacks = {loop for p in view.parts for loop, _ in p.stack}
+    return tuple(loop in stacks for loop, _ in loops)
 
 
 def other_input(eqn: Any, weight: int) -> int:

@@ -1,0 +1,282 @@
+"""What a program rematerializes: norms and sums come of its own backward pass.
+
+Nothing that sites see there is kept. Where a region begins stands an `_entrance`, whose
+backward pass is the last thing that the region's does: to it come, as gradients, the
+data and the deltas of all its sites, for as long as it takes to measure the gradients
+of all leaves jointly, and to add them up. From region to region goes a `Thread`. On its
+way back it takes powers of norms along in a first pull of the program's derivative, and
+brings factors in a second one. What one of the pulls does not need XLA leaves out.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clipfx import _compat
+from clipfx.per_example.engine import bookkeeping, interpreter, parts, primitives
+from clipfx.per_example.engine.bookkeeping import Program, Tape
+from clipfx.per_example.engine.interpreter import Done, Given
+from clipfx.per_example.engine.plan import JaxprPlan, Plan
+from clipfx.per_example.engine.rules.site import Site
+from clipfx.per_example.engine.scaled_sums import SCALES
+from clipfx.per_example.engine.weighted_sum import at_sites_of, masked
+
+
+class Thread(NamedTuple):
+    """What goes through all regions, `[B, ...]`; nothing on the way forward.
+
+    Attributes:
+      powers: By leaf `[4, 2]`: on the way back they are added up.
+      factor: `[L]`, by leaf; on the way back what gradients are multiplied with.
+      good: 1 where an example counts, on the way back.
+    """
+
+    powers: dict[int, jax.Array]
+    factor: jax.Array
+    good: jax.Array
+
+
+def backward_pass(
+    program: Program, inputs: Sequence[Any]
+) -> tuple[list[jax.Array], Tape]:
+    """Runs forward and backward once, for norms; regions go on rematerializing.
+
+    Args:
+      program: The loss.
+      inputs: Its inputs, flat, those that are mapped `[B, ...]`.
+
+    Returns:
+      Outputs `[B, ...]`, and the `Tape`.
+    """
+    plan = program.plan
+    if not plan.regions:
+        return bookkeeping.backward_pass(program, inputs, norms=True)
+    sites, enter = plan.everywhere(), functools.partial(_enter, plan)
+    size = next(x.shape[0] for x, m in zip(inputs, program.mapped, strict=True) if m)
+    rows = bookkeeping.like_rows(program, inputs)
+    each = lambda x: rows(jnp.broadcast_to(x, (size, *x.shape)))
+    leaves = {k: inputs[program.params[k]] for k in sorted(plan.differentiated)}
+    taps, leaves, thread = jax.tree.map(
+        each, (bookkeeping.taps_of(plan), leaves, _thread(plan))
+    )
+    body, tail = parts.split(plan.root, program.mapped)
+
+    def run(node: JaxprPlan, own: Any, doors: dict) -> Done:
+        """A part of the program, on `(leaves, taps, thread, more inputs)`."""
+
+        def one(own: tuple, *example: Any) -> Done:
+            leaves, taps, thread, more = own
+            values = bookkeeping.with_leaves(program, example, leaves)
+            given = Given(taps, doors=doors)
+            return interpreter.run(node, [*values, *more], sites, given, enter, thread)
+
+        mapped = (True, *program.mapped)
+        return bookkeeping.over_examples(one, mapped, [own, *inputs])
+
+    def first(leaves: dict, taps: dict, thread: Thread, doors: dict) -> Any:
+        done = run(body, (leaves, taps, thread, []), doors)
+        floats, others = parts.halves(done.outs)
+        return (floats, done.thread), (others, done.records)
+
+    def last(others: dict, leaves: dict, taps: dict, floats: dict) -> Any:
+        more = parts.joined(floats, others)
+        done = run(tail, (leaves, taps, None, more), {})
+        return done.outs[0], (done.outs[1:], done.records)
+
+    some = lambda node: {n: taps[n] for n in taps.keys() & node.all_taps()}
+    doors = _doors(program, inputs)
+    (floats, thread), pull_first, (others, data) = jax.vjp(
+        first, leaves, some(body), thread, doors, has_aux=True
+    )
+    value, pull_last, (aux, more) = jax.vjp(
+        functools.partial(last, others), leaves, some(tail), floats, has_aux=True
+    )
+    nothing = jax.tree.map(jnp.zeros_like, thread)
+    leaves, deltas, back = pull_last(jnp.ones_like(value))
+    own, before, thread, _ = pull_first((back, nothing))
+    leaves = jax.tree.map(jnp.add, leaves, own)
+    outs, data, leaves, deltas, back = jax.tree.map(
+        rows, ([value, *aux], data | more, leaves, deltas | before, back)
+    )
+
+    def again(factor: jax.Array, good: jax.Array) -> dict[int, jax.Array]:
+        cotangents = nothing._replace(
+            factor=_compat.as_like(factor.astype(nothing.factor.dtype), nothing.factor),
+            good=_compat.as_like(good.astype(nothing.good.dtype), nothing.good),
+        )
+        # Or XLA would share what both pulls run again, and keep it for that.
+        behind = lambda x: jax.lax.optimization_barrier((x, factor))[0]
+        return pull_first((jax.tree.map(behind, back), cotangents))[-1]
+
+    tape = bookkeeping.tape_of(plan, data, leaves, deltas)
+    return outs, tape._replace(powers=thread.powers, again=again)
+
+
+def _thread(plan: Plan) -> Thread:
+    """Zeros, of one example."""
+    value, common = plan.root.jaxpr.outvars[0].aval, bookkeeping.dtype(plan)
+    zeros = lambda *shape: bookkeeping.zeros(shape, value).astype(common)
+    leaves = [
+        leaf
+        for leaf in range(len(plan.uses))
+        if any(region.uses[leaf] for region in plan.regions.values())
+    ]
+    own = lambda leaf: _compat.axes_of_type(plan.types[leaf])
+    powers = {leaf: _compat.vary(zeros(SCALES, 2), own(leaf)) for leaf in leaves}
+    return Thread(powers, zeros(len(plan.uses)), zeros())
+
+
+def _doors(program: Program, inputs: Sequence[Any]) -> dict[int, jax.Array]:
+    """The parameters at all doors, in the dtype of norms and without casts."""
+    plan, values = program.plan, [None] * len(inputs)
+    for leaf, k in enumerate(program.params):
+        if leaf not in plan.differentiated:
+            values[k] = inputs[k].astype(bookkeeping.dtype(plan))
+    return interpreter.weights(plan.root, values, plan.doors())[1]
+
+
+def _enter(
+    plan: Plan,
+    number: int,
+    node: JaxprPlan,
+    eqn: Any,
+    inputs: list,
+    given: Given,
+    thread: Thread,
+) -> Done:
+    """Runs a region, from its entrance on."""
+    sites, enter = plan.everywhere(), functools.partial(_enter, plan)
+
+    def block(inputs: list, given: Given, thread: Thread) -> Done:
+        if number in plan.regions:
+            doors = {n: given.doors[n] for n in plan.regions[number].doors}
+            given, thread = _entrance(plan, number, node)(doors, given, thread)
+        return interpreter.run(node, inputs, sites, given, enter, thread)
+
+    again = jax.checkpoint(block, **primitives.remat_options(eqn))
+    return again(inputs, given, thread)
+
+
+def _entrance(plan: Plan, number: int, node: JaxprPlan) -> Any:
+    """`entrance(doors, given, thread) -> given, thread` of one example."""
+    region = plan.regions[number]
+    here = plan._replace(
+        root=node, uses=region.uses, sites=region.sites, formed=region.formed,
+        regions={}, differentiated=frozenset(),
+    )  # fmt: skip
+
+    @jax.custom_vjp
+    def batched(doors: dict, thread: Thread) -> tuple[dict, dict, Thread]:
+        zeros = functools.partial(_zeros, thread.good)
+        taps = {
+            site.tap: zeros(site, site.eqn.outvars[0].aval)
+            for site in region.sites.values()
+        }
+        slots = {
+            n: zeros(site, _data(site))
+            for n, site in region.sites.items()
+            if site.data is not None
+        }
+        return taps, slots, thread
+
+    def forward(doors: dict, thread: Thread) -> tuple[Any, dict]:
+        return batched(doors, thread), doors
+
+    def backward(doors: dict, gradients: tuple) -> tuple[dict, Thread]:
+        deltas, data, thread = gradients
+        data = {
+            n: interpreter.from_floats(x, _data(region.sites[n]).dtype)
+            for n, x in data.items()
+        }
+        tape = bookkeeping.tape_of(here, data, {}, deltas)
+        places = {n: door.weight for n, door in region.doors.items()}
+        sums = _weighted(here, tape, places, doors, thread.factor, thread.good > 0)
+        found = jax.vmap(functools.partial(_powers, here))(tape)
+        powers = thread.powers | {k: thread.powers[k] + x for k, x in found.items()}
+        return sums, thread._replace(powers=powers)
+
+    batched.defvjp(forward, backward)
+
+    @jax.custom_batching.custom_vmap
+    def entrance(doors: dict, thread: Thread) -> tuple[dict, dict, Thread]:
+        alone = batched(doors, jax.tree.map(lambda x: x[None], thread))
+        return jax.tree.map(lambda x: x[0], alone)
+
+    @entrance.def_vmap
+    def _(size: int, mapped: Any, doors: dict, thread: Thread) -> Any:
+        out = batched(doors, thread)
+        return out, jax.tree.map(lambda _: True, out)
+
+    def enter(doors: dict, given: Given, thread: Thread) -> tuple[Given, Thread]:
+        taps, slots, thread = entrance(doors, thread)
+        return Given(
+            dict(given.taps) | taps, dict(given.slots) | slots, given.doors
+        ), thread
+
+    return enter
+
+
+def _data(site: Site) -> Any:
+    """The type of what a site sees."""
+    return site.eqn.invars[site.operand].aval
+
+
+def _zeros(rows: jax.Array, site: Site, aval: Any) -> jax.Array:
+    """Zeros `[B, loops..., ...]` like what a site sees or makes, as a gradient.
+
+    Args:
+      rows: `[B]`, split over a mesh as examples are.
+      site: Which.
+      aval: The type of what it sees or makes, in one turn of one example.
+    """
+    loops = tuple(n for _, n in site.loops)
+    like = jax.ShapeDtypeStruct((*rows.shape, *loops, *aval.shape), aval.dtype)
+    kind = jax.eval_shape(interpreter.as_floats, like)
+    zeros = bookkeeping.zeros(kind.shape, aval).astype(kind.dtype)
+    first, own = _compat.explicit_spec(rows), _compat.spec_of_type(aval)
+    if first is None and own is None:
+        return zeros
+    ends = (None,) * (len(kind.shape) - len(like.shape))
+    own = own or (None,) * len(aval.shape)
+    turns = (None,) * len(loops)
+    return _compat.reshard(zeros, (*(first or (None,)), *turns, *own, *ends))
+
+
+def _powers(plan: Plan, tape: Tape) -> dict[int, jax.Array]:
+    """Norms `[4, 2]` of one example's gradient to the power of p, by leaf."""
+    found: dict[int, list] = {k: [] for k, places in enumerate(plan.uses) if places}
+    alike: dict[Any, list[int]] = {}  # what is measured together varies over the same
+    for leaf in found:
+        alike.setdefault(_compat.axes_of_type(plan.types[leaf]), []).append(leaf)
+    for leaves in alike.values():
+        parts = [(k, x) for k in leaves for x in bookkeeping.of_leaf(plan, k, tape)]
+        index, rows = bookkeeping.measure(parts, plan.ord, bookkeeping.dtype(plan))
+        for leaf, row in zip(index, rows, strict=True):
+            found[leaf].append(row)
+    return {leaf: functools.reduce(jnp.add, rows) for leaf, rows in found.items()}
+
+
+def _weighted(
+    plan: Plan,
+    tape: Tape,
+    places: dict[int, int],
+    doors: dict[int, jax.Array],
+    factor: jax.Array,
+    good: jax.Array,
+) -> dict[int, jax.Array]:
+    """Sums of gradients times factors, by door; `places` are those of its inputs."""
+
+    def at_sites(doors: dict) -> dict:
+        values = [None] * len(plan.root.jaxpr.invars)
+        for n, x in doors.items():
+            values[places[n]] = x
+        return interpreter.weights(plan.root, values, plan.sites)[1]
+
+    weights, pull = jax.vjp(at_sites, doors)
+    index = list(range(len(plan.uses)))
+    grads = at_sites_of(plan, tape, weights, factor, index, good, masked)
+    like = lambda x, w: _compat.as_like(x.astype(w.dtype), w)
+    return pull({n: like(grads[n], w) for n, w in weights.items()})[0]

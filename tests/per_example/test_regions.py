@@ -1,0 +1,253 @@
+"""Programs that rematerialize, as models are trained: measured region by region."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.ad_checkpoint import checkpoint_name
+from per_example_oracle import check, methods
+from tiers import in_tiers
+
+from clipfx import per_example
+from clipfx.per_example.engine import cost_model
+
+B, T, D, V = 4, 5, 6, 9
+remat = jax.checkpoint
+policies = jax.checkpoint_policies
+
+
+def draw():
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: 0.5 * rng.normal(size=shape)
+    params = {"a": normal(D, D), "b": normal(D, D), "c": normal(D), "e": normal(V, D),
+              "stack": normal(6, D, D)}  # fmt: skip
+    return params, (normal(B, T, D), rng.integers(0, V, (B, T)))
+
+
+PARAMS, BATCH = draw()
+
+
+def block(p, h):
+    return h + jnp.tanh(h @ p["a"] + p["c"][None]) @ p["b"]
+
+
+def whole(p, x, t):
+    return remat(lambda p: block(p, x).sum())(p)
+
+
+def saving(policy):
+    def loss(p, x, t):
+        def named(p, h):
+            return checkpoint_name(jnp.tanh(h @ p["a"]), "kept") @ p["b"]
+
+        return remat(named, policy=policy)(p, x).sum()
+
+    return loss
+
+
+def twice_in_a_block(p, x, t):
+    return remat(lambda w: jnp.tanh(jnp.tanh(x @ w) @ w).sum())(p["a"])
+
+
+def in_and_out(p, x, t):
+    return (remat(lambda w: jnp.tanh(x @ w))(p["a"]) @ p["a"]).sum()
+
+
+def tied_outside(p, x, t):
+    h = remat(block)(p, p["e"][t])
+    return jax.nn.log_softmax(h @ p["e"].T)[jnp.arange(T), t].sum()
+
+
+def tied_inside(p, x, t):
+    def loss(p, t):
+        h = block(p, p["e"][t % V])  # integers that are computed inside
+        return jax.nn.log_softmax(h @ p["e"].T)[jnp.arange(T), t].sum()
+
+    return remat(loss)(p, t)
+
+
+def layers(p, x, t):
+    turn = remat(lambda h, w: (jnp.tanh(h @ w), None))
+    return jax.lax.scan(turn, x, p["stack"])[0].sum()
+
+
+def unrolled_layers(p, x, t):
+    for k in range(6):
+        x = remat(lambda h, w: jnp.tanh(h @ w))(x, p["stack"][k])
+    return x.sum()
+
+
+def nested(p, x, t):
+    turn = remat(lambda h, w: (jnp.tanh(h @ w), None))
+    several = remat(lambda h, ws: (jax.lax.scan(turn, h @ p["a"], ws)[0], None))
+    h = jax.lax.scan(several, x, p["stack"].reshape(2, 3, D, D))[0]
+    return (h @ p["b"]).sum()
+
+
+def same_in_each_turn(p, x, t):
+    turn = lambda h, _: (remat(lambda h, w: jnp.tanh(h @ w))(h, p["a"]), None)
+    return jax.lax.scan(turn, x, None, length=3)[0].sum()
+
+
+def recurrent(p, x, t):
+    def step(h, row):
+        h = jnp.tanh(h @ p["a"] + row @ p["b"] + p["c"])
+        return h, h
+
+    return remat(lambda x: jax.lax.scan(step, 0 * x[0], x)[1].sum())(x)
+
+
+def joined_outside(p, x, t):
+    w = jnp.concatenate([p["a"].T, p["b"]], 1)
+    return remat(lambda w: jnp.tanh(x @ w).sum())(w)
+
+
+def joined_with_an_odd_one(p, x, t):
+    return joined_outside(p, x, t) + (x @ (p["a"] * p["a"])).sum()
+
+
+def of_a_norm(p, x, t):
+    w = p["a"] / jnp.sqrt((p["a"] ** 2).sum())
+    return remat(lambda x: jnp.tanh(x @ w @ p["b"]).sum())(x)
+
+
+def nothing_comes_of_it(p, x, t):
+    def some(p, x):
+        return (x @ p["a"]).sum() + jax.lax.stop_gradient(x @ p["b"]).sum()
+
+    return remat(some)(p, x)
+
+
+def mapped_inside(p, x, t):
+    one = lambda h: jnp.tanh(h @ p["a"] + p["c"]) @ p["b"]
+    return jax.vmap(remat(one))(x).sum()
+
+
+def compiled_inside(p, x, t):
+    return jax.jit(lambda p, x: (remat(block)(p, x) @ p["a"]).sum())(p, x)
+
+
+def counts(dtype):
+    size = 2.0 ** (8 * jnp.dtype(dtype).itemsize - 2)
+
+    def loss(p, x, t):
+        def inside(x):
+            with jax.numpy_dtype_promotion("standard"):  # a product of two dtypes
+                return jnp.tanh((x + jnp.ones((), dtype)) @ p["a"] / size).sum()
+
+        return remat(inside)((x * size / 4).astype(dtype))
+
+    return loss
+
+
+LOSSES = (
+    whole, twice_in_a_block, in_and_out, tied_outside, tied_inside, layers,
+    unrolled_layers, nested, same_in_each_turn, recurrent, joined_outside,
+    joined_with_an_odd_one, of_a_norm, nothing_comes_of_it, mapped_inside,
+    compiled_inside,
+)  # fmt: skip
+CASES = {loss.__name__: loss for loss in LOSSES} | {
+    "dots": saving(policies.dots_saveable),
+    "names": saving(policies.save_only_these_names("kept")),
+    "everything": saving(policies.everything_saveable),
+    "int8": counts(jnp.int8),
+    "int32": counts(jnp.int32),
+    "int64": counts(jnp.int64),
+}
+USUAL = {
+    "tied_outside",
+    "tied_inside",
+    "nested",
+    "joined_with_an_odd_one",
+    "names",
+    "int32",
+}
+
+
+@pytest.mark.parametrize("program", in_tiers(CASES, USUAL))
+@pytest.mark.parametrize("groups", in_tiers(["leaf", "global"], {"leaf"}))
+def test_norms_and_sums(program, groups):
+    loss = lambda p, e: program(p, *e)
+    for platform in ("cpu", "tpu"):  # with and without a loop over examples
+        cost_model.forced_platform = platform
+        try:
+            run = per_example.clipped_grad(loss, 0.7, groups=groups)
+            check(run, loss, PARAMS, BATCH, "float64", groups=groups)
+        finally:
+            cost_model.forced_platform = ""
+
+
+def test_a_table_outside_of_regions_is_measured_jointly():
+    table = {"e": jnp.zeros((3000, 32)), "w": jnp.zeros((32, 32))}
+
+    def loss(p, t):
+        h = remat(lambda h: h + jnp.tanh(h @ p["w"]))(p["e"][t])
+        return jax.nn.log_softmax(h @ p["e"].T)[jnp.arange(T), t].sum()
+
+    assert methods(loss, table, BATCH[1]) == {"e": "Gram", "w": "Gram"}
+
+
+def test_a_weight_used_twice_in_a_region_is_measured_jointly():
+    loss = lambda p, x: remat(lambda w: jnp.tanh(jnp.tanh(x @ w) @ w).sum())(p)
+    found = methods(loss, jnp.zeros((40, 40)), jnp.zeros((B, T, 40)))
+    assert set(found.values()) == {"Gram"}
+
+
+@pytest.mark.parametrize("loss", [layers, tied_outside])
+def test_bad_examples_are_left_out(loss):
+    one = lambda p, e: loss(p, *e)
+    run = jax.jit(per_example.clipped_grad(one, 0.7))
+    x, t = BATCH
+    if loss is tied_outside:  # of ids no example is bad
+        one = lambda p, e: loss(p, e[0], e[1]) * e[0].sum()
+        run = jax.jit(per_example.clipped_grad(one, 0.7))
+    bad = x.copy()
+    bad[1], bad[2, 0, 0] = np.nan, np.inf
+    sums, info = run(PARAMS, (bad, t))
+    keep = np.array([0, 3])
+    want, _ = run(PARAMS, (x[keep], t[keep]))
+    for got, right in zip(jax.tree.leaves(sums), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-7)
+    assert list(np.isfinite(info.norm[:, 0])) == [True, False, False, True]
+    sums, _ = run(PARAMS, (bad[1:3], t[1:3]))
+    assert not any(np.any(np.asarray(x)) for x in jax.tree.leaves(sums))
+
+
+def unrolled(p, x):
+    """Blocks of two products."""
+    for k in range(6):
+        layer = {n: w[k] for n, w in p.items()}
+        x = remat(lambda h, q: h + jnp.tanh(h @ q["up"]) @ q["down"])(x, layer)
+    return (x**2).sum()
+
+
+def in_a_loop(p, x):
+    turn = lambda h, q: (h + jnp.tanh(h @ q["up"]) @ q["down"], None)
+    return (jax.lax.scan(remat(turn), x, p)[0] ** 2).sum()
+
+
+def ratio_to_gradient(loss, size_of):
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    params = {"up": shape(6, 64, 256), "down": shape(6, 256, 64)}
+    each = jax.vmap(loss, (None, 0))
+    ordinary = jax.grad(lambda p, x: each(p, x).sum())
+    clipped = lambda p, x: per_example.clipped_grad(loss, 1.0)(p, x)[0]
+    compiled = [
+        jax.jit(f).lower(params, shape(8, 16, 64)).compile()
+        for f in (clipped, ordinary)
+    ]
+    return size_of(compiled[0]) / size_of(compiled[1])
+
+
+def test_both_passes_share_the_forward_pass(monkeypatch):
+    """6 products for each weight where a rematerialized gradient has 4."""
+    monkeypatch.setattr(cost_model, "forced_platform", "tpu")
+    flops = lambda compiled: compiled.cost_analysis()["flops"]
+    assert ratio_to_gradient(unrolled, flops) < 1.55
+
+
+@pytest.mark.parametrize("loss", [unrolled, in_a_loop])
+def test_nothing_of_a_region_is_kept(loss, monkeypatch):
+    monkeypatch.setattr(cost_model, "forced_platform", "tpu")
+    size = lambda compiled: compiled.memory_analysis().temp_size_in_bytes
+    assert ratio_to_gradient(loss, size) < 1.5
