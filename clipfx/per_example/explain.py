@@ -196,8 +196,6 @@ def _cost(plan: Plan, leaf: int, size: int) -> tuple[int, int]:
 def _why(plan: Plan, leaf: int) -> str:
     if plan.methods[leaf] != INSTANTIATED:
         return ""
-    if all(site.adds for site, _ in plan.uses[leaf]):
-        return "added in several places"
     when = "" if leaf in plan.differentiated else "after loops, "
     return f"{when}cheaper than {factored_cost(plan.uses[leaf])[0]}"
 

@@ -18,6 +18,7 @@ from clipfx.per_example.engine import param_views, primitives, rules
 from clipfx.per_example.engine.cost_model import (
     BIAS_SUM,
     WORDS,
+    by_region,
     factored_cost,
     unaligned,
 )
@@ -113,13 +114,14 @@ class Plan(NamedTuple):
         """Whether there are norms of sums over positions, unformed, that may cancel."""
 
         def several(places: list) -> bool:
-            site = places[0][0]
-            repeats = site.repeats and site.number not in self.formed
-            return len(places) > 1 or repeats
+            (site, _), *others = places
+            unformed = site.adds and site.number not in self.formed
+            return bool(unformed and (others or site.repeats))
 
         return any(
-            method in SQUARED or (method == BIAS_SUM and several(places))
-            for method, places in zip(self.methods, self.uses, strict=True)
+            self.methods[leaf] in SQUARED or any(map(several, by_region(places)))
+            for leaf, places in enumerate(self.uses)
+            if leaf not in self.differentiated
         )
 
 
@@ -338,17 +340,21 @@ def _decide(
     # instantiated after the loop.
     differentiated = {k for k, method in enumerate(methods) if method == INSTANTIATED}
     sites = {s.number: s for places in uses for s, _ in places}
+    regions = [region for places in uses for region in by_region(places)]
+    shared = {s.number for region in regions if len(region) > 1 for s, _ in region}
     formed = set()
     for number, site in sites.items():
         leaves = {p.leaf for p in site.view.parts if p.leaf is not None}
         leaves -= differentiated
-        if not leaves or any(len(uses[leaf]) > 1 for leaf in leaves):
-            continue
         if site.adds:
             # What positions add up to may be nothing but rounding, as it is with the
-            # biases of keys: norm and sum have to be of one and the same addition.
-            if norms and site.repeats and not site.view.repeated:
+            # biases of keys: norm and sum have to be of one and the same addition. And
+            # of one and the same product with data, which no factor takes out of range.
+            alone = norms and not walk.remat and number not in shared
+            if leaves and alone and (site.repeats or site.operand is not None):
                 formed.add(number)
+            continue
+        if not leaves or any(len(uses[leaf]) > 1 for leaf in leaves):
             continue
         if all(site.sliced):
             continue
@@ -361,16 +367,23 @@ def _decide(
                 methods[leaf] = INSTANTIATED
     if ord != 2:
         differentiated |= {k for k, method in enumerate(methods) if method in SQUARED}
-    # What an addition adds up over is better not kept, unless a product keeps it too.
-    kept = {s.tap for leaf, places in enumerate(uses) for s, _ in places
-            if not s.adds and leaf not in differentiated}  # fmt: skip
-    for leaf, places in enumerate(uses):
-        if methods[leaf] == BIAS_SUM and any(
-            s.repeats and s.tap not in kept for s, _ in places
-        ):
-            differentiated.add(leaf)
     for leaf in differentiated:
         methods[leaf] = INSTANTIATED
+    # What is added up is better not kept, unless a product keeps it too: where it is
+    # not formed at once JAX does it.
+    kept = {s.tap for leaf, places in enumerate(uses) for s, _ in places
+            if not s.adds and leaf not in differentiated}  # fmt: skip
+
+    def keeps(site: Site) -> bool:
+        if site.number in formed and not site.loops:
+            return False
+        return site.operand is not None or (site.repeats and site.tap not in kept)
+
+    differentiated |= {
+        leaf
+        for leaf, places in enumerate(uses)
+        if methods[leaf] == BIAS_SUM and any(keeps(site) for site, _ in places)
+    }
     used = {
         s.number: s
         for leaf, places in enumerate(uses)

@@ -64,7 +64,7 @@ def weighted_sum(
         assert factor is not None and good is not None
         inputs = _stand_in(program, inputs, good)
         grads = _second_pass(program, inputs, weights, factor, groups)
-    like = lambda x, w: _compat.as_like(x.astype(common), w)
+    like = lambda x, w: _compat.as_like(_in_first(x.astype(common), w), w)
     (back,) = pull({n: like(grads[n], w) for n, w in weights.items()})
     for leaf, x in back.items():
         sums[leaf] = x.astype(params[leaf].dtype)
@@ -72,6 +72,14 @@ def weighted_sum(
         return sums
     # Without a good example there is none to stand in.
     return [jnp.where(good.any(), x, jnp.zeros_like(x)) for x in sums]
+
+
+def _in_first(x: jax.Array, like: jax.Array) -> jax.Array:
+    """What was added up over copies of an element belongs to the first of them."""
+    if x.shape == like.shape:
+        return x
+    edges = [(0, n - k, 0) for k, n in zip(x.shape, like.shape, strict=True)]
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
 
 
 def _of_sites(
