@@ -94,7 +94,7 @@ def _apply(site: Site, weight: jax.Array, ids: jax.Array) -> jax.Array:
         return sites.bind(site, weight, ids)
     # Of a dimension that is taken whole the index does not matter.
     first = [jnp.zeros_like(ids)] * len(site.shape)
-    first[site.operand - 1] = ids
+    first[_rows(site.eqn)[0]] = ids
     return site.eqn.primitive.bind(weight, *first, **site.eqn.params)
 
 

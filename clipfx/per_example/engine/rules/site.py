@@ -107,7 +107,7 @@ class Site(NamedTuple):
 
     @property
     def repeated(self) -> frozenset[int]:
-        """Dimensions of the output that an addition or a scale repeats its weight in."""
+        """Dimensions of the output that its weight is repeated in, added or a scale."""
         after = self.eqn.outvars[0].aval.shape
         if len(self.shape) < len(after):  # a scalar
             return frozenset(range(len(after)))
