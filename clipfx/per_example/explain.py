@@ -80,7 +80,7 @@ def explain(
     =============== ==================================================================
     method          squared norm of one example's gradient
     =============== ==================================================================
-    bias sum        of what is added: :math:`\|\sum_t d_t\|^2`
+    bias sum        of what is added, or scales: :math:`\|\sum_t x_t d_t\|^2`, x or 1
     outer product   :math:`|u|^2 |v|^2`, for one position
     Gram            :math:`\sum_{t,s} (u_t^T u_s)(v_t^T v_s)`, for several
     segment sum     gradients of a look-up, added up by row

@@ -91,7 +91,7 @@ class Plan(NamedTuple):
         `"segment sum"`, `"instantiated"`, or `"sum"` without norms.
       reasons: Per leaf why no site would do, empty if one does.
       sites: Those that are used, by number.
-      differentiated: Leaves that are instantiated by JAX's own derivative.
+      differentiated: Leaves whose gradients JAX's own derivative forms.
       formed: Numbers of sites whose weight's gradient is instantiated after loops.
       remat: Whether the program rematerializes.
       dtypes: Of the parameters.
@@ -369,21 +369,21 @@ def _decide(
         differentiated |= {k for k, method in enumerate(methods) if method in SQUARED}
     for leaf in differentiated:
         methods[leaf] = INSTANTIATED
-    # What is added up is better not kept, unless a product keeps it too: where it is
-    # not formed at once JAX does it.
+    # What is added up is better not kept, unless a product keeps it too: JAX does it,
+    # but for several slices of a leaf, each of which would be as large as the leaf.
     kept = {s.tap for leaf, places in enumerate(uses) for s, _ in places
             if not s.adds and leaf not in differentiated}  # fmt: skip
 
-    def keeps(site: Site) -> bool:
-        if site.number in formed and not site.loops:
-            return False
-        return site.operand is not None or (site.repeats and site.tap not in kept)
-
-    differentiated |= {
-        leaf
-        for leaf, places in enumerate(uses)
-        if methods[leaf] == BIAS_SUM and any(keeps(site) for site, _ in places)
-    }
+    for leaf, places in enumerate(uses):
+        if methods[leaf] != BIAS_SUM:
+            continue
+        slices = all(s.number in formed and not s.loops for s, _ in places)
+        keeps = any(
+            s.operand is not None or (s.repeats and s.tap not in kept)
+            for s, _ in places
+        )
+        if keeps and not (slices and len(places) > 1):
+            differentiated.add(leaf)
     used = {
         s.number: s
         for leaf, places in enumerate(uses)
