@@ -80,7 +80,7 @@ def explain(
     =============== ==================================================================
     method          squared norm of one example's gradient
     =============== ==================================================================
-    bias sum        of what is added: :math:`\|\sum_t d_t\|^2`
+    bias sum        of what is added, or scales: :math:`\|\sum_t x_t d_t\|^2`, x or 1
     outer product   :math:`|u|^2 |v|^2`, for one position
     Gram            :math:`\sum_{t,s} (u_t^T u_s)(v_t^T v_s)`, for several
     segment sum     gradients of a look-up, added up by row
@@ -196,8 +196,6 @@ def _cost(plan: Plan, leaf: int, size: int) -> tuple[int, int]:
 def _why(plan: Plan, leaf: int) -> str:
     if plan.methods[leaf] != INSTANTIATED:
         return ""
-    if all(site.adds for site, _ in plan.uses[leaf]):
-        return "added in several places"
     when = "" if leaf in plan.differentiated else "after loops, "
     return f"{when}cheaper than {factored_cost(plan.uses[leaf])[0]}"
 

@@ -97,6 +97,48 @@ def layer_norm(p, h, e):
     return rows(h * jnp.broadcast_to(p["scale"], h.shape), p["bias"])
 
 
+@piece(a=(T, D), b=(1, D), c=(T, 1), d=(), f=(2, D), g=(1,), i=(3,))
+def scales(p, h, e):
+    h = jnp.sin(h * p["a"]) / (2 + jnp.sin(h[:1])) - p["b"] * h[:, :1]
+    h = p["d"] - jnp.cos(h * p["c"]) * p["f"][0][None] + p["f"][1][None] / (3 + h)
+    return jnp.tanh(h * jnp.broadcast_to(jnp.concatenate([p["g"], p["i"]]), h.shape))
+
+
+@piece(w=(D + 2, D), v=(2, T, D))
+def scales_of_a_matrix(p, h, e):
+    h = jnp.sin(h @ p["w"][:D] * p["w"][D : D + 1] - p["w"][D + 1][None])
+    return p["v"][0] * h[0, 0] - p["v"][0] * h + h * p["v"][1]
+
+
+@piece(a=(3, D), b=(D,))
+def scales_in_loops(p, h, e):
+    def layer(h, a):
+        step = lambda c, x: (jnp.sin(c * p["b"] - x) * a, c / 2)
+        return turns(step, jnp.ones_like(h[0]), h), None
+
+    return jax.lax.scan(layer, h, p["a"])[0]
+
+
+@piece(e=(V, D), f=(D, V), g=(2, V, D), s=(V, D))
+def look_ups(p, h, e):
+    ids = e["ids"]
+    h = h + jax.vmap(lambda k: p["e"][k])(ids) * p["f"][:, ids].T
+    h = h + p["g"][ids % 2, ids] * p["g"][e["k"] % 2, ids]
+    far = lambda k, mode: p["f"].at[:, 2 * k].get(mode=mode, fill_value=0.5)
+    h = (
+        h
+        + jax.vmap(lambda k: far(k, "fill"))(ids)
+        + jax.vmap(lambda k: far(k, "clip"))(ids)
+    )
+    return jax.lax.scan(lambda c, k: (c, jnp.sin(c + p["s"][2 * k])), h[0], ids)[1] + h
+
+
+@piece(e=(2, V, D))
+def tied_pairs(p, h, e):
+    h = jnp.tanh(h + p["e"][e["ids"] % 2, e["ids"]])
+    return h + jnp.einsum("td,svd->tsv", h, p["e"]).reshape(T, -1)[:, :D]
+
+
 @piece(e=(V, D), f=(V, D), g=(V, D))
 def embed(p, h, e):
     h = h + p["e"][e["ids"]]

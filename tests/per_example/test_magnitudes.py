@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from per_example_oracle import methods
 from tiers import in_tiers
 from trees import enable_x64
 
@@ -57,6 +58,14 @@ def looked_up(p, e, mode=None):
     return jnp.sum(rows * e["d"])
 
 
+def one_by_one(p, e):
+    look_up = lambda k: p["w"].at[k, :].get(mode="clip")
+    step = lambda c, xs: (c + jnp.sum(jax.lax.dynamic_index_in_dim(
+        p["w"], xs[0], keepdims=False) * xs[1]), None)  # fmt: skip
+    more = jax.lax.scan(step, jnp.float32(0), (e["ids"], e["d"]))[0]
+    return jnp.sum(jax.vmap(look_up)(e["ids"] + 1) * e["d"]) + more
+
+
 def tied(p, e):
     rows = p["w"].at[e["ids"]].get(mode="fill", fill_value=0)
     return jnp.sum(rows * e["d"]) + jnp.sum((e["d"] @ p["w"].T) * e["y"])
@@ -87,7 +96,28 @@ def twice(p, e):
 
 
 def instantiated(p, e):
-    return jnp.sum((cast(e["x"], p["w"]) @ (p["w"] * 0.5)) * e["d"])
+    return jnp.sum((cast(e["x"], p["w"]) @ jnp.abs(p["w"] + 1)) * e["d"])
+
+
+def scaled(p, e):
+    """By one number a position, by data alone, and in the loop of a matrix product."""
+    x = cast(e["x"], p["w"])
+    last = x[:, :1] * p["w"][3][None] - x[:1, :NARROW] * p["b"][None]
+    return jnp.sum((x[:, :3] @ p["w"][:3] + last) * e["d"])
+
+
+def scaled_in_loops(p, e):
+    def step(carry, xs):
+        x, d = xs
+        x = cast(x, p["w"])
+        return carry + jnp.sum((p["w"] * x[:, None] - p["b"][None]) * d[None]), None
+
+    return jax.lax.scan(step, jnp.float32(0), (e["x"], e["d"]))[0]
+
+
+def scaled_remat(p, e):
+    block = jax.checkpoint(lambda x, w, b: jnp.dot(x, w) + x[:, :NARROW] * b[None])
+    return jnp.sum(block(cast(e["x"], p["w"]), p["w"], p["b"]) * e["d"])
 
 
 PRODUCTS = [dense, sequence, attended, looped, remat, convolved, twice, instantiated]
@@ -160,7 +190,7 @@ def table(mode):
 
 
 LOOKED_UP = [table(mode) for mode in MODES]
-TABLES = [*LOOKED_UP, tied]
+TABLES = [*LOOKED_UP, one_by_one, tied]
 
 
 def check(fun, batch, limit, groups, rng):
@@ -218,13 +248,19 @@ SOME = {
         (remat, "float32", "int32", "global", "normalize"),
         (convolved, "float16", "int32", "global", "hard"),
         (LOOKED_UP[0], "float32", "int8", "global", "hard"),
+        (one_by_one, "float32", "int32", "leaf", "normalize"),
         (tied, "float32", "int32", "global", "hard"),
+        (scaled, "float32", "int32", "leaf", "normalize"),
+        (scaled_in_loops, "float32", "int32", "leaf", "normalize"),
+        (scaled_remat, "bfloat16", "int32", "leaf", "hard"),
     ]
 }
 RANGES = [(-2, 2), (-19, 19), (-38, 38), (-25, -15), (15, 25)]
 
 
-@pytest.mark.parametrize("case", in_tiers(SOME, {"raw-uint8", "remat-float32"}))
+@pytest.mark.parametrize(
+    "case", in_tiers(SOME, {"raw-uint8", "remat-float32", "scaled-float32"})
+)
 def test_bounds_and_norms_at_every_magnitude(case):
     loss, dtype, ids, groups, response = case
     fun = functions(loss, groups, getattr(responses, response), "float32")
@@ -305,6 +341,41 @@ def test_ids_outside_of_a_table_have_the_gradient_of_jax(mode):
     np.testing.assert_allclose(info.norm[:, 0], true, rtol=1e-6)
     good = [row for row, n in zip(rows, true, strict=True) if np.isfinite(n)]
     np.testing.assert_allclose(sums, sum(good, np.zeros((ROWS, 3))), rtol=1e-6)
+
+
+def gathered(w, i, mode):
+    """With an index along the columns too, which are taken whole."""
+    numbers = jax.lax.GatherDimensionNumbers((1, 2), (), (0, 1))
+    pairs = jnp.stack([i, i % 2], 1)
+    return jax.lax.gather(w, pairs, numbers, (1, 3), mode=mode, fill_value=0.5)
+
+
+get = lambda x, mode: x.get(mode=mode, fill_value=0.5)
+LOOK_UPS = {
+    "each": lambda w, i, mode: jax.vmap(lambda k: get(w.at[k], mode))(i),
+    "columns": lambda w, i, mode: get(w.at[:, i], mode),
+    "pairs": lambda w, i, mode: get(w.at[i, i - 1], mode),
+    "whole": gathered,
+    "loop": lambda w, i, _: jax.lax.map(lambda k: w[k], i),
+}
+
+
+@pytest.mark.parametrize("mode", [None, "clip", "fill", "promise_in_bounds"])
+@pytest.mark.parametrize("look_up", in_tiers(LOOK_UPS, {"whole", "pairs"}))
+def test_every_look_up_has_the_gradient_of_jax(look_up, mode):
+    """Whatever the ids, and whichever dimensions they are of."""
+    ids = jnp.array([[1, 9, 2, 9, -20], [0, 3, -9, 4, 1], [-1, 2, 2, -2, 0]])
+    loss = lambda p, i: jnp.sum(jnp.sin(look_up(p["w"], i, mode)))
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(ROWS, 3)), jnp.float32)}
+    assert methods(loss, params, ids, force="factored") == {"w": "segment sum"}
+    grad = per_example.clipped_grad(loss, 1.0, norm_method="ghost")
+    sums, info = jax.jit(grad)(params, ids)
+    rows = np.asarray([jax.grad(loss)(params, i)["w"] for i in ids], float)
+    true = np.linalg.norm(rows, axis=(1, 2))
+    np.testing.assert_allclose(info.norm[:, 0], true, rtol=1e-6)
+    share = np.minimum(1, 1 / true)
+    np.testing.assert_allclose(sums["w"], np.tensordot(share, rows, 1), 1e-5, 1e-6)
 
 
 @pytest.mark.parametrize("response", [responses.hard, responses.normalize])

@@ -67,6 +67,11 @@ READ = {
         primitives.gather,
         ((0,), (0,), (), (1,), (1, 3), True),
     ),
+    "dynamic_slice": (
+        lambda x: lax.dynamic_slice(x, (0, 1), (2, 1)),
+        primitives.dynamic_slice,
+        ((1,), (), (), (0, 1), (2, 1), True),
+    ),
     "broadcast_in_dim": (
         lambda x: jnp.broadcast_to(x, (4, 2, 3)),
         primitives.broadcast_dimensions,
@@ -154,7 +159,8 @@ NAMED = {
     "add_any": jax.grad(lambda x: (jnp.sin(x) + jnp.cos(x)).sum()),
     "convert_element_type": lambda x: x.astype(jnp.bfloat16),
     "copy": jnp.copy,
-    "dynamic_slice": lambda x: lax.dynamic_slice(x, (0, 1), (2, 2)),
+    "div": lambda x: x / x,
+    "mul": lambda x: x * x,
     "name": lambda x: checkpoint_name(x, "kept"),
     "optimization_barrier": lax.optimization_barrier,
     "reshape": lambda x: x.reshape(6),
@@ -165,6 +171,7 @@ NAMED = {
     ),
     "squeeze": lambda x: x[0],
     "stop_gradient": lax.stop_gradient,
+    "sub": lambda x: x - x,
 }
 
 

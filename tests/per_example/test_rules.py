@@ -332,18 +332,25 @@ def test_numbers_are_those_of_arguments():
 
 
 def test_a_primitive(monkeypatch):
-    """A scale: u is 1, v is x delta."""
+    """A choice: u is 1, v is delta where it was chosen."""
     monkeypatch.setattr(registry, "_USERS", [])
-    product = lambda x, d, params: (jnp.ones((1, 1), d.dtype), (x * d).reshape(1, -1))
-    for weight in (0, 1):
-        assert (
-            register_rule(primitives.mul_p, Rule(weight, 1 - weight, product))
-            is primitives.mul_p
-        )
-    loss = lambda p, x: jnp.sum(jnp.tanh(p["w"] * x[:D] * p["v"]))
+
+    def chosen(which, d, params, case):
+        v = jnp.where(which == case, d, 0).reshape(1, -1)
+        return jnp.ones((1, 1), d.dtype), v
+
+    select = primitives.select_n_p
+    for case in (False, True):
+        rule = Rule(1 + case, 0, functools.partial(chosen, case=case))
+        assert register_rule(select, rule) is select
+
+    def loss(p, x):
+        h = jnp.where(x[:D] > 0, p["w"], 0) + jnp.where(x[:D] > 0.5, 0, p["v"])
+        return jnp.sum(jnp.sin(h))
+
     params, batch = draw(plain)
     seen = table(loss, params, batch[0])
-    assert seen == dict.fromkeys("vw", ("outer product", "mul"))
+    assert seen == dict.fromkeys("vw", ("outer product", "select_n"))
     run = forced(loss, "factored", "leaf")
     check(run, loss, params, batch, "float64", groups="leaf")
 

@@ -73,6 +73,17 @@ def test_narrow_ids_of_a_long_table():
             check(loss, draw(rows, D, seed=2), batch, norm_method=method)
 
 
+def test_two_look_ups_in_other_shapes():
+    """Which leave nothing known of rows cannot be measured together."""
+
+    def loss(table, ids):
+        one, other = table.reshape(12, 4)[ids], table.T.reshape(12, 4)[ids]
+        return jnp.sin(one).sum() + jnp.cos(other).sum()
+
+    ids = jnp.array([[0, 1, 2], [1, 1, 0], [2, 0, 1], [2, 2, 2]])
+    check(loss, draw(8, D, seed=2), ids, norm_method="ghost")
+
+
 @pytest.mark.full
 def test_more_populations_than_the_type_of_the_ids_counts():
     loss = lambda w, x: jnp.vdot(w, x)

@@ -59,7 +59,7 @@ def unaligned(places: list[tuple[Site, LeafSlice]], outer: dict[int, int]) -> st
 def _measured_together(*places: tuple[Site, LeafSlice]) -> bool:
     keys = [key(site, part) for site, part in places]
     rows = all(site.rule.left == IDS for site, _ in places)
-    same = keys[0] == keys[1] if rows else ghost_norm.fits(keys)
+    same = ghost_norm.fits(keys) and (keys[0] == keys[1] or not rows)
     return same and len({site.adds for site, _ in places}) == 1
 
 

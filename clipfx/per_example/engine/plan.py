@@ -115,7 +115,7 @@ class Plan(NamedTuple):
         `"segment sum"`, `"instantiated"`, or `"sum"` without norms.
       reasons: Per leaf why no site would do, empty if one does.
       sites: Those that are used, by number, but for what regions have.
-      differentiated: Leaves that are instantiated by JAX's own derivative.
+      differentiated: Leaves whose gradients JAX's own derivative forms.
       formed: Numbers of sites whose weight's gradient is instantiated after loops.
       regions: What the program rematerializes, by number, if norms will be asked for.
       types: Of the parameters.
@@ -148,13 +148,14 @@ class Plan(NamedTuple):
         formed = self.formed.union(*(r.formed for r in self.regions.values()))
 
         def several(places: list) -> bool:
-            site = places[0][0]
-            repeats = site.repeats and site.number not in formed
-            return len(places) > 1 or repeats
+            (site, _), *others = places
+            unformed = site.adds and site.number not in formed
+            return bool(unformed and (others or site.repeats))
 
         return any(
-            method in SQUARED or (method == BIAS_SUM and several(places))
-            for method, places in zip(self.methods, self.uses, strict=True)
+            self.methods[leaf] in SQUARED or any(map(several, by_region(places)))
+            for leaf, places in enumerate(self.uses)
+            if leaf not in self.differentiated
         )
 
 
@@ -390,18 +391,22 @@ def _decide(
     # instantiated after the loop, that in a region when its backward pass has run.
     differentiated = {k for k, method in enumerate(methods) if method == INSTANTIATED}
     sites = {s.number: s for places in uses for s, _ in places}
+    regions = [region for places in uses for region in by_region(places)]
+    shared = {s.number for region in regions if len(region) > 1 for s, _ in region}
     formed = set()
     for number, site in sites.items():
         leaves = {p.leaf for p in site.view.parts if p.leaf is not None}
         leaves -= differentiated
-        alike = [places for leaf in leaves for places in by_region(uses[leaf])]
-        if any(len(places) > 1 for places in alike) or not leaves:
-            continue
         if site.adds:
             # What positions add up to may be nothing but rounding, as it is with the
-            # biases of keys: norm and sum have to be of one and the same addition.
-            if norms and site.repeats and not site.view.repeated:
+            # biases of keys: norm and sum have to be of one and the same addition. And
+            # of one and the same product with data, which no factor takes out of range.
+            alone = norms and number not in shared
+            if leaves and alone and (site.repeats or site.operand is not None):
                 formed.add(number)
+            continue
+        alike = [places for leaf in leaves for places in by_region(uses[leaf])]
+        if any(len(places) > 1 for places in alike) or not leaves:
             continue
         if all(site.sliced) and site.region is None:
             continue
@@ -414,16 +419,24 @@ def _decide(
                 methods[leaf] = INSTANTIATED
     if ord != 2:
         differentiated |= {k for k, method in enumerate(methods) if method in SQUARED}
-    # What an addition adds up over is better not kept, unless a product keeps it too.
+    for leaf in differentiated:
+        methods[leaf] = INSTANTIATED
+    # What is added up is better not kept, unless a product keeps it too: JAX does it,
+    # but for several slices of a leaf, each of which would be as large as the leaf.
     kept = {s.tap for leaf, places in enumerate(uses) for s, _ in places
             if not s.adds and leaf not in differentiated}  # fmt: skip
     for leaf, places in enumerate(uses):
-        if methods[leaf] == BIAS_SUM and any(
-            s.repeats and s.tap not in kept and s.region is None for s, _ in places
-        ):
+        if methods[leaf] != BIAS_SUM or any(s.region is not None for s, _ in places):
+            continue
+        slices = all(s.number in formed and not s.loops for s, _ in places)
+        keeps = any(
+            s.operand is not None or (s.repeats and s.tap not in kept)
+            for s, _ in places
+        )
+        if keeps and not (slices and len(places) > 1):
             differentiated.add(leaf)
-    _join(differentiated, walk.doors)
-    for leaf in differentiated:
+    for leaf in _joined(differentiated, walk.doors):
+        differentiated.add(leaf)
         methods[leaf] = INSTANTIATED
     used = {
         s.number: s
@@ -433,7 +446,7 @@ def _decide(
     }
     inside = {r: {n: s for n, s in used.items() if s.region == r} for r in outer}
     regions = {
-        r: _region(r, sites, uses, walk.doors[r], outer[r], formed, differentiated)
+        r: _region(sites, uses, walk.doors[r], outer[r], formed, differentiated)
         for r, sites in inside.items()
         if sites and norms
     }
@@ -444,16 +457,13 @@ def _decide(
     )  # fmt: skip
 
 
-def _join(differentiated: set[int], doors: dict[int, list[Door]]) -> None:
-    """Adds leaves that enter a region together with one that JAX differentiates."""
+def _joined(differentiated: set[int], doors: dict[int, list[Door]]) -> set[int]:
+    """Further leaves: those that enter a region together with a differentiated one."""
     joined = [leaves_of(door.view) for some in doors.values() for door in some]
-    while (
-        more := {
-            leaf for leaves in joined if leaves & differentiated for leaf in leaves
-        }
-        - differentiated
-    ):
-        differentiated |= more
+    every = set(differentiated)
+    while more := {x for some in joined if some & every for x in some} - every:
+        every |= more
+    return every - differentiated
 
 
 def leaves_of(view: ParamView) -> set[int]:
@@ -462,7 +472,6 @@ def leaves_of(view: ParamView) -> set[int]:
 
 
 def _region(
-    number: int,
     sites: dict[int, Site],
     uses: list,
     doors: list[Door],

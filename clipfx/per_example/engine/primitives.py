@@ -15,6 +15,7 @@ SCAN = "scan"
 STOP_GRADIENT = "stop_gradient"
 # Sums of two arrays; what transposition makes of several uses.
 ADD = {"add", "add_any"}
+SUB, MUL, DIV = "sub", "mul", "div"
 # Programs inside that are walked, and run equation by equation.
 REMAT = {"remat2"}
 CALLS = {"jit", *REMAT}
@@ -31,7 +32,7 @@ REVERSE, SLICE, SPLIT, TRANSPOSE = "rev", "slice", "split", "transpose"
 
 
 class Gather(NamedTuple):
-    """Of `gather`.
+    """Of `gather` and `dynamic_slice`.
 
     Attributes:
       start: Dimensions of the table that ids are of.
@@ -61,6 +62,16 @@ def gather(eqn: Any) -> Gather:
         tuple(p["slice_sizes"]),
         p["mode"] == jax.lax.GatherScatterMode.CLIP,
     )
+
+
+def dynamic_slice(eqn: Any) -> Gather:
+    """Parameters of a `dynamic_slice`, as of a look-up: it has an index each dimension.
+
+    Where it takes all of one the index does not matter.
+    """
+    shape, sizes = eqn.invars[0].aval.shape, tuple(eqn.params["slice_sizes"])
+    start = tuple(k for k, n in enumerate(shape) if sizes[k] < n)
+    return Gather(start, (), (), tuple(range(len(shape))), sizes, True)
 
 
 class Convolution(NamedTuple):

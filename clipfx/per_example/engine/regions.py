@@ -22,7 +22,7 @@ from clipfx.per_example.engine.interpreter import Done, Given
 from clipfx.per_example.engine.plan import JaxprPlan, Plan
 from clipfx.per_example.engine.rules.site import Site
 from clipfx.per_example.engine.scaled_sums import SCALES
-from clipfx.per_example.engine.weighted_sum import at_sites_of, masked
+from clipfx.per_example.engine.weighted_sum import at_sites_of, like_weight, masked
 
 
 class Thread(NamedTuple):
@@ -278,5 +278,4 @@ def _weighted(
     weights, pull = jax.vjp(at_sites, doors)
     index = list(range(len(plan.uses)))
     grads = at_sites_of(plan, tape, weights, factor, index, good, masked)
-    like = lambda x, w: _compat.as_like(x.astype(w.dtype), w)
-    return pull({n: like(grads[n], w) for n, w in weights.items()})[0]
+    return pull({n: like_weight(grads[n], w) for n, w in weights.items()})[0]

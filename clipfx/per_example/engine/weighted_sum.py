@@ -59,8 +59,7 @@ def weighted_sum(
     if tape.again is not None:
         assert factor is not None and good is not None
         grads |= tape.again(jnp.stack([factor[:, g or 0] for g in index], 1), good)
-    like = lambda x, w: _compat.as_like(x.astype(common), w)
-    (back,) = pull({n: like(grads[n], w) for n, w in weights.items()})
+    (back,) = pull({n: like_weight(grads[n], w) for n, w in weights.items()})
     for leaf, x in back.items():
         sums[leaf] = x.astype(params[leaf].dtype)
     return sums
@@ -92,6 +91,18 @@ def at_sites_of(
         axis = _axis_of_weight(plan.sites[n])
         grads[n] = mask(_scale(x, factor, groups[n], axis), good).sum(0)
     return grads
+
+
+def like_weight(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """A gradient in the shape and dtype of its weight, split over a mesh as that is.
+
+    What was added up over copies of an element belongs to the first of them.
+    """
+    x = x.astype(weight.dtype)
+    if x.shape != weight.shape:
+        edges = [(0, n - k, 0) for k, n in zip(x.shape, weight.shape, strict=True)]
+        x = jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
+    return _compat.as_like(x, weight)
 
 
 def _of_sites(

@@ -9,7 +9,7 @@ from clipfx import _compat
 from clipfx._core.checks import helpful
 from clipfx.per_example.engine import primitives
 from clipfx.per_example.engine.param_views import ParamView
-from clipfx.per_example.engine.rules import add, conv, dot_general, gather
+from clipfx.per_example.engine.rules import conv, dot_general, elementwise, gather
 from clipfx.per_example.engine.rules.custom import Rule, check_arguments, site_rule
 from clipfx.per_example.engine.rules.site import SiteRule
 
@@ -18,7 +18,11 @@ RULES: dict[str, SiteRule] = {
     primitives.DOT: dot_general.RULE,
     primitives.CONVOLUTION: conv.RULE,
     primitives.GATHER: gather.RULE,
-    **dict.fromkeys(primitives.ADD, add.RULE),
+    primitives.DYNAMIC_SLICE: gather.RULE,
+    **dict.fromkeys(primitives.ADD, elementwise.ADD),
+    primitives.SUB: elementwise.SUB,
+    primitives.MUL: elementwise.MUL,
+    primitives.DIV: elementwise.DIV,
 }
 # Of users: what `primitives.owner` returns, the rule, and what the engine makes of it.
 _USERS: list[tuple[Any, Rule, SiteRule]] = []

@@ -27,18 +27,20 @@ class SiteRule(NamedTuple):
 
     Attributes:
       left: What rows u are: `NUMBERS`, `IDS` of one-hot rows, or `ONES`, where the
-        gradient of a weight is that of the output, added up.
+        gradient of a weight is that of the output, scaled perhaps, added up.
       why_not: `why_not(eqn, weight, view)` says why an equation can be no site; None if
         it can.
-      operand: `operand(eqn, weight)` is the input that rows u are of; None for `ONES`.
+      operand: `operand(eqn, weight)` is the input that rows u are of, or a scale; None
+        if the gradient needs none.
       factors: `factors(site, part, data, delta)` of one example: u `[S, T, K]`, or ids
         `[S, T]`, and v `[S, T, N]`; for `ONES` the sum, and what was added up.
       dims: `dims(site, part)`: the dimensions of the weight behind S, K and N in the
         order of the factors, None where unknown.
       gradient: `gradient(site, data, delta, like)` with respect to the weight, summed
         over examples and turns: of data and delta `[B, loops..., ...]`, the latter of
-        float32 or wider, `[loops that slice..., weight]`, of the dtype of delta. `like`
-        is the weight, which knows how that is to be split over a mesh, or None.
+        float32 or wider, `[loops that slice..., weight]`, of the dtype of delta; 1 long
+        where elements are repeated. `like` is the weight, which knows how that is to be
+        split over a mesh, or None.
       apply: `apply(site, weight, data)`, what of the equation is linear in the weight,
         in the dtype of the weight.
       axis: `axis(site)` is where the axis of the weight's parts is: whether in the
@@ -97,7 +99,7 @@ class Site(NamedTuple):
 
     @property
     def adds(self) -> bool:
-        """Whether its gradient is nothing but that of the output, added up."""
+        """Whether its gradient is what reaches it of the output's, added up."""
         return self.rule.left == ONES
 
     @property
@@ -106,10 +108,19 @@ class Site(NamedTuple):
         return tuple(self.eqn.invars[self.weight].aval.shape)
 
     @property
+    def repeated(self) -> frozenset[int]:
+        """Dimensions of the output that its weight is repeated in, added or a scale."""
+        after = self.eqn.outvars[0].aval.shape
+        if len(self.shape) < len(after):  # a scalar
+            return frozenset(range(len(after)))
+        pairs = enumerate(zip(self.shape, after, strict=True))
+        return self.view.repeated.union(k for k, (a, b) in pairs if a != b)
+
+    @property
     def repeats(self) -> bool:
-        """Whether an addition adds the same weight in several places."""
+        """Whether the same weight is added, or scales, in several places."""
         fixed = any(len(p.stack) < len(self.loops) for p in self.view.parts)
-        return bool(self.view.repeated or grown(self) or fixed)
+        return bool(self.repeated or fixed)
 
     @property
     def sliced(self) -> tuple[bool, ...]:
@@ -146,15 +157,6 @@ def _sliced(view: ParamView, loops: tuple) -> tuple[bool, ...]:
 def other_input(eqn: Any, weight: int) -> int:
     """Of two."""
     return 1 - weight
-
-
-def grown(site: Site) -> frozenset[int]:
-    """Dimensions of size 1 that an addition repeats by itself."""
-    after = site.eqn.outvars[0].aval.shape
-    if len(site.shape) < len(after):  # a scalar
-        return frozenset(range(len(after)))
-    return frozenset(k for k, (a, b) in enumerate(zip(site.shape, after, strict=True))
-                     if a != b)  # fmt: skip
 
 
 def split_loops(site: Site, part: LeafSlice) -> tuple[list[int], list[int]]:
