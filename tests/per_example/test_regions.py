@@ -9,7 +9,7 @@ from per_example_oracle import check, methods
 from tiers import in_tiers
 
 from clipfx import per_example
-from clipfx.per_example.engine import cost_model
+from clipfx.per_example.engine import target
 
 B, T, D, V = 4, 5, 6, 9
 remat = jax.checkpoint
@@ -169,12 +169,12 @@ USUAL = {
 def test_norms_and_sums(program, groups):
     loss = lambda p, e: program(p, *e)
     for platform in ("cpu", "tpu"):  # with and without a loop over examples
-        cost_model.forced_platform = platform
+        target.forced = platform
         try:
             run = per_example.clipped_grad(loss, 0.7, groups=groups)
             check(run, loss, PARAMS, BATCH, "float64", groups=groups)
         finally:
-            cost_model.forced_platform = ""
+            target.forced = ""
 
 
 def test_a_table_outside_of_regions_is_measured_jointly():
@@ -241,13 +241,13 @@ def ratio_to_gradient(loss, size_of):
 
 def test_both_passes_share_the_forward_pass(monkeypatch):
     """6 products for each weight where a rematerialized gradient has 4."""
-    monkeypatch.setattr(cost_model, "forced_platform", "tpu")
+    monkeypatch.setattr(target, "forced", "tpu")
     flops = lambda compiled: compiled.cost_analysis()["flops"]
     assert ratio_to_gradient(unrolled, flops) < 1.55
 
 
 @pytest.mark.parametrize("loss", [unrolled, in_a_loop])
 def test_nothing_of_a_region_is_kept(loss, monkeypatch):
-    monkeypatch.setattr(cost_model, "forced_platform", "tpu")
+    monkeypatch.setattr(target, "forced", "tpu")
     size = lambda compiled: compiled.memory_analysis().temp_size_in_bytes
     assert ratio_to_gradient(loss, size) < 1.5

@@ -14,10 +14,10 @@ from clipfx._core.leaves import times
 from clipfx._core.norms import Norms
 from clipfx.per_example.engine import (
     bookkeeping,
-    cost_model,
     one_by_one,
     regions,
     scaled_sums,
+    target,
 )
 from clipfx.per_example.engine.bookkeeping import Tape
 from clipfx.per_example.engine.trace import Call
@@ -69,7 +69,7 @@ def bounded_sum(
     good = jnp.isfinite(norms.value / norms.scale).all(1)
     keep = jnp.ones_like(good) if where is None else _compat.as_like(where, good)
     alone = good & keep & ~trusted.all(1)
-    apart = plan.adds_up and cost_model.on_cpu()
+    apart = plan.adds_up and target.is_cpu()
     each = functools.partial(one_by_one.each, call, tape, members)
     if callable(limit):
         if apart:
@@ -142,7 +142,7 @@ def _norms(call: Call, members: Groups, tape: Tape) -> tuple[Norms, jax.Array]:
     """
     plan = call.program.plan
     powers = bookkeeping.powers(plan, tape, call.size, call.split, members)
-    return scaled_sums.norms(powers, plan.ord, bound=not cost_model.on_cpu())
+    return scaled_sums.norms(powers, plan.ord, bound=not target.is_cpu())
 
 
 def make_info(
@@ -178,7 +178,7 @@ def measure(call: Call, members: Groups, where: jax.Array | None) -> PerExample:
     norms, trusted = _norms(call, members, tape)
     keep = jnp.ones_like(outs[0], bool) if where is None else where
     keep = _compat.as_like(keep, outs[0])
-    if call.program.plan.adds_up and cost_model.on_cpu():
+    if call.program.plan.adds_up and target.is_cpu():
         alone = jnp.isfinite(norms.value / norms.scale).all(1) & keep & ~trusted.all(1)
         start = one_by_one.Progress(norms, jnp.zeros_like(norms.value), [])
         norms = one_by_one.each(call, tape, members, alone, start, None).norms

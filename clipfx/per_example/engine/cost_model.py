@@ -3,9 +3,7 @@
 import itertools
 from typing import Any
 
-import jax
-
-from clipfx.per_example.engine import ghost_norm
+from clipfx.per_example.engine import ghost_norm, target
 from clipfx.per_example.engine.outer_products import key, sizes
 from clipfx.per_example.engine.param_views import LeafSlice
 from clipfx.per_example.engine.rules.site import IDS, Site
@@ -14,19 +12,12 @@ from clipfx.per_example.engine.rules.site import IDS, Site
 # gradient that is instantiated is written, read for its norm and read for the sum. Of
 # two CPU cores, measured, and of what makers of TPUs (v5e, v5p) and of the H100 say.
 _WORDS, _WORDS_ELSEWHERE = 256, 1024
-# Instead of JAX's default, for tests and for programs compiled ahead of time.
-forced_platform = ""
 BIAS_SUM = "bias sum"
 
 
 def words() -> int:
     """What to move a word of an instantiated gradient costs, in multiplications."""
-    return _WORDS if on_cpu() else _WORDS_ELSEWHERE
-
-
-def on_cpu() -> bool:
-    """Where to assume that the program runs that is being traced."""
-    return (forced_platform or jax.default_backend()) == "cpu"
+    return _WORDS if target.is_cpu() else _WORDS_ELSEWHERE
 
 
 def unaligned(places: list[tuple[Site, LeafSlice]], outer: dict[int, int]) -> str:

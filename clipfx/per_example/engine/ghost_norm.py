@@ -17,7 +17,7 @@ from jax import lax
 
 from clipfx import _compat
 from clipfx._core.safe_sums import abs_power, add_up, summed
-from clipfx.per_example.engine import scaled_sums
+from clipfx.per_example.engine import scaled_sums, target
 from clipfx.per_example.engine.outer_products import Factors
 from clipfx.per_example.engine.scaled_sums import Elements, Power
 
@@ -165,15 +165,16 @@ def _align(factors: list[Factors]) -> list[Factors]:
 def _join(factors: list[Factors], dtype: Any) -> Factors | None:
     """One sum over the positions of all.
 
-    Numbers of half precision stay such: products of them are exact in float32, and a
-    copy of the gradient of a head is larger than all else.
+    Where there are products of half precision numbers stay such: products are exact in
+    float32, and a copy of the gradient of a head is larger than all else.
     """
     if not factors:
         return None
 
     def join(xs: list[jax.Array]) -> jax.Array:
         kinds = {x.dtype for x in xs}
-        if len(kinds) > 1 or next(iter(kinds)).itemsize > 2:
+        half = len(kinds) == 1 and next(iter(kinds)).itemsize == 2
+        if target.is_cpu() or not half:
             xs = [_cast(x, dtype) for x in xs]
         return xs[0] if len(xs) == 1 else jnp.concatenate(xs, axis=1)
 

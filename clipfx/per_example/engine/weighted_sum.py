@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from clipfx import _compat
 from clipfx._core.leaves import widen
-from clipfx.per_example.engine import bookkeeping, cost_model, interpreter
+from clipfx.per_example.engine import bookkeeping, interpreter, target
 from clipfx.per_example.engine.bookkeeping import Program, Tape
 from clipfx.per_example.engine.plan import Plan
 from clipfx.per_example.engine.rules.site import Site, floating
@@ -54,7 +54,7 @@ def weighted_sum(
         return interpreter.weights(plan.root, values, sites)[1]
 
     weights, pull = jax.vjp(at_sites, views)
-    drop = _masked_if_any if cost_model.on_cpu() else masked
+    drop = _masked_if_any if target.is_cpu() else masked
     grads = at_sites_of(plan, tape, weights, factor, index, good, drop)
     if tape.again is not None:
         assert factor is not None and good is not None
