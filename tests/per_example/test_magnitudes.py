@@ -87,7 +87,8 @@ def twice(p, e):
 
 
 def instantiated(p, e):
-    return jnp.sum((cast(e["x"], p["w"]) @ (p["w"] * 0.5)) * e["d"])
+    half = 0.5 * jnp.eye(NARROW)  # no view
+    return jnp.sum((cast(e["x"], p["w"]) @ (p["w"] @ half)) * e["d"])
 
 
 PRODUCTS = [dense, sequence, attended, looped, remat, convolved, twice, instantiated]

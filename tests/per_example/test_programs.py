@@ -53,16 +53,23 @@ METHODS = {
     "stopped": {"unused": "unused w"},
     "nested_jit": {"Gram": "w"},
     "inner_gradient": {"Gram": "w"},
+    "scaled": {"Gram": "u v w", "segment sum": "t"},
+    "scaled_and_tied": {"Gram": "e w", "bias sum": "b"},
+    "masked": {"segment sum": "t", "bias sum": "d"},
+    "masked_at_one_position": {"outer product": "a u v w"},
+    "permuted_and_padded": {"Gram": "u w", "segment sum": "t", "bias sum": "c"},
+    "scaled_layers": {"Gram": "u w", "bias sum": "b"},
+    "scaled_and_joined": {"Gram": "a c d g", "bias sum": "b"},
 }
 # Those that the engine takes in as many different ways.
-UNLIKE = {"conv2", "nested_scan", "remat_layers"}
-CALLED = ["attention", "embed", "joined", "remat_layers"]
+UNLIKE = {"conv2", "nested_scan", "remat_layers", "scaled_and_tied"}
+CALLED = ["attention", "embed", "joined", "remat_layers", "masked_at_one_position"]
 # Of the two forms below only the sums and norms are laid down.
 ANY_METHOD = {"bias_reshaped", "dead_code", "indexed", "indexed_in_scan"}
 AT_WILL = {"biases": "b c d"}
 CONVOLUTIONS = ("conv1", "conv2", "conv3")
 FORMED = {"branches": "i", "gated": "f4 fi i4 ii", "nested_joined": "a b",
-          "nested_scan": "u", "rnn": "wh wx"}  # fmt: skip
+          "nested_scan": "u", "rnn": "wh wx", "scaled_layers": "r u"}  # fmt: skip
 
 
 def around(name, wrapper="plain"):

@@ -11,6 +11,7 @@ from clipfx import _compat
 from clipfx._core.groups import Groups
 from clipfx._core.leaves import widen, widest
 from clipfx.per_example.engine import (
+    coefficients,
     ghost_norm,
     interpreter,
     outer_products,
@@ -77,6 +78,7 @@ def backward_pass(
     plan = program.plan
     params = [inputs[k] for k in program.params]
     ghost = plan.remat and norms
+    scales = scales_of(program, inputs) if ghost else {}
 
     def one(*example):
         def loss(leaves, taps):
@@ -85,7 +87,7 @@ def backward_pass(
                 values[program.params[k]] = leaf
             visit = functools.partial(_probe, plan, taps) if ghost else None
             outs, data = interpreter.run(
-                plan.root, values, plan.sites, {} if ghost else taps, visit
+                plan.root, values, plan.sites, {} if ghost else taps, visit, scales
             )
             return outs[0], (outs[1:], data)
 
@@ -105,8 +107,7 @@ def backward_pass(
     formed = {}
     for n in plan.formed if norms else ():
         site = plan.sites[n]
-        form = lambda x, d, site=site: site.rule.gradient(
-            site, x if x is None else x[None], widen(d)[None], None)  # fmt: skip
+        form = functools.partial(_form, site)
         formed[n] = jax.vmap(form)(data.get(site.data), deltas[site.tap])
     rest = [site for n, site in plan.sites.items() if n not in formed]
     data = {site.data: data[site.data] for site in rest if site.data is not None}
@@ -182,6 +183,12 @@ def dtype(plan: Plan) -> Any:
     return widest(dtypes)
 
 
+def scales_of(program: Program, inputs: Sequence[Any]) -> dict[int, jax.Array]:
+    """What weights are parameters times, by number of the site."""
+    plan = program.plan
+    return interpreter.coefficients(plan, program.params, inputs, dtype(plan))
+
+
 # What is measured of a leaf.
 _Measured: TypeAlias = Elements | ghost_norm.Products
 # And the mesh axes of `jax.shard_map` that the leaf is split over, and its group.
@@ -194,6 +201,7 @@ def powers(
     size: int,
     split: Sequence[frozenset[str]],
     members: Groups,
+    scales: dict[int, jax.Array],
 ) -> jax.Array:
     """Norms `[B, G, 4, 2]` of each example's gradient to the power of p, by group.
 
@@ -203,12 +211,15 @@ def powers(
       size: B.
       split: Per leaf the mesh axes of `jax.shard_map` that it is split over.
       members: Of the leaves.
+      scales: From `scales_of`.
     """
     if tape.powers is None:
 
         def one(tape: Tape) -> jax.Array:
             keys = enumerate(zip(split, members.index, strict=True))
-            parts = [(*key, x) for k, key in keys for x in _of_leaf(plan, k, tape)]
+            parts = [
+                (*key, x) for k, key in keys for x in _of_leaf(plan, k, tape, scales)
+            ]
             return powers_of_parts(plan, parts, members)
 
         return jax.vmap(one, axis_size=size)(tape)
@@ -278,7 +289,9 @@ def _by_group(
     return jnp.concatenate(columns)
 
 
-def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> list[_Measured]:
+def _of_leaf(
+    plan: Plan, leaf: int, tape: Tape, scales: dict[int, jax.Array]
+) -> list[_Measured]:
     """What is to be measured of one example's gradient, in parts to add up."""
     if leaf in tape.leaves:
         return [Elements([tape.leaves[leaf]])]
@@ -286,12 +299,21 @@ def _of_leaf(plan: Plan, leaf: int, tape: Tape) -> list[_Measured]:
     for places in by_region(plan.uses[leaf]):
         (site, part), *_ = places
         if site.number in tape.formed:
-            parts.append(Elements([_part(site, part, tape.formed[site.number])]))
+            c = scales.get(site.number)
+            formed = coefficients.on_gradient(part, c, tape.formed[site.number])
+            parts.append(Elements([_part(site, part, formed)]))
         else:
             parts += _of_region(
-                [(s, p, tape.operand(s), tape.deltas[s.tap]) for s, p in places]
-            )
+                [(s, p, tape.operand(s), tape.deltas[s.tap], scales.get(s.number))
+                 for s, p in places]
+            )  # fmt: skip
     return parts
+
+
+def _form(site: Site, data: Any, delta: jax.Array) -> jax.Array:
+    """The gradient of one example with respect to a weight."""
+    data = data if data is None else data[None]
+    return site.rule.gradient(site, data, widen(delta)[None], None)
 
 
 def _part(site: Site, part: LeafSlice, formed: jax.Array) -> jax.Array:
@@ -308,21 +330,26 @@ def _part(site: Site, part: LeafSlice, formed: jax.Array) -> jax.Array:
 
 def _of_region(places: list) -> list[_Measured]:
     """From all uses of one region of a leaf, each with what was recorded there."""
-    site = places[0][0]
+    site, part, data, delta, c = places[0]
     if site.adds:
-        parts = [s.rule.factors(s, p, x, d) for s, p, x, d in places]
+        on_output = coefficients.on_output
+        parts = [s.rule.factors(s, p, x, on_output(s, p, c, d))
+                 for s, p, x, d, c in places]  # fmt: skip
         rows = [rows.reshape(rows.shape[0], -1) for _, rows in parts]
         total = functools.reduce(jnp.add, [x.reshape(-1) for x, _ in parts])
         if sum(len(x) for x in rows) == 1:
             return [Elements([total])]
         # What positions add up to may cancel.
         return [Elements([total], terms=False), Elements(rows, counts=False)]
+    if outer_products.by_element(site, part):  # of one position, used once
+        formed = coefficients.on_gradient(part, c, _form(site, data, delta))
+        return [Elements([_part(site, part, formed)])]
     factors = [outer_products.factors(*place) for place in places]
     return [ghost_norm.Products(factors, primitives.precision(site.eqn))]
 
 
 def _probe(
-    plan: Plan, sums: jax.Array, site: Site, inputs: list, out: jax.Array, _: Any
+    plan: Plan, sums: jax.Array, site: Site, inputs: list, out: jax.Array, c: Any
 ) -> jax.Array:
     """The output; its backward pass adds powers of norms to the gradient of `sums`.
 
@@ -331,18 +358,19 @@ def _probe(
     parts = [p for p in site.view.parts if p.leaf not in (None, *plan.differentiated)]
 
     @jax.custom_vjp
-    def probe(data, out, sums):
+    def probe(data, out, sums, c):
         return out
 
-    def backward(data, delta):
+    def backward(kept, delta):
+        data, c = kept
         sums = _no_powers(plan)
         turn = site._replace(loops=())
         for part in parts:
-            x = _of_region([(turn, part._replace(stack=()), data, delta)])
+            x = _of_region([(turn, part._replace(stack=()), data, delta, c)])
             _, powers = _powers([(0, y) for y in x], plan.ord, sums.dtype)
             sums = sums.at[part.leaf].add(powers.sum(0))
-        return None, delta, sums
+        return None, delta, sums, None
 
-    probe.defvjp(lambda data, out, sums: (out, data), backward)
+    probe.defvjp(lambda data, out, sums, c: (out, (data, c)), backward)
     data = None if site.operand is None else inputs[site.operand]
-    return probe(data, out, sums)
+    return probe(data, out, sums, c)

@@ -130,7 +130,8 @@ def _shown(norms: Norms, keep: jax.Array) -> jax.Array:
 def _norms(call: Call, members: Groups, tape: Tape) -> tuple[Norms, jax.Array]:
     """Norms `[B, G]`, and whether they are to be trusted."""
     plan = call.program.plan
-    powers = bookkeeping.powers(plan, tape, call.size, call.split, members)
+    scales = bookkeeping.scales_of(call.program, call.inputs)
+    powers = bookkeeping.powers(plan, tape, call.size, call.split, members, scales)
     return scaled_sums.norms(powers, plan.ord)
 
 

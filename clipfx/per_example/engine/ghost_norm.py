@@ -56,14 +56,15 @@ def powers_of_products(
       Which of `products` each power is of, and the powers.
     """
     # Those of as many positions together: small numbers are traced once for all.
-    alike: dict[int, list[int]] = {}
+    alike: dict[Any, list[int]] = {}
     order, powers = [], []
     for k, sums in enumerate(products):
         if sum(f.right.shape[1] for f in sums.factors) == 1:
             order.append(k)
             powers.append(_of_one_position(_cast(sums.factors, dtype)[0], ord, dtype))
         else:
-            alike.setdefault(sums.positions, []).append(k)
+            scaled = any(f.scale is not None for f in sums.factors)
+            alike.setdefault((sums.positions, scaled), []).append(k)
     for some in alike.values():
         assert ord == 2, ord
         order += some
@@ -74,28 +75,34 @@ def powers_of_products(
         # What cannot be measured so is not to be trusted, whatever came of it.
         total = jnp.where(odd, 0, jnp.maximum(total, 0))
         terms = jnp.where(odd, jnp.inf, terms + rest)
-        powers.append(scaled_sums.at_scale(total, terms))
+        power = scaled_sums.at_scale(total, terms)
+        more = [x[5] for x in each if x[5] is not None]
+        if more:
+            power = power._replace(n=power.n + 2 * _compat.stack(more))
+        powers.append(power)
     return order, scaled_sums.join(powers)
 
 
 def _cast(factors: list[Factors], dtype: Any) -> list[Factors]:
     cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-    return [Factors(cast(f.left), cast(f.right), f.key) for f in factors]
+    return [f._replace(left=cast(f.left), right=cast(f.right)) for f in factors]
 
 
 def _of_several(
     sums: Products, dtype: Any
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, int]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, int, jax.Array | None]:
     """The square of the norm, that of terms, and what tells whether to trust them.
 
-    That is the largest magnitudes of rows u and v, and the size of their product.
+    That is the largest magnitudes of rows u and v, and the size of their product. Last
+    comes the exponent of what the norm is to be multiplied by, if there is any.
     """
     factors = _cast(_align(sums.factors), dtype)
     if any(f.by_index for f in factors):  # look-ups do not know about meshes
         factors = [
-            Factors(_compat.whole(f.left), _compat.whole(f.right), f.key)
+            f._replace(left=_compat.whole(f.left), right=_compat.whole(f.right))
             for f in factors
         ]
+    factors, before, n = _scaled(factors, dtype)
     dense = _join([f for f in factors if not f.by_index])
     rows = _join([f for f in factors if f.by_index])
     total = terms = jnp.zeros((), dtype)
@@ -118,8 +125,36 @@ def _of_several(
         )
         inner = _matmul(dense.right, rows.right, sums.precision)
         total += 2 * add_up(take(dense.left, ids) * inner)
+    left += [x for x, _ in before]
+    right += [x for _, x in before]
     one = lambda xs: xs[0] if len(xs) == 1 else jnp.concatenate(xs)
-    return total, terms, one(left), one(right), count
+    return total, terms, one(left), one(right), count, n
+
+
+def _scaled(factors: list[Factors], dtype: Any) -> tuple[list[Factors], list, Any]:
+    """Multiplies rows v by their numbers, but for one power of two.
+
+    Returns the factors, magnitudes of rows as they were before, and as they are after,
+    where what has vanished counts as the least number; and the exponent.
+    """
+    if all(f.scale is None for f in factors):
+        return factors, [], None
+    ones = lambda f: jnp.ones(f.right.shape[0], dtype)
+    numbers = [ones(f) if f.scale is None else f.scale.astype(dtype) for f in factors]
+    largest = [jnp.max(jnp.abs(x), initial=0) for x in numbers]
+    n = scaled_sums.exponent(functools.reduce(jnp.maximum, largest))
+    done, magnitudes = [], []
+    for f, x in zip(factors, numbers, strict=True):
+        x = x * scaled_sums.inverse_of(n, dtype)
+        right = _peaks(f.right).reshape(f.right.shape[:2])
+        left = jnp.ones_like(right) if f.by_index else scaled_sums.peaks(f.left)
+        after = jnp.abs(right * x[:, None])
+        least = jnp.where((right > 0) & (x[:, None] != 0), jnp.finfo(dtype).tiny, 0)
+        after = jnp.maximum(after, least)
+        left = _compat.whole(left).reshape(-1)
+        magnitudes += [(left, right.reshape(-1)), (left, after.reshape(-1))]
+        done.append(f._replace(right=f.right * x[:, None, None], scale=None))
+    return done, magnitudes, n
 
 
 def _peaks(rows: jax.Array) -> jax.Array:
@@ -129,11 +164,16 @@ def _peaks(rows: jax.Array) -> jax.Array:
 
 def _of_one_position(f: Factors, ord: int, dtype: Any) -> Power:
     """Of one position, at any magnitude."""
-    if f.by_index:
+    if f.by_index and f.scale is None:
         return scaled_sums.power(Elements([f.right]), ord, dtype)
-    left, right, top = scaled_sums.pair_to_one(f.left, f.right)
+    u = jnp.ones_like(f.right[..., :1]) if f.by_index else f.left
+    left, right, top = scaled_sums.pair_to_one(u, f.right, f.scale)
     total = (abs_power(left, ord).sum(-1) * abs_power(right, ord).sum(-1)).sum()
     top = jnp.where(top == scaled_sums.NOTHING, 0, top)
+    if f.scale is not None:
+        # The sum is multiplied last: by then its gradient must not be infinite.
+        size = scaled_sums.peaks(u) * scaled_sums.peaks(f.right)
+        total = jnp.where(jnp.isfinite(size).all(), total, jnp.inf)
     return Power(total[None], total[None], ord * top[None])
 
 
@@ -155,7 +195,7 @@ def _align(factors: list[Factors]) -> list[Factors]:
     def turn(f: Factors) -> Factors:
         if f.key == base:
             return f
-        return Factors(f.right, f.left, base)
+        return Factors(f.right, f.left, base, f.scale)
 
     return [turn(f) for f in factors]
 

@@ -11,7 +11,7 @@ from jax import lax
 
 from clipfx import _compat
 from clipfx.per_example.engine import primitives
-from clipfx.per_example.engine.plan import JaxprPlan
+from clipfx.per_example.engine.plan import JaxprPlan, Plan
 from clipfx.per_example.engine.primitives import CALLS, REMAT
 from clipfx.per_example.engine.rules.site import Site
 
@@ -126,58 +126,73 @@ def _inside(
 
 
 def weights(
-    node: JaxprPlan, values: Sequence[Any], sites: Mapping[int, Site], depth: int = 0
+    node: JaxprPlan,
+    values: Sequence[Any],
+    sites: Mapping[int, Site],
+    dtype: Any,
+    depth: int = 0,
 ) -> tuple[list[Any], dict[int, jax.Array]]:
     """Views of parameters up to the sites where they are used, without casts.
 
     Args:
       node: The program.
-      values: Parameters of one dtype; None for all other inputs, which count as zero.
+      values: Of its inputs, parameters of one dtype and constants; None for others.
       sites: By number, those to look at.
+      dtype: Of parameters.
       depth: How many loops there are around.
 
     Returns:
       The outputs that are views, None for others; and by number the weights,
       `[loops that slice..., weight]`.
     """
-    jaxpr, at_sites = node.jaxpr, {}
-    env = dict(zip(jaxpr.invars, values, strict=True))
+    jaxpr, needed, at_sites = node.jaxpr, node.needed, {}
+    pairs = zip(jaxpr.constvars, node.consts, strict=True)
+    env: dict[Any, Any] = {v: x for v, x in pairs if v in needed}
+    env.update(zip(jaxpr.invars, values, strict=True))
     read = lambda v: None if _compat.is_literal(v) else env.get(v)
     for k, eqn in enumerate(jaxpr.eqns):
         inputs = [read(v) for v in eqn.invars]
+        if any(v in needed for v in eqn.outvars):
+            env.update(zip(eqn.outvars, _compat.evaluate(eqn, inputs), strict=True))
+            continue
         if all(x is None for x in inputs):
             continue
         inner, node_sites = node.inner.get(k), node.sites.get(k, ())
         if inner is not None and eqn.primitive.name in CALLS:
-            outs, inside = weights(inner, inputs, sites, depth)
+            outs, inside = weights(inner, inputs, sites, dtype, depth)
             env.update(zip(eqn.outvars, outs, strict=True))
             at_sites.update(inside)
         elif inner is not None:
-            at_sites.update(_in_loop(inner, eqn, inputs, sites, depth))
+            at_sites.update(_in_loop(inner, eqn, inputs, sites, dtype, depth))
         elif node_sites:
             at_sites |= {
                 s.number: inputs[s.weight] for s in node_sites if s.number in sites
             }
         elif any(node.views.get(k, ())):
-            env.update(zip(eqn.outvars, _move(eqn, inputs), strict=True))
+            env.update(zip(eqn.outvars, _move(eqn, inputs, dtype), strict=True))
     return [read(v) for v in jaxpr.outvars], at_sites
 
 
-def _move(eqn: Any, inputs: list) -> list:
-    """A cast is left out, what is not a parameter is zero."""
+def _move(eqn: Any, inputs: list, dtype: Any) -> list:
+    """A cast is left out, what has no part in the derivative is zero."""
     if eqn.primitive.name == primitives.CONVERT:
         return inputs
-    known = next(x for x in inputs if x is not None)
-    zeros = lambda v: jnp.zeros(
-        v.aval.shape,
-        known.dtype if jnp.issubdtype(v.aval.dtype, jnp.floating) else v.aval.dtype,
-    )
-    values = [_literal(v) if _compat.is_literal(v) else zeros(v) if x is None else x
-              for x, v in zip(inputs, eqn.invars, strict=True)]  # fmt: skip
-    return _compat.evaluate(eqn, values)
+    floats = lambda v: jnp.issubdtype(v.aval.dtype, jnp.floating)
+
+    def value(x: Any, v: Any) -> Any:
+        if _compat.is_literal(v):
+            x = v.val
+        elif x is None:
+            return jnp.zeros(v.aval.shape, dtype if floats(v) else v.aval.dtype)
+        return jnp.asarray(x, dtype) if floats(v) else x
+
+    values = [value(x, v) for x, v in zip(inputs, eqn.invars, strict=True)]
+    return _compat.evaluate(eqn, values, literals=False)
 
 
-def _in_loop(inner: JaxprPlan, eqn: Any, inputs: list, sites: Any, depth: int) -> dict:
+def _in_loop(
+    inner: JaxprPlan, eqn: Any, inputs: list, sites: Any, dtype: Any, depth: int
+) -> dict:
     """A slice each turn becomes a dimension, what is the same each turn stays so."""
     consts, carried = _compat.scan_sizes(eqn)
     first = consts + carried
@@ -185,7 +200,7 @@ def _in_loop(inner: JaxprPlan, eqn: Any, inputs: list, sites: Any, depth: int) -
     if not inside:
         return {}
     fixed = [*inputs[:consts], *[None] * carried]
-    turn = lambda xs: weights(inner, [*fixed, *xs], inside, depth + 1)[1]
+    turn = lambda xs: weights(inner, [*fixed, *xs], inside, dtype, depth + 1)[1]
     if all(x is None for x in inputs[first:]):
         return turn(inputs[first:])
     # In a mapped function a site that no parameter reaches would be missing.
@@ -193,3 +208,49 @@ def _in_loop(inner: JaxprPlan, eqn: Any, inputs: list, sites: Any, depth: int) -
                              inputs[first:])  # fmt: skip
     axes = {n: 0 if inside[n].sliced[depth] else None for n in present}
     return jax.vmap(turn, out_axes=axes)(inputs[first:])
+
+
+def at_sites(
+    plan: Plan, params: Sequence[int], inputs: Sequence[Any], dtype: Any
+) -> Callable[[Mapping[int, jax.Array]], dict[int, jax.Array]]:
+    """The map from leaves to weights at sites.
+
+    Args:
+      plan: Decisions.
+      params: Which inputs are parameters.
+      inputs: Of the program.
+      dtype: Of the leaves.
+
+    Returns:
+      A function of leaves by number; those left out count as zero.
+    """
+    root = plan.root
+    pairs = zip(inputs, root.jaxpr.invars, strict=True)
+    fixed = [x if v in root.needed else None for x, v in pairs]
+
+    def run(leaves: Mapping[int, jax.Array]) -> dict[int, jax.Array]:
+        values = list(fixed)
+        for k, leaf in leaves.items():
+            values[params[k]] = leaf
+        return weights(root, values, plan.sites, dtype)[1]
+
+    return run
+
+
+def coefficients(
+    plan: Plan, params: Sequence[int], inputs: Sequence[Any], dtype: Any
+) -> dict[int, jax.Array]:
+    """By number of the site those of its weight, `[loops that slice..., weight]`.
+
+    The weight is an affine function of leaves, of one element of them in each of its
+    own: the derivative in the direction of ones is what each is multiplied by. Nothing
+    where no weight has coefficients.
+    """
+    used = lambda site: [p for p in site.view.parts if p.leaf is not None]
+    scaled = {n: s for n, s in plan.sites.items() if any(p.scaled for p in used(s))}
+    if not scaled:
+        return {}
+    leaves: set[Any] = {part.leaf for site in scaled.values() for part in used(site)}
+    views = {k: inputs[params[k]].astype(dtype) for k in leaves}
+    run = at_sites(plan._replace(sites=scaled), params, inputs, dtype)
+    return jax.jvp(run, (views,), (jax.tree.map(jnp.ones_like, views),))[1]

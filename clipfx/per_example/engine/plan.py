@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from clipfx import _compat
-from clipfx.per_example.engine import param_views, primitives, rules
+from clipfx.per_example.engine import constants, param_views, primitives, rules
+from clipfx.per_example.engine.constants import Constant
 from clipfx.per_example.engine.cost_model import (
     BIAS_SUM,
     WORDS,
     factored_cost,
+    only_formed,
     unaligned,
 )
 from clipfx.per_example.engine.param_views import LeafSlice, ParamView
@@ -37,12 +39,14 @@ class ValueInfo(NamedTuple):
       data: Whether it differs between examples.
       view: How it consists of parameters, None if it is computed from them.
       why: What computed it.
+      constant: Where it comes from, if neither from parameters nor from data.
     """
 
     leaves: frozenset[int] = frozenset()
     data: bool = False
     view: ParamView | None = None
     why: str = ""
+    constant: Constant | None = None
 
 
 class JaxprPlan(NamedTuple):
@@ -57,6 +61,7 @@ class JaxprPlan(NamedTuple):
       data: By variable the number of what is recorded of it.
       taps: By equation the number of the tap on its output.
       users: By variable the equations that read it, and None for the program's end.
+      needed: Constants that views depend on.
     """
 
     jaxpr: Any
@@ -67,6 +72,7 @@ class JaxprPlan(NamedTuple):
     data: dict[Any, int]
     taps: dict[int, int]
     users: dict[Any, list[int | None]]
+    needed: set[Any]
 
     def numbers(self) -> set[int]:
         """Of all sites here and inside."""
@@ -141,12 +147,18 @@ class _Walk:
         self, closed: Any, infos: Sequence[ValueInfo], loops: tuple
     ) -> tuple[JaxprPlan, list[ValueInfo]]:
         jaxpr, consts = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
-        env = dict(
-            zip(jaxpr.constvars, [ValueInfo()] * len(jaxpr.constvars), strict=True)
-        )
-        env.update(zip(jaxpr.invars, infos, strict=True))
-        read = lambda v: ValueInfo() if _compat.is_literal(v) else env[v]
-        node = JaxprPlan(jaxpr, consts, {}, {}, {}, {}, {}, _users(jaxpr))
+        node = JaxprPlan(jaxpr, consts, {}, {}, {}, {}, {}, _users(jaxpr), set())
+        closed_over = [ValueInfo(constant=constants.of_const(x)) for x in consts]
+        names = [*jaxpr.constvars, *jaxpr.invars]
+        env = {
+            v: info._replace(
+                constant=info.constant
+                and constants.named(info.constant, v, node.needed)
+            )
+            for v, info in zip(names, [*closed_over, *infos], strict=True)
+        }
+        known = lambda v: ValueInfo(constant=constants.literal(v))
+        read = lambda v: known(v) if _compat.is_literal(v) else env[v]
         for k, eqn in enumerate(jaxpr.eqns):
             inputs = [read(v) for v in eqn.invars]
             outs = self.equation(node, k, eqn, inputs, loops)
@@ -159,6 +171,10 @@ class _Walk:
         name, count = eqn.primitive.name, len(eqn.outvars)
         leaves = frozenset().union(*(i.leaves for i in inputs))
         data = any(i.data for i in inputs)
+        fixed = [i.constant for i in inputs if i.constant is not None]
+        if len(fixed) == len(inputs):
+            outs = constants.of_equation(eqn, fixed, node.needed)
+            return [ValueInfo(constant=constant) for constant in outs]
         if not leaves or name == primitives.STOP_GRADIENT:
             return [ValueInfo(data=data)] * count
         if name in primitives.CALLS:
@@ -178,7 +194,9 @@ class _Walk:
         self, eqn: Any, inputs: list[ValueInfo], leaves: frozenset
     ) -> list:
         fixed = [not i.leaves for i in inputs]
-        views = param_views.of_equation(eqn, [i.view for i in inputs], fixed)
+        views = param_views.of_equation(
+            eqn, [i.view for i in inputs], fixed, [i.constant for i in inputs]
+        )
         why = next((i.why for i in inputs if i.why), "") or eqn.primitive.name
 
         def info(v: Any, view: ParamView | None) -> ValueInfo:
@@ -227,8 +245,9 @@ class _Walk:
         infos = [*inputs[:consts], *[ValueInfo(data=True)] * carry]
         for info in inputs[consts + carry :]:
             view = info.view and param_views.slice_of_loop(info.view, loop)
+            fixed = info.constant and constants.slice_of_loop(info.constant, loop)
             why = info.why or ("" if view else "scan")
-            infos.append(info._replace(view=view, why=why))
+            infos.append(info._replace(view=view, why=why, constant=fixed))
         node.inner[k], outs = self.walk(
             primitives.inner(eqn), infos, (*loops, (loop, primitives.turns(eqn)))
         )
@@ -284,7 +303,10 @@ def make_plan(
       force: What to do wherever possible, for tests and measurements: `"factored"`,
         `"formed"` (after loops) or `"instantiated"`; a tuple says it by leaf.
     """
-    jaxpr, infos = closed.jaxpr, [ValueInfo(data=d) for d in data]
+    jaxpr = closed.jaxpr
+    infos = [
+        ValueInfo(data=True) if d else ValueInfo(constant=Constant()) for d in data
+    ]
     for number, k in enumerate(leaves):
         shape = jaxpr.invars[k].aval.shape
         infos[k] = ValueInfo(
@@ -326,11 +348,14 @@ def _decide(
             methods[leaf], reasons[leaf] = INSTANTIATED, [why]
             continue
         methods[leaf], costs[leaf] = factored_cost(places)
+        if any(only_formed(site, part) for site, part in places):
+            reasons[leaf], costs[leaf] = ["scaled by element"], math.inf
         cost, way = WORDS * math.prod(shapes[leaf]), forces[leaf]
         instantiate = cost < costs[leaf] if way is None else way != "factored"
         instantiate &= methods[leaf] != BIAS_SUM
         if ord != 2 and methods[leaf] in SQUARED:
-            instantiate, costs[leaf] = True, math.inf
+            costs[leaf] = math.inf
+        instantiate |= costs[leaf] == math.inf
         in_time = any(len(p.stack) < len(s.loops) for s, p in places)
         if instantiate and (not in_time or way == "instantiated"):
             methods[leaf] = INSTANTIATED
@@ -355,12 +380,14 @@ def _decide(
         cost = WORDS * sum(math.prod(shapes[leaf]) for leaf in leaves)
         ways = {forces[leaf] for leaf in leaves}
         cheaper = cost < sum(costs[leaf] for leaf in leaves)
-        if (cheaper and ways == {None}) or ways == {"formed"}:
+        scaled = any(reasons[leaf] for leaf in leaves)
+        if (cheaper and ways == {None}) or ways == {"formed"} or scaled:
             formed.add(number)
             for leaf in leaves:
                 methods[leaf] = INSTANTIATED
-    if ord != 2:
-        differentiated |= {k for k, method in enumerate(methods) if method in SQUARED}
+    lost = {k for k, cost in costs.items()
+            if cost == math.inf and methods[k] != INSTANTIATED}  # fmt: skip
+    differentiated |= lost
     # What an addition adds up over is better not kept, unless a product keeps it too.
     kept = {s.tap for leaf, places in enumerate(uses) for s, _ in places
             if not s.adds and leaf not in differentiated}  # fmt: skip

@@ -47,12 +47,7 @@ def weighted_sum(
     common = bookkeeping.dtype(plan)
     views = {k: p.astype(common) for k, p in views.items()}
 
-    def at_sites(views):
-        values = [None] * len(inputs)
-        for k, leaf in views.items():
-            values[program.params[k]] = leaf
-        return interpreter.weights(plan.root, values, plan.sites)[1]
-
+    at_sites = interpreter.at_sites(plan, program.params, inputs, common)
     weights, pull = jax.vjp(at_sites, views)
     groups = {n: _groups(site, index) for n, site in plan.sites.items()}
     if tape.powers is None:
