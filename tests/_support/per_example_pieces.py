@@ -382,6 +382,20 @@ def masked(p, h, e):
     return jnp.tanh(conv(h, p["k"] * numbers(h, 2, 1, D)))
 
 
+@piece(w=(D, D), v=(D, 2, 2), e=(2, D, D), m=(2, D, D), n=(D, D), a=(2, D, 1))
+def scaled_by_vectors(p, h, e):
+    w = p["w"] * numbers(h, 1, D) / (2 + kept(h, D, 1))
+    h = jnp.tanh(h @ w + h.T[:T] @ h @ w.T)
+    h = jnp.einsum("td,dhk->thk", h, p["v"] * numbers(h, 1, 2, 1)).reshape(T, D)
+    h = jnp.einsum("etd,edf->etf", jnp.stack([h, -h]), p["e"] * numbers(h, 2, 1, D))[0]
+    body = lambda h, w: (jnp.tanh(h @ w), None)
+    h = jax.lax.scan(body, h, p["m"] * numbers(h, 2, 1, D))[0]
+    joined = jnp.concatenate([p["a"], numbers(h, 2, D, 3)], 2) * numbers(h, 2, D, 1)
+    h = jax.lax.scan(body, h, joined)[0]
+    n = (p["n"].reshape(2, 2, D) * numbers(h, 1, 2, 1)).reshape(D, D)
+    return rows(h, jnp.sin(h[0] @ n))
+
+
 @piece(w=(T * D, 3), v=(2, 3), u=(3, T * D), a=(1, 3))
 def masked_at_one_position(p, h, e):
     h = jnp.tanh(h.reshape(-1) @ jnp.tril(p["w"]))

@@ -55,9 +55,10 @@ METHODS = {
     "inner_gradient": {"Gram": "w"},
     "scaled": {"Gram": "u v w", "segment sum": "t"},
     "scaled_and_tied": {"Gram": "e w", "bias sum": "b"},
+    "scaled_by_vectors": {"Gram": "a e m v w", "outer product": "n"},
     "masked": {"segment sum": "t", "bias sum": "d"},
     "masked_at_one_position": {"outer product": "a u v w"},
-    "permuted_and_padded": {"Gram": "u w", "segment sum": "t", "bias sum": "c"},
+    "permuted_and_padded": {"Gram": "u v w", "segment sum": "t", "bias sum": "b c"},
     "scaled_layers": {"Gram": "u w", "bias sum": "b"},
     "scaled_and_joined": {"Gram": "a c d g", "bias sum": "b"},
 }

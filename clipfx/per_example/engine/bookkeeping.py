@@ -341,7 +341,7 @@ def _of_region(places: list) -> list[_Measured]:
             return [Elements([total])]
         # What positions add up to may cancel.
         return [Elements([total], terms=False), Elements(rows, counts=False)]
-    if outer_products.by_element(site, part):  # of one position, used once
+    if len(places) == 1 and outer_products.at_once(site, part):
         formed = coefficients.on_gradient(part, c, _form(site, data, delta))
         return [Elements([_part(site, part, formed)])]
     factors = [outer_products.factors(*place) for place in places]

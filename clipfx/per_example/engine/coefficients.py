@@ -4,6 +4,9 @@ By number of the site `interpreter.coefficients` says by what: `[loops that slic
 weight]`, the same for all examples.
 """
 
+import math
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -30,38 +33,65 @@ def _of_part(site: Site, part: LeafSlice, c: jax.Array) -> jax.Array:
     return c
 
 
-def number(
-    site: Site, part: LeafSlice, c: jax.Array | None, size: int
-) -> jax.Array | None:
-    """The number of a part, `[S]` for as many factors; None if there is none."""
-    if c is None or not part.scaled:
-        return None
-    c = _compat.whole(_of_part(site, part, c))
-    outer, _ = sites.split_loops(site, part)
-    turns = c.shape[: len(outer)]
-    if 0 in c.shape:
-        return None
-    first = lax.slice(c, [0] * c.ndim, [*turns, *[1] * (c.ndim - len(outer))])
-    numbers = first.reshape(-1)
-    return jnp.repeat(numbers, size // numbers.size)
+class Scale(NamedTuple):
+    """What outer products are to be multiplied by.
+
+    Attributes:
+      number: `[S]`.
+      left: `[S, K]`, none beyond 1, by which rows on the left are; None for 1.
+      right: `[S, N]`, the same of rows on the right.
+    """
+
+    number: jax.Array
+    left: jax.Array | None = None
+    right: jax.Array | None = None
 
 
-def of_rows(site: Site, part: LeafSlice, c: jax.Array, ids: jax.Array) -> jax.Array:
-    """Those of the rows `ids`, `[S, T, N]` for ids `[S, T]`."""
-    outer, _ = sites.split_loops(site, part)
-    lead = len(outer)
+def scale(site: Site, part: LeafSlice, c: jax.Array | None, size: int) -> Scale | None:
+    """That of a part with `size` blocks of outer products, None if there is none."""
+    if c is None or part.scaled is None or 0 in c.shape:
+        return None
+    if not part.scaled:
+        c = _compat.whole(_of_part(site, part, c))
+        lead = len(sites.split_loops(site, part)[0])
+        first = lax.slice(c, [0] * c.ndim, [*c.shape[:lead], *[1] * (c.ndim - lead)])
+        return Scale(jnp.repeat(first.reshape(-1), size // math.prod(c.shape[:lead])))
+    _, rows, free = site.rule.dims(site, part)
+    differs = frozenset().union(*part.scaled)
+    table = _table(site, part, c)
+    largest = jnp.argmax(jnp.abs(table).reshape(size, -1), axis=1)
+    pick = lambda x, k, axis: jax.vmap(lambda x, k: jnp.take(x, k, axis))(x, k)
+    i, j = largest // table.shape[2], largest % table.shape[2]
+    left, right = pick(table, j, 1), pick(table, i, 0)
+    number = pick(left, i, 0)
+    share = lambda x: x / jnp.where(number == 0, 1, number)[:, None]
+    return Scale(
+        number,
+        share(left) if differs.intersection(rows) else None,
+        share(right) if differs.intersection(free) else None,
+    )
+
+
+def _table(site: Site, part: LeafSlice, c: jax.Array) -> jax.Array:
+    """Those of a part as a matrix for each block, `[S, K, N]`."""
+    lead = len(sites.split_loops(site, part)[0])
     batch, rows, free = (
         [lead + k for k in dims] for dims in site.rule.dims(site, part)
     )
-    table = sites.matrix(_of_part(site, part, c), [*range(lead), *batch], rows, free)
-    return jax.vmap(lambda table, ids: table[ids])(table, ids)
+    c = _compat.whole(_of_part(site, part, c))
+    return sites.matrix(c, [*range(lead), *batch], rows, free)
+
+
+def of_rows(site: Site, part: LeafSlice, c: jax.Array, ids: jax.Array) -> jax.Array:
+    """Those of the rows `ids` `[S, T]` of a table, `[S, T, N]`."""
+    return jax.vmap(lambda table, ids: table[ids])(_table(site, part, c), ids)
 
 
 def on_output(
     site: Site, part: LeafSlice, c: jax.Array | None, delta: jax.Array
 ) -> jax.Array:
     """The gradient of the output of an addition, times those of what is added."""
-    if c is None or not part.scaled:
+    if c is None or part.scaled is None:
         return delta
     turns = [
         n if cut else 1 for (_, n), cut in zip(site.loops, site.sliced, strict=True)
@@ -72,4 +102,4 @@ def on_output(
 
 def on_gradient(part: LeafSlice, c: jax.Array | None, gradient: jax.Array) -> jax.Array:
     """The gradient with respect to the weight, times those of the weight."""
-    return gradient if c is None or not part.scaled else gradient * c
+    return gradient if c is None or part.scaled is None else gradient * c

@@ -5,8 +5,7 @@ program's constants are computed once more, apart from examples: only those need
 """
 
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,16 @@ from clipfx import _compat
 from clipfx._core.checks import is_known
 from clipfx.per_example.engine import primitives
 
+# Along which dimensions numbers differ: as a product of a function for each of these
+# sets of dimensions. That of no set is one number.
+Varies = frozenset[frozenset[int]]
+
+
+def moved(varies: Varies, to: Callable[[int], Iterable[int]]) -> Varies:
+    """Where each dimension has become those that `to` tells, none if it is no more."""
+    sets = (frozenset(e for d in dims for e in to(d)) for dims in varies)
+    return frozenset(dims for dims in sets if dims)
+
 
 class Constant(NamedTuple):
     """A value that is the same for all examples, whatever the parameters are.
@@ -23,19 +32,19 @@ class Constant(NamedTuple):
     Attributes:
       need: `need()` notes that it has to be there wherever views are computed.
       value: `value()` as a NumPy array, None if that is not known while tracing.
-      alike: Whether all its elements are one number.
+      varies: Along which dimensions, None if that is not known.
       loops: Numbers of those that take a slice of it each turn.
     """
 
     need: Callable[[], None] = lambda: None
     value: Callable[[], Any] = lambda: None
-    alike: bool = False
+    varies: Varies | None = None
     loops: frozenset[int] = frozenset()
 
 
 def literal(v: Any) -> Constant:
     """What is written into the program."""
-    return Constant(value=lambda: np.asarray(v.val), alike=np.size(v.val) == 1)
+    return Constant(value=lambda: np.asarray(v.val), varies=_long(v.aval, None))
 
 
 def of_const(x: Any) -> Constant:
@@ -51,8 +60,14 @@ def named(constant: Constant, v: Any, needed: set[Any]) -> Constant:
             needed.add(v)
             constant.need()
 
-    single = math.prod(v.aval.shape) == 1
-    return constant._replace(need=need, alike=constant.alike or single)
+    return constant._replace(need=need, varies=_long(v.aval, constant.varies))
+
+
+def _long(aval: Any, varies: Varies | None) -> Varies:
+    """Only along dimensions longer than 1."""
+    long = {d for d, n in enumerate(aval.shape) if n > 1}
+    every = frozenset({frozenset(long)}) if varies is None else varies
+    return moved(every, lambda d: {d} & long)
 
 
 def of_equation(
@@ -72,13 +87,29 @@ def of_equation(
         with jax.ensure_compile_time_eval():
             return [np.asarray(x) for x in _compat.evaluate(eqn, values)]
 
-    value = lambda k: (outs() or {k: None})[k]
     loops = frozenset().union(*(constant.loops for constant in inputs))
-    alike = eqn.primitive.name in primitives.UNIFORM and all(c.alike for c in inputs)
-    made = lambda k: Constant(need, functools.partial(value, k), alike, loops)
-    return [named(made(k), v, needed) for k, v in enumerate(eqn.outvars)]
+    made = Constant(need, loops=loops, varies=_of_output(eqn, inputs))
+    value = lambda k: (outs() or {k: None})[k]
+    each = [made._replace(value=functools.partial(value, k))
+            for k in range(len(eqn.outvars))]  # fmt: skip
+    return [named(x, v, needed) for x, v in zip(each, eqn.outvars, strict=True)]
+
+
+def _of_output(eqn: Any, inputs: Sequence[Constant]) -> Varies | None:
+    name, known = eqn.primitive.name, [x.varies for x in inputs if x.varies is not None]
+    varies = frozenset().union(*known)
+    if len(known) < len(inputs) or not inputs:
+        return None
+    if name in primitives.PRODUCTS or name in primitives.SAME:
+        return varies
+    if name == primitives.BROADCAST:
+        at = primitives.broadcast_dimensions(eqn)
+        return moved(varies, lambda d: (at[d],))
+    alone = name in primitives.ARITHMETIC or name in primitives.RESHAPES
+    return varies if alone and not varies else None
 
 
 def slice_of_loop(constant: Constant, loop: int) -> Constant:
     """One turn's slice along the first dimension."""
-    return Constant(constant.need, alike=constant.alike, loops=constant.loops | {loop})
+    varies = constant.varies and moved(constant.varies, lambda d: (d - 1,) * (d > 0))
+    return Constant(constant.need, varies=varies, loops=constant.loops | {loop})

@@ -18,6 +18,7 @@ from jax import lax
 from clipfx import _compat
 from clipfx._core.safe_sums import abs_power, add_up, summed
 from clipfx.per_example.engine import scaled_sums
+from clipfx.per_example.engine.coefficients import Scale
 from clipfx.per_example.engine.outer_products import Factors
 from clipfx.per_example.engine.scaled_sums import Elements, Power
 
@@ -132,29 +133,36 @@ def _of_several(
 
 
 def _scaled(factors: list[Factors], dtype: Any) -> tuple[list[Factors], list, Any]:
-    """Multiplies rows v by their numbers, but for one power of two.
+    """Multiplies rows by their coefficients, but for one power of two.
 
     Returns the factors, magnitudes of rows as they were before, and as they are after,
     where what has vanished counts as the least number; and the exponent.
     """
     if all(f.scale is None for f in factors):
         return factors, [], None
-    ones = lambda f: jnp.ones(f.right.shape[0], dtype)
-    numbers = [ones(f) if f.scale is None else f.scale.astype(dtype) for f in factors]
-    largest = [jnp.max(jnp.abs(x), initial=0) for x in numbers]
+    one = lambda f: Scale(jnp.ones(f.right.shape[0], dtype))
+    scales = [jax.tree.map(lambda x: x.astype(dtype), f.scale or one(f))
+              for f in factors]  # fmt: skip
+    largest = [jnp.max(jnp.abs(x.number), initial=0) for x in scales]
     n = scaled_sums.exponent(functools.reduce(jnp.maximum, largest))
     done, magnitudes = [], []
-    for f, x in zip(factors, numbers, strict=True):
-        x = x * scaled_sums.inverse_of(n, dtype)
-        right = _peaks(f.right).reshape(f.right.shape[:2])
-        left = jnp.ones_like(right) if f.by_index else scaled_sums.peaks(f.left)
-        after = jnp.abs(right * x[:, None])
-        least = jnp.where((right > 0) & (x[:, None] != 0), jnp.finfo(dtype).tiny, 0)
-        after = jnp.maximum(after, least)
-        left = _compat.whole(left).reshape(-1)
-        magnitudes += [(left, right.reshape(-1)), (left, after.reshape(-1))]
-        done.append(f._replace(right=f.right * x[:, None, None], scale=None))
-    return done, magnitudes, n
+    for f, scale in zip(factors, scales, strict=True):
+        x = (scale.number * scaled_sums.inverse_of(n, dtype))[:, None, None]
+        times = lambda rows, by: rows if by is None else rows * by[:, None]
+        left, right = times(f.left, scale.left), times(f.right, scale.right) * x
+        ones = jnp.ones_like(right[..., 0])
+        for u, v in ((f.left, f.right), (left, right)):
+            sizes = (ones if f.by_index else scaled_sums.peaks(u), scaled_sums.peaks(v))
+            magnitudes.append(sizes)
+        least = jnp.where(x[..., 0] != 0, jnp.finfo(dtype).tiny, 0)
+        *_, before, after = magnitudes
+        magnitudes[-1] = tuple(
+            jnp.where(x > 0, jnp.maximum(y, least), y)
+            for x, y in zip(before, after, strict=True)
+        )
+        done.append(f._replace(left=left, right=right, scale=None))
+    flat = lambda x: _compat.whole(x).reshape(-1)
+    return done, [(flat(u), flat(v)) for u, v in magnitudes], n
 
 
 def _peaks(rows: jax.Array) -> jax.Array:
@@ -167,7 +175,8 @@ def _of_one_position(f: Factors, ord: int, dtype: Any) -> Power:
     if f.by_index and f.scale is None:
         return scaled_sums.power(Elements([f.right]), ord, dtype)
     u = jnp.ones_like(f.right[..., :1]) if f.by_index else f.left
-    left, right, top = scaled_sums.pair_to_one(u, f.right, f.scale)
+    number = None if f.scale is None else f.scale.number
+    left, right, top = scaled_sums.pair_to_one(u, f.right, number)
     total = (abs_power(left, ord).sum(-1) * abs_power(right, ord).sum(-1)).sum()
     top = jnp.where(top == scaled_sums.NOTHING, 0, top)
     if f.scale is not None:
@@ -195,7 +204,8 @@ def _align(factors: list[Factors]) -> list[Factors]:
     def turn(f: Factors) -> Factors:
         if f.key == base:
             return f
-        return Factors(f.right, f.left, base, f.scale)
+        scale = f.scale and Scale(f.scale.number, f.scale.right, f.scale.left)
+        return Factors(f.right, f.left, base, scale)
 
     return [turn(f) for f in factors]
 

@@ -247,7 +247,8 @@ def coefficients(
     where no weight has coefficients.
     """
     used = lambda site: [p for p in site.view.parts if p.leaf is not None]
-    scaled = {n: s for n, s in plan.sites.items() if any(p.scaled for p in used(s))}
+    has = lambda site: any(p.scaled is not None for p in used(site))
+    scaled = {n: site for n, site in plan.sites.items() if has(site)}
     if not scaled:
         return {}
     leaves: set[Any] = {part.leaf for site in scaled.values() for part in used(site)}

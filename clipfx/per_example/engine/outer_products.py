@@ -10,7 +10,7 @@ import jax
 
 from clipfx._core.leaves import widen
 from clipfx.per_example.engine import coefficients
-from clipfx.per_example.engine.param_views import EACH, LeafSlice
+from clipfx.per_example.engine.param_views import LeafSlice
 from clipfx.per_example.engine.rules.site import IDS, NUMBERS, Site, split_loops
 
 
@@ -21,13 +21,13 @@ class Factors(NamedTuple):
       left: `[S, T, K]`, or ids `[S, T]` of one-hot rows.
       right: `[S, T, N]`.
       key: The dimensions of the leaf behind S, K and N; None where unknown.
-      scale: `[S]`, what the outer products are to be multiplied by; None for 1.
+      scale: What the outer products are to be multiplied by; None for 1.
     """
 
     left: jax.Array
     right: jax.Array
     key: tuple | None
-    scale: jax.Array | None = None
+    scale: coefficients.Scale | None = None
 
     @property
     def by_index(self) -> bool:
@@ -52,20 +52,35 @@ def factors(
       c: Coefficients of the weight, None if it has none.
     """
     left, right = site.rule.factors(site, part, data, delta)
-    if c is not None and part.scaled == EACH:
+    if c is not None and part.scaled and site.rule.left == IDS:
         right = widen(right) * coefficients.of_rows(site, part, c, left)
         return Factors(left, right, key(site, part))
-    scale = coefficients.number(site, part, c, right.shape[0])
+    scale = coefficients.scale(site, part, c, right.shape[0])
     return Factors(left, right, key(site, part), scale)
 
 
 def by_element(site: Site, part: LeafSlice) -> bool:
     """Whether nothing but the gradient itself can be multiplied by coefficients.
 
-    That of an addition is that of the output, and rows of a table have rows of them.
+    Those of an addition belong to the gradient of the output, those of a table to its
+    rows, and those that are products to both factors of outer products.
     """
-    rows = site.rule.left == IDS and site.rule.dims(site, part) is not None
-    return part.scaled == EACH and not site.adds and not rows
+    if site.adds or not part.scaled:
+        return False
+    dims = site.rule.dims(site, part)
+    if dims is None or site.rule.left == IDS:
+        return dims is None
+    _, rows, free = dims
+    return any(x.intersection(rows) and x.intersection(free) for x in part.scaled)
+
+
+def at_once(site: Site, part: LeafSlice) -> bool:
+    """Whether the gradient is multiplied: that of one position is best measured so."""
+    if by_element(site, part) or site.adds or not part.scaled:
+        return by_element(site, part)
+    _, rows, free = site.rule.dims(site, part)
+    differs = frozenset().union(*part.scaled).intersection([*rows, *free])
+    return bool(differs) and site.rule.left != IDS and sizes(site, part)[1] == 1
 
 
 def key(site: Site, part: LeafSlice) -> tuple | None:

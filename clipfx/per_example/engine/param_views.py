@@ -8,7 +8,7 @@ so: these coefficients belong to the gradient of the leaf.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipfx.per_example.engine import primitives
-from clipfx.per_example.engine.constants import Constant
-
-# What the elements of a part are multiplied by: all by one number, which may differ
-# between the turns of loops that slice, or each by its own.
-ALIKE, EACH = "alike", "each"
+from clipfx.per_example.engine.constants import Constant, Varies, moved
 
 
 class LeafSlice(NamedTuple):
@@ -36,7 +32,8 @@ class LeafSlice(NamedTuple):
         if that is not known.
       stack: For every loop that takes one slice each turn its number and the
         dimensions of the leaf that it runs over.
-      scaled: `ALIKE` or `EACH`, empty if elements are those of the leaf.
+      scaled: Along which dimensions of the value coefficients differ, beside the turns
+        of loops that slice; None if there are none.
     """
 
     leaf: int | None
@@ -45,7 +42,7 @@ class LeafSlice(NamedTuple):
     dims: tuple[tuple[int, ...], ...] | None
     region: tuple[tuple[int, int], ...] | None
     stack: tuple[tuple[int, tuple[int, ...] | None], ...] = ()
-    scaled: str = ""
+    scaled: Varies | None = None
 
 
 class ParamView(NamedTuple):
@@ -111,10 +108,13 @@ def of_equation(
         return [_pad(view, shapes[0], primitives.edges(eqn))]
     if name == primitives.REVERSE:
         return [_blur(view)]
-    if name == primitives.DYNAMIC_SLICE or (
-        name == primitives.GATHER and _takes_once(eqn, shapes[0], constants[1])
-    ):
+    if name == primitives.DYNAMIC_SLICE:
         return [_depends(_blur(view), constants[1:])]
+    if name == primitives.GATHER and _takes_once(eqn, shapes[0], constants[1]):
+        every = range(len(outs[0]))
+        mixed = [p._replace(scaled=_moved(p, lambda d: every)) for p in view.parts]
+        view = _blur(view._replace(parts=tuple(mixed)))
+        return [_depends(view, constants[1:])]
     return [None] * len(outs)
 
 
@@ -129,6 +129,7 @@ def slice_of_loop(view: ParamView, loop: int) -> ParamView | None:
     parts = [
         p._replace(
             dims=p.dims and p.dims[1:],
+            scaled=_moved(p, lambda d: (d - 1,) * (d > 0)),
             stack=(*p.stack, (loop, p.dims[0] if p.dims else None)),
         )
         for p in view.parts
@@ -152,9 +153,12 @@ def _depends(
     return view
 
 
-def _times(view: ParamView, alike: bool) -> ParamView:
-    kind = lambda p: ALIKE if alike and p.scaled != EACH else EACH
-    parts = [p._replace(scaled=kind(p)) for p in view.parts]
+def _moved(part: LeafSlice, to: Callable[[int], Iterable[int]]) -> Varies | None:
+    return None if part.scaled is None else moved(part.scaled, to)
+
+
+def _times(view: ParamView, varies: Varies) -> ParamView:
+    parts = [p._replace(scaled=varies.union(p.scaled or ())) for p in view.parts]
     return view._replace(parts=tuple(parts))
 
 
@@ -174,11 +178,13 @@ def _scaled(
     if name in primitives.ADD or (name == primitives.SUBTRACT and k == 0):
         return view
     if name in (primitives.SUBTRACT, primitives.NEGATE):
-        return _times(view, alike=True)
+        return _times(view, frozenset())
     if name == primitives.DIVIDE and k == 1:
         return None
     by = rest[0]  # of a choice what decides, the other cases have no derivative
-    return _depends(_times(view, by is not None and by.alike), [by])
+    if by is None or by.varies is None:
+        return None
+    return _depends(_times(view, by.varies), [by])
 
 
 def _pad(
@@ -188,20 +194,21 @@ def _pad(
     if any(min(edge) < 0 or edge[2] for edge in edges):
         return None
     padded = [d for d, edge in enumerate(edges) if edge != (0, 0, 0)]
-    first = view.axis
-    for d in sorted(padded, key=lambda d: d != first):
+    joined = view.axis
+    for d in sorted(padded, key=lambda d: d != joined):
         if view.axis not in (None, d):
-            parts = [p._replace(dims=None, region=None) for p in view.parts]
-            view = _times(view._replace(parts=tuple(parts)), alike=False)
+            # Longer than the leaf there, so that it fits no other use of it.
+            parts = tuple(p._replace(dims=None) for p in view.parts)
+            along = frozenset({frozenset({d})})
+            view = _times(view._replace(parts=parts), along)
             continue
         before, after, _ = edges[d]
         sizes = [*[before] * (before > 0), shape[d], *[after] * (after > 0)]
         views = [*[None] * (before > 0), view, *[None] * (after > 0)]
         fixed, shapes = [x is None for x in views], [[n] * len(shape) for n in sizes]
-        joined = _concatenate(views, fixed, shapes, d)
-        if joined is None:
+        if (longer := _concatenate(views, fixed, shapes, d)) is None:
             return None
-        view = joined
+        view = longer
     return view
 
 
@@ -236,14 +243,20 @@ def _repeat(
     dims = lambda p: tuple(
         p.dims[stays[e]] if e in stays else () for e in range(len(new))
     )
-    parts = [p._replace(dims=p.dims and dims(p)) for p in view.parts]
+    parts = [
+        p._replace(dims=p.dims and dims(p), scaled=_moved(p, lambda d: (at[d],)))
+        for p in view.parts
+    ]
     axis = None if view.axis is None else at[view.axis]
     return ParamView(tuple(parts), axis, frozenset(range(len(new))) - stays.keys())
 
 
 def _transpose(view: ParamView, order: Sequence[int]) -> ParamView:
-    parts = [p._replace(dims=p.dims and tuple(p.dims[k] for k in order))
-             for p in view.parts]  # fmt: skip
+    dims = lambda p: tuple(p.dims[k] for k in order)
+    to = lambda d: (list(order).index(d),)
+    parts = [
+        p._replace(dims=p.dims and dims(p), scaled=_moved(p, to)) for p in view.parts
+    ]
     axis = None if view.axis is None else list(order).index(view.axis)
     return ParamView(tuple(parts), axis)
 
@@ -255,6 +268,7 @@ def _regroup(
     if 0 in old:
         return None
     sources: list[tuple[int, ...]] = [()] * len(new)
+    to: dict[int, Sequence[int]] = {}  # of old dimensions longer than 1
     known, axis, i, j = True, None, 0, 0
     while i < len(old) or j < len(new):
         k, n = i, j
@@ -267,10 +281,13 @@ def _regroup(
             for d, e in zip(before, after, strict=True):
                 known &= old[d] == new[e]  # (2, 3) -> (3, 2) mixes both
                 sources[e] = (d,)
+                to[d] = (e,) if len(after) == 1 else after
         elif len(after) == 1:
             sources[after[0]] = tuple(before)
+            to.update(dict.fromkeys(before, after))
         else:
             known = False
+            to.update(dict.fromkeys(before, after))
         if view.axis is not None and k <= view.axis < i:
             if len(before) != 1 or len(after) != 1 or before[0] != view.axis:
                 return None
@@ -279,6 +296,7 @@ def _regroup(
         return None
 
     def regroup(p: LeafSlice) -> LeafSlice:
+        p = p._replace(scaled=_moved(p, lambda d: to.get(d, ())))
         if p.dims is None or not known:
             return p._replace(dims=None)
         gather = lambda source: tuple(x for d in source for x in p.dims[d])

@@ -32,8 +32,7 @@ REVERSE, SLICE, SPLIT, TRANSPOSE = "rev", "slice", "split", "transpose"
 MULTIPLY, DIVIDE, NEGATE, SUBTRACT = "mul", "div", "neg", "sub"
 PAD, SELECT = "pad", "select_n"
 ARITHMETIC = {MULTIPLY, DIVIDE, NEGATE, SUBTRACT, *ADD}
-# Make one number of one number, in all elements.
-UNIFORM = {*ARITHMETIC, *SAME, *RESHAPES}
+PRODUCTS = {MULTIPLY, DIVIDE, NEGATE}
 
 
 class Gather(NamedTuple):
