@@ -341,10 +341,13 @@ def _of_region(places: list) -> list[_Measured]:
             return [Elements([total])]
         # What positions add up to may cancel.
         return [Elements([total], terms=False), Elements(rows, counts=False)]
-    if len(places) == 1 and outer_products.at_once(site, part):
-        formed = coefficients.on_gradient(part, c, _form(site, data, delta))
-        return [Elements([_part(site, part, formed)])]
-    factors = [outer_products.factors(*place) for place in places]
+    if len(places) == 1 and outer_products.differ(site, part):
+        if site.rule.dims(site, part) is None:
+            formed = coefficients.on_gradient(part, c, _form(site, data, delta))
+            return [Elements([_part(site, part, formed)])]
+        factors = [outer_products.by_row(site, part, data, delta, c)]
+    else:
+        factors = [outer_products.factors(*place) for place in places]
     return [ghost_norm.Products(factors, primitives.precision(site.eqn))]
 
 

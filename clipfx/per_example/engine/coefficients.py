@@ -58,11 +58,11 @@ def scale(site: Site, part: LeafSlice, c: jax.Array | None, size: int) -> Scale 
         return Scale(jnp.repeat(first.reshape(-1), size // math.prod(c.shape[:lead])))
     _, rows, free = site.rule.dims(site, part)
     differs = frozenset().union(*part.scaled)
-    table = _table(site, part, c)
-    largest = jnp.argmax(jnp.abs(table).reshape(size, -1), axis=1)
+    numbers = table(site, part, c)
+    largest = jnp.argmax(jnp.abs(numbers).reshape(size, -1), axis=1)
     pick = lambda x, k, axis: jax.vmap(lambda x, k: jnp.take(x, k, axis))(x, k)
-    i, j = largest // table.shape[2], largest % table.shape[2]
-    left, right = pick(table, j, 1), pick(table, i, 0)
+    i, j = largest // numbers.shape[2], largest % numbers.shape[2]
+    left, right = pick(numbers, j, 1), pick(numbers, i, 0)
     number = pick(left, i, 0)
     share = lambda x: x / jnp.where(number == 0, 1, number)[:, None]
     return Scale(
@@ -72,7 +72,7 @@ def scale(site: Site, part: LeafSlice, c: jax.Array | None, size: int) -> Scale 
     )
 
 
-def _table(site: Site, part: LeafSlice, c: jax.Array) -> jax.Array:
+def table(site: Site, part: LeafSlice, c: jax.Array) -> jax.Array:
     """Those of a part as a matrix for each block, `[S, K, N]`."""
     lead = len(sites.split_loops(site, part)[0])
     batch, rows, free = (
@@ -84,7 +84,7 @@ def _table(site: Site, part: LeafSlice, c: jax.Array) -> jax.Array:
 
 def of_rows(site: Site, part: LeafSlice, c: jax.Array, ids: jax.Array) -> jax.Array:
     """Those of the rows `ids` `[S, T]` of a table, `[S, T, N]`."""
-    return jax.vmap(lambda table, ids: table[ids])(_table(site, part, c), ids)
+    return jax.vmap(lambda rows, ids: rows[ids])(table(site, part, c), ids)
 
 
 def on_output(
