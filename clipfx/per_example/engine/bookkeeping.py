@@ -190,7 +190,7 @@ def scales_of(program: Program, inputs: Sequence[Any]) -> dict[int, jax.Array]:
 
 
 # What is measured of a leaf.
-_Measured: TypeAlias = Elements | ghost_norm.Products
+_Measured: TypeAlias = Elements | ghost_norm.Products | ghost_norm.Weighted
 # And the mesh axes of `jax.shard_map` that the leaf is split over, and its group.
 _Part: TypeAlias = tuple[frozenset[str], int | None, _Measured]
 
@@ -261,9 +261,11 @@ def _powers(
 ) -> tuple[list[int | None], jax.Array]:
     """Of which group each power is, and powers `[J, 4, 2]`, of one example."""
     arrays = [(group, x) for group, x in parts if isinstance(x, Elements)]
-    products = [(group, x) for group, x in parts if not isinstance(x, Elements)]
+    weighted = [(g, x) for g, x in parts if isinstance(x, ghost_norm.Weighted)]
+    products = [(g, x) for g, x in parts if isinstance(x, ghost_norm.Products)]
     powers = [scaled_sums.power(x, ord, dtype) for _, x in arrays]
-    groups = [group for group, _ in arrays]
+    powers += [ghost_norm.power_of_weighted(x, ord, dtype) for _, x in weighted]
+    groups = [group for group, _ in [*arrays, *weighted]]
     if products:
         order, power = ghost_norm.powers_of_products(
             [x for _, x in products], ord, dtype
@@ -345,9 +347,10 @@ def _of_region(places: list) -> list[_Measured]:
         if site.rule.dims(site, part) is None:
             formed = coefficients.on_gradient(part, c, _form(site, data, delta))
             return [Elements([_part(site, part, formed)])]
-        factors = [outer_products.by_row(site, part, data, delta, c)]
-    else:
-        factors = [outer_products.factors(*place) for place in places]
+        left, right = site.rule.factors(site, part, data, delta)
+        table = coefficients.table(site, part, c)
+        return [ghost_norm.Weighted(widen(left)[:, 0], widen(right)[:, 0], table)]
+    factors = [outer_products.factors(*place) for place in places]
     return [ghost_norm.Products(factors, primitives.precision(site.eqn))]
 
 

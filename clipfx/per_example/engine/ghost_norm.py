@@ -132,6 +132,58 @@ def _of_several(
     return total, terms, one(left), one(right), count, n
 
 
+# Of rows v this many exponents are squared together, and so many bands are; of
+# coefficients as many as leave room for both. What is less counts as that much.
+BAND, BANDS, ROOM = 40, 2, 20
+
+
+class Weighted(NamedTuple):
+    """An outer product times coefficients of its elements, of one example.
+
+    Attributes:
+      left: `[S, K]`.
+      right: `[S, N]`.
+      c: `[S, K, N]`.
+    """
+
+    left: jax.Array
+    right: jax.Array
+    c: jax.Array
+
+
+def power_of_weighted(x: Weighted, p: int, dtype: Any) -> Power:
+    r"""The norm to the power of p, :math:`\sum_{kn} |u_k|^p |c_{kn}|^p |v_n|^p`.
+
+    One product with a matrix that all examples share. Coefficients hide numbers from
+    each other, so that none may vanish beside a larger one: those of u have their own
+    exponents, those of v are taken in bands.
+    """
+    u, v, c = (jnp.abs(_compat.whole(y)).astype(dtype) for y in x)
+    n, m = (scaled_sums.exponent(jnp.max(y, initial=0)) for y in (c, v))
+    raised = jnp.maximum(c * scaled_sums.inverse_of(n, dtype), 2.0**-ROOM)
+    c = jnp.where(c > 0, raised, jnp.zeros_like(c))
+    each = scaled_sums.exponent(v)
+    band = jnp.clip((m - each) // BAND, 0, BANDS - 1)
+    mantissas = v * scaled_sums.inverse_of(each, dtype)
+    below = jnp.maximum(each - m + BAND * band, -BAND)
+    rows = mantissas * scaled_sums.two_to(below, dtype)
+    bands = jnp.arange(BANDS, dtype=jnp.int32)[None, :, None]
+    which = band[:, None] == bands
+    rows = jnp.where(which, rows[:, None], jnp.zeros_like(rows)[:, None])
+    sums = _matmul(abs_power(rows, p), abs_power(c, p), "highest")
+    e, a = scaled_sums.exponent(sums), scaled_sums.exponent(u)[:, None]
+    size = p * (a + m + n - bands * BAND) + e
+    u = (u * scaled_sums.inverse_of(a[:, 0], dtype))[:, None]
+    terms = abs_power(u, p) * (sums * scaled_sums.inverse_of(e, dtype))
+    nothing = scaled_sums.NOTHING
+    top = jnp.max(jnp.where(terms > 0, size, nothing), initial=nothing)
+    total = (terms * scaled_sums.two_to(jnp.minimum(size - top, 0), dtype)).sum()
+    # The sum is multiplied last: by then its gradient must not be infinite.
+    usual = jnp.isfinite(jnp.max(jnp.abs(x.left)) * jnp.max(jnp.abs(x.right)))
+    total = jnp.where(usual, total, jnp.inf)[None]
+    return Power(total, total, jnp.where(top == nothing, 0, top)[None])
+
+
 def _scaled(factors: list[Factors], dtype: Any) -> tuple[list[Factors], list, Any]:
     """Multiplies rows by their coefficients, but for one power of two.
 

@@ -254,4 +254,7 @@ def coefficients(
     leaves: set[Any] = {part.leaf for site in scaled.values() for part in used(site)}
     views = {k: inputs[params[k]].astype(dtype) for k in leaves}
     run = at_sites(plan._replace(sites=scaled), params, inputs, dtype)
-    return jax.jvp(run, (views,), (jax.tree.map(jnp.ones_like, views),))[1]
+    found = jax.jvp(run, (views,), (jax.tree.map(jnp.ones_like, views),))[1]
+    # Of a large constant XLA would compute at compile time, slowly, what is made of it.
+    large = lambda n: any(part.scaled for part in used(scaled[n]))
+    return {n: lax.optimization_barrier(x) if large(n) else x for n, x in found.items()}

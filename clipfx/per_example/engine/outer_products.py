@@ -7,13 +7,11 @@ or one-hot rows of an index, against rows v of the gradient of the output.
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from clipfx._core.leaves import widen
 from clipfx.per_example.engine import coefficients
 from clipfx.per_example.engine.param_views import LeafSlice
 from clipfx.per_example.engine.rules.site import IDS, NUMBERS, Site, split_loops
-from clipfx.per_example.engine.scaled_sums import exponent, inverse_of, two_to
 
 
 class Factors(NamedTuple):
@@ -84,27 +82,6 @@ def differ(site: Site, part: LeafSlice) -> bool:
     within = None if dims is None else {*dims[1], *dims[2]}
     several = sizes(site, part)[1] > 1
     return not several and (within is None or any(x & within for x in part.scaled))
-
-
-def by_row(
-    site: Site, part: LeafSlice, data: jax.Array, delta: jax.Array, c: jax.Array
-) -> Factors:
-    """The gradient as one outer product for each row, with its own coefficients.
-
-    Of any magnitude, where products of all numbers may vanish before they count.
-    """
-    u, v = (widen(x)[:, 0] for x in site.rule.factors(site, part, data, delta))
-    table = coefficients.table(site, part, c)
-    n = exponent(jnp.max(jnp.abs(table)))
-    usual = jnp.isfinite(jnp.max(jnp.abs(u)) * jnp.max(jnp.abs(v)))
-    # Towards 1, but only as far as the inverse is a number.
-    lift = jnp.clip(-exponent(jnp.max(jnp.abs(v))), 0, jnp.maximum(n + 120, 0))
-    table = table * inverse_of(n, table.dtype)
-    right = table * (v * two_to(lift, v.dtype))[:, None]
-    right = jnp.where(usual, right, jnp.inf)
-    right = right.reshape(-1, 1, right.shape[2])
-    number = jnp.broadcast_to(two_to(n - lift, table.dtype), right.shape[:1])
-    return Factors(u.reshape(-1, 1, 1), right, None, coefficients.Scale(number))
 
 
 def key(site: Site, part: LeafSlice) -> tuple | None:
