@@ -65,7 +65,7 @@ def named(constant: Constant, v: Any, needed: set[Any]) -> Constant:
 
 def _long(aval: Any, varies: Varies | None) -> Varies:
     """Only along dimensions longer than 1."""
-    long = {d for d, n in enumerate(aval.shape) if n > 1}
+    long = {d for d, n in enumerate(getattr(aval, "shape", ())) if n > 1}
     every = frozenset({frozenset(long)}) if varies is None else varies
     return moved(every, lambda d: {d} & long)
 
