@@ -91,15 +91,16 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, jax.extend.core.Literal)
 
 
-def evaluate(eqn: Any, values: Sequence) -> list[Any]:
+def evaluate(eqn: Any, values: Sequence, literals: bool = True) -> list[Any]:
     """Runs one equation of a program, with its own derivative rules.
 
     Args:
       eqn: The equation.
       values: One per input.
+      literals: Whether what is written into the program takes precedence.
     """
     array = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x
-    values = [v.val if is_literal(v) else array(x)
+    values = [v.val if literals and is_literal(v) else array(x)
               for x, v in zip(values, eqn.invars, strict=True)]  # fmt: skip
     given = eqn.primitive.get_bind_params(eqn.params)
     functions, params = given if isinstance(given, tuple) else ([], given)  # older JAX

@@ -387,6 +387,101 @@ def inner_gradient(p, h, e):
     return h - jax.grad(energy)(h)
 
 
+# ------------------------------------------------------- parameters times constants
+
+
+def numbers(h, *shape):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), h.dtype)
+
+
+def mask(*shape):
+    return np.random.default_rng(0).random(shape) < 0.6
+
+
+def kept(h, *shape):
+    return mask(*shape).astype(h.dtype)
+
+
+@piece(w=(D, D), v=(D, D), u=(D, 2, D), b=(D,), t=(V, D))
+def scaled(p, h, e):
+    h = jnp.tanh(h @ (p["w"] * 0.5) + (p["t"] * np.sqrt(D))[e["ids"]])
+    h = jnp.tanh(h @ (-p["v"]).T / 3 + h @ (1 - p["u"][:, 1] / jnp.sqrt(3.0)))
+    return h @ jax.jit(lambda w: 2 * (w + 1))(p["u"][:, 0]) + 2 * rows(h, -p["b"])
+
+
+@piece(w=(D, D), b=(D,), e=(V, D), s=(), c=(T, 1))
+def scaled_and_tied(p, h, e):
+    h = jnp.tanh(h @ (2 * p["w"]) + rows(h, p["b"] * 2)) + (3 * p["e"])[e["ids"]]
+    h = jnp.tanh(h @ (p["w"].T / -3) + rows(h, p["b"])) + h @ (0.1 * p["e"]).T @ p["e"]
+    return h + jnp.sin(h + 3 * p["s"]) + jnp.sin(h + p["c"] * kept(h, T, 1))
+
+
+@piece(w=(D, D), b=(D,), t=(V, D), k=(2, D, D), d=(D,))
+def masked(p, h, e):
+    h = jnp.tanh(h @ (p["w"] * kept(h, D, D)) + rows(h, p["b"] * numbers(h, D)))
+    h = h + jnp.where(mask(V, D), p["t"], 0.5)[e["ids"]]
+    h = h + jnp.broadcast_to(p["d"], (T, D)) * numbers(h, T, D)
+    return jnp.tanh(conv(h, p["k"] * numbers(h, 2, 1, D)))
+
+
+@piece(w=(D, D), v=(D, 2, 2), e=(2, D, D), m=(2, D, D), n=(D, D), a=(2, D, 1))
+def scaled_by_vectors(p, h, e):
+    w = p["w"] * numbers(h, 1, D) / (2 + kept(h, D, 1))
+    h = jnp.tanh(h @ w + h.T[:T] @ h @ w.T)
+    h = jnp.einsum("td,dhk->thk", h, p["v"] * numbers(h, 1, 2, 1)).reshape(T, D)
+    h = jnp.einsum("etd,edf->etf", jnp.stack([h, -h]), p["e"] * numbers(h, 2, 1, D))[0]
+    body = lambda h, w: (jnp.tanh(h @ w), None)
+    h = jax.lax.scan(body, h, p["m"] * numbers(h, 2, 1, D))[0]
+    joined = jnp.concatenate([p["a"], numbers(h, 2, D, 3)], 2) * numbers(h, 2, D, 1)
+    h = jax.lax.scan(body, h, joined)[0]
+    n = (p["n"].reshape(2, 2, D) * numbers(h, 1, 2, 1)).reshape(D, D)
+    return rows(h, jnp.sin(h[0] @ n))
+
+
+@piece(w=(T * D, 3), v=(2, 3), u=(3, T * D), a=(1, 3))
+def masked_at_one_position(p, h, e):
+    h = jnp.tanh(h.reshape(-1) @ jnp.tril(p["w"]))
+    h = h + jnp.concatenate([p["a"], p["v"] * numbers(h, 2, 3)]) @ h
+    return jnp.where(mask(3, T * D), 0.3, -p["u"]).T.dot(h).reshape(T, D)
+
+
+@piece(w=(D, D), v=(D, 2), u=(2, D), b=(2,), t=(V, D), c=(T - 1, 2))
+def permuted_and_padded(p, h, e):
+    order = np.random.default_rng(0).permutation(D)
+    h = jnp.tanh(h @ p["w"][jnp.asarray(order)][:, order[::-1]])
+    right = h @ jnp.pad(jnp.roll(p["v"], 1, 0), ((0, 0), (1, 1)))
+    h = jnp.tanh(right + rows(h, jnp.pad(p["b"][::-1], (2, 0))))
+    h = jnp.sin(h + jnp.pad(p["c"], ((1, 0), (1, 1))))
+    h = h + h @ jnp.pad(jnp.flip(p["u"]), ((1, 1), (0, 0)), constant_values=0.2)
+    return h + jnp.take(p["t"], np.arange(V)[::-1], axis=0)[e["ids"]]
+
+
+@piece(w=(2, D, D), m=(2, D, D), u=(D, D), b=(2, D), r=(D, D), s=(D, D))
+def scaled_layers(p, h, e):
+    scales = numbers(h, 2)
+
+    def layer(h, q):
+        w, b, m, scale, keep = q
+        h = jnp.tanh(h @ (w * scale) + rows(h, b / (1 + keep[0])) + h @ (m * keep))
+
+        def step(c, x):
+            c = jnp.tanh(x @ (w * scale) + c @ (p["u"] * scales[1]))
+            return c, c @ (0.5 * p["r"] * kept(h, D, D)) + c @ (scale * p["s"])
+
+        return turns(step, jnp.zeros_like(h[0]), h), None
+
+    xs = p["w"], p["b"], p["m"], scales, kept(h, 2, D, D)
+    return jax.lax.scan(layer, h, xs)[0]
+
+
+@piece(a=(D, 2), b=(T, 2), c=(D, 1), d=(D, 3), g=(2, D))
+def scaled_and_joined(p, h, e):
+    h = h @ jnp.concatenate([2 * p["a"], jnp.ones((D, 2), h.dtype)], 1)
+    h = jnp.tanh(h + jnp.concatenate([jnp.ones((T, 2), h.dtype), p["b"] / 3], 1))
+    h = jnp.tanh(h @ jnp.concatenate([p["c"], -p["d"]], 1))
+    return h @ jnp.concatenate([p["g"], p["g"] * 3], 0)
+
+
 def program(steps):
     """The loss of `(name, wrapper, params' name)` one after the other."""
 

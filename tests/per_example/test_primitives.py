@@ -85,6 +85,11 @@ READ = {
         primitives.cuts,
         [(0, 2, 1), (1, 3, 2)],
     ),
+    "pad": (
+        lambda x: lax.pad(x, 0.0, ((0, 1, 0), (2, 0, 1))),
+        primitives.edges,
+        [(0, 1, 0), (2, 0, 1)],
+    ),
     "split": (lambda x: jnp.split(x, [1], 1), primitives.pieces, (1, [1, 2])),
     "transpose": (lambda x: x.T, primitives.permutation, (1, 0)),
     "jit": (jax.jit(jnp.sin), lambda eqn: _names(primitives.inner(eqn)), ["sin"]),
@@ -117,6 +122,14 @@ def test_parameters(name):
     fun, read, right = READ[name]
     eqn = equation(fun, X, name=name)
     same(name, lambda: read(eqn), right)
+
+
+@pytest.mark.parametrize("mode", ["clip", "fill", "promise_in_bounds"])
+def test_of_another_table_the_same_is_taken(mode):
+    eqn = equation(lambda x: x.at[:, IDS].get(mode=mode), X, name="gather")
+    numbers = jnp.arange(6).reshape(2, 3)
+    found = lambda: primitives.take(eqn, numbers, IDS[:, None]).tolist()
+    same("gather", found, [[1, 0], [4, 3]])
 
 
 def test_products_can_be_of_another_dtype():
@@ -159,19 +172,22 @@ NAMED = {
     "add_any": jax.grad(lambda x: (jnp.sin(x) + jnp.cos(x)).sum()),
     "convert_element_type": lambda x: x.astype(jnp.bfloat16),
     "copy": jnp.copy,
-    "div": lambda x: x / x,
-    "mul": lambda x: x * x,
+    "div": lambda x: x / 3,
+    "dynamic_slice": lambda x: lax.dynamic_slice(x, (0, 1), (2, 2)),
+    "mul": lambda x: 3 * x,
     "name": lambda x: checkpoint_name(x, "kept"),
+    "neg": lambda x: -x,
     "optimization_barrier": lax.optimization_barrier,
     "reshape": lambda x: x.reshape(6),
     "reshard": reshard,
     "rev": lambda x: lax.rev(x, (0,)),
+    "select_n": lambda x: lax.select(x > 0, x, 2 * x),
     "sharding_constraint": lambda x: lax.with_sharding_constraint(
         x, jax.sharding.SingleDeviceSharding(jax.devices()[0])
     ),
     "squeeze": lambda x: x[0],
     "stop_gradient": lax.stop_gradient,
-    "sub": lambda x: x - x,
+    "sub": lambda x: x - 3,
 }
 
 
@@ -189,7 +205,8 @@ def test_varying_has_the_name():
 
 
 def test_all_names_are_tried():
-    sets = [primitives.ADD, primitives.CALLS, primitives.SAME, primitives.RESHAPES]
+    sets = [primitives.ADD, primitives.CALLS, primitives.SAME, primitives.RESHAPES,
+            primitives.ARITHMETIC]  # fmt: skip
     known = {x for x in vars(primitives).values() if isinstance(x, str) and x.islower()}
     known = {x for x in known if x.isidentifier()}.union(*sets)
     assert known <= {*READ, *NAMED, "pvary"}

@@ -59,15 +59,24 @@ METHODS = {
     "stopped": {"unused": "unused w", "bias sum": "b"},
     "nested_jit": {"Gram": "w"},
     "inner_gradient": {"Gram": "w"},
+    "scaled": {"Gram": "u v w", "segment sum": "t", "bias sum": "b"},
+    "scaled_and_tied": {"Gram": "e w", "bias sum": "b c s"},
+    "scaled_by_vectors": {"Gram": "a e m v w", "outer product": "n"},
+    "masked": {"segment sum": "t", "bias sum": "b"},
+    "masked_at_one_position": {"outer product": "a u v w"},
+    "permuted_and_padded": {"Gram": "u v w", "segment sum": "t", "bias sum": "b c"},
+    "scaled_layers": {"Gram": "u w", "bias sum": "b"},
+    "scaled_and_joined": {"Gram": "a c d g", "bias sum": "b"},
 }
 # Those that the engine takes in as many different ways.
-UNLIKE = {"conv2", "look_ups", "nested_scan", "remat_layers", "scales_of_a_matrix"}
-CALLED = ["attention", "embed", "joined", "remat_layers"]
+UNLIKE = {"conv2", "look_ups", "nested_scan", "remat_layers", "scales_of_a_matrix",
+          "scaled_and_tied"}  # fmt: skip
+CALLED = ["attention", "embed", "joined", "remat_layers", "masked_at_one_position"]
 # Of the two forms below only the sums and norms are laid down.
 ANY_METHOD = {"bias_reshaped", "dead_code", "indexed", "indexed_in_scan"}
 CONVOLUTIONS = ("conv1", "conv2", "conv3")
 FORMED = {"branches": "i", "gated": "f4 fi i4 ii", "nested_joined": "a b",
-          "nested_scan": "u", "rnn": "wh wx"}  # fmt: skip
+          "nested_scan": "u", "rnn": "wh wx", "scaled_layers": "r u"}  # fmt: skip
 
 
 def around(name, wrapper="plain"):

@@ -84,6 +84,105 @@ def test_two_look_ups_in_other_shapes():
     check(loss, draw(8, D, seed=2), ids, norm_method="ghost")
 
 
+ORDER = np.random.default_rng(0).permutation(D)
+MASK = np.random.default_rng(1).random((D, D)) < 0.6
+MULTIPLIED = {
+    "number": lambda w, s: 0.5 * w,
+    "argument": lambda w, s: w * s,
+    "argument by layer": lambda w, s: w * s * jnp.arange(1.0, D + 1)[:, None],
+    "negated": lambda w, s: -w,
+    "divided": lambda w, s: (1 + w) / np.float32(3),
+    "mask": lambda w, s: jnp.where(MASK, w, 0),
+    "another mask": lambda w, s: jnp.tril(w) * s,
+    "padded": lambda w, s: jnp.pad(w, ((0, 0), (1, 2)))[:, :] * s,
+    "permuted": lambda w, s: w[ORDER][:, jnp.asarray(ORDER[::-1])],
+    "taken": lambda w, s: jnp.take(w, jnp.argsort(jnp.asarray(ORDER)), axis=1),
+    "reversed": lambda w, s: jnp.flip(w) * s,
+    "cut": lambda w, s: jax.lax.dynamic_slice_in_dim(w, jnp.int32(1) + 1, 4, 1) * s,
+    "called": lambda w, s: jax.jit(lambda w: jax.jit(jnp.multiply)(w, s))(w),
+    "joined": lambda w, s: jnp.concatenate(
+        [w[:, :3] * s, jnp.ones((D, 1)), -w[:, 3:]], 1
+    ),
+    "of a branch": lambda w, s: w * jnp.where(s > 1, s, 2.0),
+}
+
+
+@pytest.mark.parametrize("remat", in_tiers([False, True], {False}))
+@pytest.mark.parametrize("name", in_tiers(MULTIPLIED.keys(), 5))
+def test_a_parameter_times_constants_is_not_instantiated(name, remat):
+    """Of one position; the scale is an argument that is no parameter."""
+
+    def loss(w, x, scale):
+        return jnp.tanh(x @ MULTIPLIED[name](w, scale)).sum()
+
+    if remat and name != "joined":  # which uses it twice
+        loss = jax.checkpoint(loss)
+    params, batch, scale = draw(D, D, seed=2), draw(B, D), jnp.float32(1.7)
+    table = per_example.explain(loss, params, batch[0], scale)
+    assert table.rows[0].method == "outer product"
+    check(lambda w, x: loss(w, x, scale), params, batch)
+    grad = jax.jit(per_example.clipped_grad(loss, 1.0))
+    rows = jax.vmap(jax.grad(loss), (None, 0, None))(params, batch, scale)
+    norm = np.linalg.norm(np.asarray(rows).reshape(B, -1), axis=1)
+    _, info = grad(params, batch, scale)
+    np.testing.assert_allclose(info.norm[:, 0], norm, rtol=2e-5)
+
+
+def test_weights_scaled_in_half_precision():
+    """Their gradient is not rounded, JAX's is."""
+
+    def loss(w, x):
+        half = w.astype(jnp.bfloat16) * jnp.bfloat16(0.3)
+        return jnp.tanh(x.astype(jnp.bfloat16) @ half).astype(jnp.float32).sum()
+
+    w, x = draw(D, D, seed=2), draw(B, D)
+    assert per_example.explain(loss, w, x[0]).rows[0].method == "outer product"
+    sums, info = jax.jit(per_example.clipped_grad(loss, 0.1))(w, x)
+    rows = np.asarray(jax.vmap(jax.grad(loss), (None, 0))(w, x), np.float64)
+    norm = np.linalg.norm(rows.reshape(B, -1), axis=1)
+    np.testing.assert_allclose(info.norm[:, 0], norm, rtol=1e-2)
+    want = np.tensordot(np.minimum(1, 0.1 / norm), rows, 1)
+    np.testing.assert_allclose(sums, want, atol=1e-2 * np.abs(want).max())
+
+
+NO_VIEWS = {
+    "twice": lambda w, s: w[np.array([0, 0, 1, 2, 3, 4])],
+    "outside": lambda w, s: w.at[jnp.array([1, D])].get(mode="fill", fill_value=0),
+    "not known": lambda w, s: w[jnp.argsort(s * jnp.arange(float(D)))],
+    "chosen by itself": lambda w, s: jnp.where(w > 0, w, 0),
+    "by itself": lambda w, s: w * jax.lax.stop_gradient(w),
+    "dilated": lambda w, s: jax.lax.pad(w, 0.0, ((0, 0, 0), (0, 0, 1))),
+    "inverse": lambda w, s: s / w,
+}
+
+
+@pytest.mark.parametrize("name", in_tiers(NO_VIEWS.keys(), 4))
+def test_what_only_looks_like_a_constant_is_instantiated(name):
+    scale = jnp.float32(1.7)
+
+    def loss(w, x):
+        return jnp.tanh(x[None] @ NO_VIEWS[name](w, scale).T[:D]).sum()
+
+    def traced(w, x, scale):
+        return jnp.tanh(x[None] @ NO_VIEWS[name](w, scale).T[:D]).sum()
+
+    params, batch = draw(D, D, seed=2), draw(B, D)
+    table = per_example.explain(traced, params, batch[0], scale)
+    assert table.rows[0].method == "instantiated"
+    check(loss, params, batch)
+
+
+@pytest.mark.full
+def test_a_scale_of_every_turn_of_a_loop_that_shares_its_weight():
+    """The coefficient is not the same wherever the parameter is."""
+
+    def loss(w, x):
+        step = lambda h, s: (jnp.tanh(h @ (w * s)), None)
+        return jax.lax.scan(step, x, jnp.array([0.5, 2.0, -1.0]))[0].sum()
+
+    check(loss, draw(D, D, seed=2), draw(B, D))
+
+
 @pytest.mark.full
 def test_more_populations_than_the_type_of_the_ids_counts():
     loss = lambda w, x: jnp.vdot(w, x)

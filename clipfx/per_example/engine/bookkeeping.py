@@ -11,6 +11,7 @@ from clipfx import _compat
 from clipfx._core.groups import Groups
 from clipfx._core.leaves import widen, widest
 from clipfx.per_example.engine import (
+    coefficients,
     ghost_norm,
     interpreter,
     outer_products,
@@ -126,8 +127,7 @@ def tape_of(
     formed = {}
     for n in plan.formed if norms else ():
         site = plan.sites[n]
-        form = lambda x, d, site=site: site.rule.gradient(
-            site, x if x is None else x[None], widen(d)[None], None)  # fmt: skip
+        form = functools.partial(_form, site)
         formed[n] = jax.vmap(form)(data.get(site.data), deltas[site.tap])
     rest = [site for n, site in plan.sites.items() if n not in formed]
     data = {site.data: data[site.data] for site in rest if site.data is not None}
@@ -203,8 +203,14 @@ def dtype(plan: Plan) -> Any:
     return widest(dtypes)
 
 
+def scales_of(program: Program, inputs: Sequence[Any]) -> dict[int, jax.Array]:
+    """What weights are parameters times, by number of the site."""
+    plan = program.plan
+    return interpreter.coefficients(plan, program.params, inputs, dtype(plan))
+
+
 # What is measured of a leaf; an array `[4, 2]` is measured already.
-_Measured: TypeAlias = Elements | ghost_norm.Products | jax.Array
+_Measured: TypeAlias = Elements | ghost_norm.Products | ghost_norm.Weighted | jax.Array
 # And the mesh axes of `jax.shard_map` that the leaf is split over, and its group.
 _Part: TypeAlias = tuple[frozenset[str], int | None, _Measured]
 
@@ -215,6 +221,7 @@ def powers(
     size: int,
     split: Sequence[frozenset[str]],
     members: Groups,
+    scales: Mapping[int, jax.Array],
 ) -> jax.Array:
     """Norms `[B, G, 4, 2]` of each example's gradient to the power of p, by group.
 
@@ -224,11 +231,12 @@ def powers(
       size: B.
       split: Per leaf the mesh axes of `jax.shard_map` that it is split over.
       members: Of the leaves.
+      scales: From `scales_of`.
     """
 
     def one(tape: Tape) -> jax.Array:
         keys = enumerate(zip(split, members.index, strict=True))
-        parts = [(*key, x) for k, key in keys for x in of_leaf(plan, k, tape)]
+        parts = [(*key, x) for k, key in keys for x in of_leaf(plan, k, tape, scales)]
         return powers_of_parts(plan, parts, members)
 
     return jax.vmap(one, axis_size=size)(tape._replace(again=None))
@@ -258,10 +266,12 @@ def measure(
 ) -> tuple[list, jax.Array]:
     """Of which group each power is, and powers `[J, 4, 2]`, of one example."""
     arrays = [(group, x) for group, x in parts if isinstance(x, Elements)]
-    products = [(group, x) for group, x in parts if isinstance(x, ghost_norm.Products)]
+    weighted = [(g, x) for g, x in parts if isinstance(x, ghost_norm.Weighted)]
+    products = [(g, x) for g, x in parts if isinstance(x, ghost_norm.Products)]
     known = [(group, x) for group, x in parts if isinstance(x, jax.Array)]
     powers = [scaled_sums.power(x, ord, dtype) for _, x in arrays]
-    groups = [group for group, _ in arrays]
+    powers += [ghost_norm.power_of_weighted(x, ord, dtype) for _, x in weighted]
+    groups = [group for group, _ in [*arrays, *weighted]]
     if products:
         order, power = ghost_norm.powers_of_products(
             [x for _, x in products], ord, dtype
@@ -290,7 +300,9 @@ def _by_group(
     return jnp.concatenate(columns)
 
 
-def of_leaf(plan: Plan, leaf: int, tape: Tape) -> list[_Measured]:
+def of_leaf(
+    plan: Plan, leaf: int, tape: Tape, scales: Mapping[int, jax.Array]
+) -> list[_Measured]:
     """What is to be measured of one example's gradient, in parts to add up."""
     if leaf in tape.leaves:
         return [Elements([tape.leaves[leaf]])]
@@ -299,12 +311,21 @@ def of_leaf(plan: Plan, leaf: int, tape: Tape) -> list[_Measured]:
     for places in by_region(kept):
         (site, part), *_ = places
         if site.number in tape.formed:
-            parts.append(Elements([_part(site, part, tape.formed[site.number])]))
+            c = scales.get(site.number)
+            formed = coefficients.on_gradient(part, c, tape.formed[site.number])
+            parts.append(Elements([_part(site, part, formed)]))
         else:
             parts += _of_region(
-                [(s, p, tape.operand(s), tape.deltas[s.tap]) for s, p in places]
-            )
+                [(s, p, tape.operand(s), tape.deltas[s.tap], scales.get(s.number))
+                 for s, p in places]
+            )  # fmt: skip
     return parts
+
+
+def _form(site: Site, data: Any, delta: jax.Array) -> jax.Array:
+    """The gradient of one example with respect to a weight."""
+    data = data if data is None else data[None]
+    return site.rule.gradient(site, data, widen(delta)[None], None)
 
 
 def _part(site: Site, part: LeafSlice, formed: jax.Array) -> jax.Array:
@@ -321,14 +342,23 @@ def _part(site: Site, part: LeafSlice, formed: jax.Array) -> jax.Array:
 
 def _of_region(places: list) -> list[_Measured]:
     """From all uses of one region of a leaf, each with what was recorded there."""
-    site = places[0][0]
+    site, part, data, delta, c = places[0]
     if site.adds:
-        parts = [s.rule.factors(s, p, x, d) for s, p, x, d in places]
+        on_output = coefficients.on_output
+        parts = [s.rule.factors(s, p, x, on_output(s, p, c, d))
+                 for s, p, x, d, c in places]  # fmt: skip
         rows = [rows.reshape(rows.shape[0], -1) for _, rows in parts]
         total = functools.reduce(jnp.add, [x.reshape(-1) for x, _ in parts])
         if sum(len(x) for x in rows) == 1:
             return [Elements([total])]
         # What positions add up to may cancel.
         return [Elements([total], terms=False), Elements(rows, counts=False)]
+    if len(places) == 1 and outer_products.differ(site, part):
+        if site.rule.dims(site, part) is None:
+            formed = coefficients.on_gradient(part, c, _form(site, data, delta))
+            return [Elements([_part(site, part, formed)])]
+        left, right = site.rule.factors(site, part, data, delta)
+        table = coefficients.table(site, part, c)
+        return [ghost_norm.Weighted(widen(left)[:, 0], widen(right)[:, 0], table)]
     factors = [outer_products.factors(*place) for place in places]
     return [ghost_norm.Products(factors, primitives.precision(site.eqn))]

@@ -141,7 +141,8 @@ def _norms(call: Call, members: Groups, tape: Tape) -> tuple[Norms, jax.Array]:
     it: elsewhere than on CPUs an upper bound takes their place.
     """
     plan = call.program.plan
-    powers = bookkeeping.powers(plan, tape, call.size, call.split, members)
+    scales = bookkeeping.scales_of(call.program, call.inputs)
+    powers = bookkeeping.powers(plan, tape, call.size, call.split, members, scales)
     return scaled_sums.norms(powers, plan.ord, bound=not target.is_cpu())
 
 

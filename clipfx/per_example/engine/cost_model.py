@@ -4,7 +4,7 @@ import itertools
 from typing import Any
 
 from clipfx.per_example.engine import ghost_norm, target
-from clipfx.per_example.engine.outer_products import key, sizes
+from clipfx.per_example.engine.outer_products import by_element, key, sizes
 from clipfx.per_example.engine.param_views import LeafSlice
 from clipfx.per_example.engine.rules.site import IDS, Site
 
@@ -42,6 +42,8 @@ def unaligned(places: list[tuple[Site, LeafSlice]], outer: dict[int, int]) -> st
         if p1.region != p2.region:
             if not _apart(p1.region, p2.region):
                 return "uses that overlap"
+        elif by_element(s1, p1) or by_element(s2, p2):
+            return "several uses, scaled by element"
         elif not _measured_together((s1, p1), (s2, p2)):
             return "several uses in different forms"
     return ""
@@ -88,3 +90,8 @@ def factored_cost(places: list[tuple[Site, LeafSlice]]) -> tuple[str, int]:
         if any(rule.copied for rule, *_ in each):
             cost += 2 * words() * s * dense * k
     return method, cost
+
+
+def only_formed(site: Site, part: LeafSlice) -> bool:
+    """Whether norms at a site have to be those of the gradient itself."""
+    return by_element(site, part) and sizes(site, part)[1] > 1

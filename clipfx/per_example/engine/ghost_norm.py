@@ -18,6 +18,7 @@ from jax import lax
 from clipfx import _compat
 from clipfx._core.safe_sums import abs_power, add_up, summed
 from clipfx.per_example.engine import scaled_sums, target
+from clipfx.per_example.engine.coefficients import Scale
 from clipfx.per_example.engine.outer_products import Factors
 from clipfx.per_example.engine.scaled_sums import Elements, Power
 
@@ -56,14 +57,15 @@ def powers_of_products(
       Which of `products` each power is of, and the powers.
     """
     # Those of as many positions together: small numbers are traced once for all.
-    alike: dict[int, list[int]] = {}
+    alike: dict[Any, list[int]] = {}
     order, powers = [], []
     for k, sums in enumerate(products):
         if sum(f.right.shape[1] for f in sums.factors) == 1:
             order.append(k)
             powers.append(_of_one_position(sums.factors[0], ord, dtype))
         else:
-            alike.setdefault(sums.positions, []).append(k)
+            scaled = any(f.scale is not None for f in sums.factors)
+            alike.setdefault((sums.positions, scaled), []).append(k)
     for some in alike.values():
         assert ord == 2, ord
         order += some
@@ -74,7 +76,11 @@ def powers_of_products(
         # What cannot be measured so is not to be trusted, whatever came of it.
         total = jnp.where(odd, 0, jnp.maximum(total, 0))
         terms = jnp.where(odd, jnp.inf, terms + rest)
-        powers.append(scaled_sums.at_scale(total, terms))
+        power = scaled_sums.at_scale(total, terms)
+        more = [x[5] for x in each if x[5] is not None]
+        if more:
+            power = power._replace(n=power.n + 2 * _compat.stack(more))
+        powers.append(power)
     return order, scaled_sums.join(powers)
 
 
@@ -84,17 +90,19 @@ def _cast(x: jax.Array, dtype: Any) -> jax.Array:
 
 def _of_several(
     sums: Products, dtype: Any
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, int]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, int, jax.Array | None]:
     """The square of the norm, that of terms, and what tells whether to trust them.
 
-    That is the largest magnitudes of rows u and v, and the size of their product.
+    That is the largest magnitudes of rows u and v, and the size of their product. Last
+    comes the exponent of what the norm is to be multiplied by, if there is any.
     """
     factors = _align(sums.factors)
     if any(f.by_index for f in factors):  # look-ups do not know about meshes
         factors = [
-            Factors(_compat.whole(f.left), _compat.whole(f.right), f.key)
+            f._replace(left=_compat.whole(f.left), right=_compat.whole(f.right))
             for f in factors
         ]
+    factors, before, n = _scaled(factors, dtype)
     dense = _join([f for f in factors if not f.by_index], dtype)
     rows = _join([f for f in factors if f.by_index], dtype)
     total = terms = jnp.zeros((), dtype)
@@ -118,8 +126,97 @@ def _of_several(
         )
         inner = _matmul(dense.right.astype(dtype), rows.right, sums.precision, dtype)
         total += 2 * add_up(take(dense.left, ids).astype(dtype) * inner)
+    left += [x for x, _ in before]
+    right += [x for _, x in before]
     one = lambda xs: xs[0] if len(xs) == 1 else jnp.concatenate(xs)
-    return total, terms, one(left), one(right), count
+    return total, terms, one(left), one(right), count, n
+
+
+# Of rows v this many exponents are squared together, and so many bands are; of
+# coefficients as many as leave room for both. What is less counts as that much.
+BAND, BANDS, ROOM = 40, 2, 20
+
+
+class Weighted(NamedTuple):
+    """An outer product times coefficients of its elements, of one example.
+
+    Attributes:
+      left: `[S, K]`.
+      right: `[S, N]`.
+      c: `[S, K, N]`.
+    """
+
+    left: jax.Array
+    right: jax.Array
+    c: jax.Array
+
+
+def power_of_weighted(x: Weighted, p: int, dtype: Any) -> Power:
+    r"""The norm to the power of p, :math:`\sum_{kn} |u_k|^p |c_{kn}|^p |v_n|^p`.
+
+    One product with a matrix that all examples share. Coefficients hide numbers from
+    each other, so that none may vanish beside a larger one: those of u have their own
+    exponents, those of v are taken in bands.
+    """
+    u, v, c = (jnp.abs(_compat.whole(y)).astype(dtype) for y in x)
+    n, m = (scaled_sums.exponent(jnp.max(y, initial=0)) for y in (c, v))
+    raised = jnp.maximum(c * scaled_sums.inverse_of(n, dtype), 2.0**-ROOM)
+    c = jnp.where(c > 0, raised, jnp.zeros_like(c))
+    each = scaled_sums.exponent(v)
+    band = jnp.clip((m - each) // BAND, 0, BANDS - 1)
+    mantissas = v * scaled_sums.inverse_of(each, dtype)
+    below = jnp.maximum(each - m + BAND * band, -BAND)
+    rows = mantissas * scaled_sums.two_to(below, dtype)
+    bands = jnp.arange(BANDS, dtype=jnp.int32)[None, :, None]
+    which = band[:, None] == bands
+    rows = jnp.where(which, rows[:, None], jnp.zeros_like(rows)[:, None])
+    sums = _matmul(abs_power(rows, p), abs_power(c, p), "highest", dtype)
+    e, a = scaled_sums.exponent(sums), scaled_sums.exponent(u)[:, None]
+    size = p * (a + m + n - bands * BAND) + e
+    u = (u * scaled_sums.inverse_of(a[:, 0], dtype))[:, None]
+    terms = abs_power(u, p) * (sums * scaled_sums.inverse_of(e, dtype))
+    nothing = scaled_sums.NOTHING
+    top = jnp.max(jnp.where(terms > 0, size, nothing), initial=nothing)
+    total = (terms * scaled_sums.two_to(jnp.minimum(size - top, 0), dtype)).sum()
+    # The sum is multiplied last: by then its gradient must not be infinite.
+    usual = jnp.isfinite(jnp.max(jnp.abs(x.left)) * jnp.max(jnp.abs(x.right)))
+    total = jnp.where(usual, total, jnp.inf)[None]
+    return Power(total, total, jnp.where(top == nothing, 0, top)[None])
+
+
+def _scaled(factors: list[Factors], dtype: Any) -> tuple[list[Factors], list, Any]:
+    """Multiplies rows by their coefficients, but for one power of two.
+
+    Returns the factors, magnitudes of rows as they were before, and as they are after,
+    where what has vanished counts as the least number; and the exponent.
+    """
+    if all(f.scale is None for f in factors):
+        return factors, [], None
+    factors = [f._replace(left=_cast(f.left, dtype), right=_cast(f.right, dtype))
+               for f in factors]  # fmt: skip
+    one = lambda f: Scale(jnp.ones(f.right.shape[0], dtype))
+    scales = [jax.tree.map(lambda x: x.astype(dtype), f.scale or one(f))
+              for f in factors]  # fmt: skip
+    largest = [jnp.max(jnp.abs(x.number), initial=0) for x in scales]
+    n = scaled_sums.exponent(functools.reduce(jnp.maximum, largest))
+    done, magnitudes = [], []
+    for f, scale in zip(factors, scales, strict=True):
+        x = (scale.number * scaled_sums.inverse_of(n, dtype))[:, None, None]
+        times = lambda rows, by: rows if by is None else rows * by[:, None]
+        left, right = times(f.left, scale.left), times(f.right, scale.right) * x
+        ones = jnp.ones_like(right[..., 0])
+        for u, v in ((f.left, f.right), (left, right)):
+            sizes = (ones if f.by_index else scaled_sums.peaks(u), scaled_sums.peaks(v))
+            magnitudes.append(sizes)
+        least = jnp.where(x[..., 0] != 0, jnp.finfo(dtype).tiny, 0)
+        *_, before, after = magnitudes
+        magnitudes[-1] = tuple(
+            jnp.where(x > 0, jnp.maximum(y, least), y)
+            for x, y in zip(before, after, strict=True)
+        )
+        done.append(f._replace(left=left, right=right, scale=None))
+    flat = lambda x: _compat.whole(x).reshape(-1)
+    return done, [(flat(u), flat(v)) for u, v in magnitudes], n
 
 
 def _peaks(rows: jax.Array) -> jax.Array:
@@ -129,13 +226,18 @@ def _peaks(rows: jax.Array) -> jax.Array:
 
 def _of_one_position(f: Factors, ord: int, dtype: Any) -> Power:
     """Of one position, at any magnitude."""
-    if f.by_index:
+    if f.by_index and f.scale is None:
         return scaled_sums.power(Elements([f.right]), ord, dtype)
-    left, right, top = scaled_sums.pair_to_one(
-        _cast(f.left, dtype), _cast(f.right, dtype)
-    )
+    right = _cast(f.right, dtype)
+    u = jnp.ones_like(right[..., :1]) if f.by_index else _cast(f.left, dtype)
+    number = None if f.scale is None else f.scale.number
+    left, right, top = scaled_sums.pair_to_one(u, right, number)
     total = (abs_power(left, ord).sum(-1) * abs_power(right, ord).sum(-1)).sum()
     top = jnp.where(top == scaled_sums.NOTHING, 0, top)
+    if f.scale is not None:
+        # The sum is multiplied last: by then its gradient must not be infinite.
+        size = scaled_sums.peaks(u) * scaled_sums.peaks(_cast(f.right, dtype))
+        total = jnp.where(jnp.isfinite(size).all(), total, jnp.inf)
     return Power(total[None], total[None], ord * top[None])
 
 
@@ -157,7 +259,8 @@ def _align(factors: list[Factors]) -> list[Factors]:
     def turn(f: Factors) -> Factors:
         if f.key == base:
             return f
-        return Factors(f.right, f.left, base)
+        scale = f.scale and Scale(f.scale.number, f.scale.right, f.scale.left)
+        return Factors(f.right, f.left, base, scale)
 
     return [turn(f) for f in factors]
 

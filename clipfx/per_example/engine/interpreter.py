@@ -10,9 +10,10 @@ from jax import lax
 
 from clipfx import _compat
 from clipfx.per_example.engine import primitives
-from clipfx.per_example.engine.plan import JaxprPlan
+from clipfx.per_example.engine.plan import Plan
 from clipfx.per_example.engine.primitives import CALLS, REMAT
 from clipfx.per_example.engine.rules.site import Door, Site
+from clipfx.per_example.engine.walk import JaxprPlan
 
 _NONE: Mapping[int, Any] = types.MappingProxyType({})
 
@@ -68,20 +69,21 @@ class Given(NamedTuple):
       slots: By number of the site, `[loops..., ...]`: its data become the gradient with
         respect to this, instead of being recorded.
       doors: Parameters that enter regions, `[loops that slice..., ...]`.
+      scales: By number of the site in a region its coefficients, likewise.
     """
 
     taps: Mapping[int, Any] = _NONE
     slots: Mapping[int, Any] = _NONE
     doors: Mapping[int, Any] = _NONE
+    scales: Mapping[int, Any] = _NONE
 
     def within(self, node: JaxprPlan, k: int) -> "Given":
         """Of the program inside of equation k."""
         some = lambda xs, numbers: {n: xs[n] for n in numbers & xs.keys()}
         taps, numbers = node.inner[k].all_taps(), node.inner[k].numbers()
         numbers |= {door.number for door in node.doors.get(k, ())}
-        return Given(
-            some(self.taps, taps), some(self.slots, numbers), some(self.doors, numbers)
-        )
+        rest = (some(xs, numbers) for xs in (self.slots, self.doors, self.scales))
+        return Given(some(self.taps, taps), *rest)
 
 
 _NOTHING = Given()
@@ -205,63 +207,79 @@ def weights(
     node: JaxprPlan,
     values: Sequence[Any],
     sites: Mapping[int, Site | Door],
+    dtype: Any,
     depth: int = 0,
 ) -> tuple[list[Any], dict[int, jax.Array]]:
     """Views of parameters up to the sites where they are used, without casts.
 
     Args:
       node: The program.
-      values: Parameters of one dtype; None for all other inputs, which count as zero.
+      values: Of its inputs, parameters of one dtype and constants; None for others.
       sites: By number, those to look at, and doors.
+      dtype: Of parameters.
       depth: How many loops there are around.
 
     Returns:
       The outputs that are views, None for others; and by number the weights,
       `[loops that slice..., weight]`.
     """
-    jaxpr, at_sites = node.jaxpr, {}
-    env = dict(zip(jaxpr.invars, values, strict=True))
+    jaxpr, needed, at_sites = node.jaxpr, node.needed, {}
+    pairs = zip(jaxpr.constvars, node.consts, strict=True)
+    env: dict[Any, Any] = {v: x for v, x in pairs if v in needed}
+    env.update(zip(jaxpr.invars, values, strict=True))
     read = lambda v: None if _compat.is_literal(v) else env.get(v)
     for k, eqn in enumerate(jaxpr.eqns):
         inputs = [read(v) for v in eqn.invars]
+        if any(v in needed for v in eqn.outvars):
+            env.update(zip(eqn.outvars, _compat.evaluate(eqn, inputs), strict=True))
+            continue
         if all(x is None for x in inputs):
             continue
         inner, node_sites = node.inner.get(k), node.sites.get(k, ())
+        if inner is not None:
+            inputs = [_literal(v) if _compat.is_literal(v) and w in inner.needed else x
+                      for x, v, w in zip(inputs, eqn.invars, inner.jaxpr.invars,
+                                         strict=True)]  # fmt: skip
         at_sites |= {
             door.number: inputs[door.weight]
             for door in node.doors.get(k, ())
             if door.number in sites
         }
         if inner is not None and eqn.primitive.name in CALLS:
-            outs, inside = weights(inner, inputs, sites, depth)
+            outs, inside = weights(inner, inputs, sites, dtype, depth)
             env.update(zip(eqn.outvars, outs, strict=True))
             at_sites.update(inside)
         elif inner is not None:
-            at_sites.update(_in_loop(inner, eqn, inputs, sites, depth))
+            at_sites.update(_in_loop(inner, eqn, inputs, sites, dtype, depth))
         elif node_sites:
             at_sites |= {
                 s.number: inputs[s.weight] for s in node_sites if s.number in sites
             }
         elif any(node.views.get(k, ())):
-            env.update(zip(eqn.outvars, _move(eqn, inputs), strict=True))
+            env.update(zip(eqn.outvars, _move(eqn, inputs, dtype), strict=True))
     return [read(v) for v in jaxpr.outvars], at_sites
 
 
-def _move(eqn: Any, inputs: list) -> list:
-    """A cast is left out, what is not a parameter is zero."""
+def _move(eqn: Any, inputs: list, dtype: Any) -> list:
+    """A cast is left out, what has no part in the derivative is zero."""
     if eqn.primitive.name == primitives.CONVERT:
         return inputs
-    known = next(x for x in inputs if x is not None)
-    zeros = lambda v: jnp.zeros(
-        v.aval.shape,
-        known.dtype if jnp.issubdtype(v.aval.dtype, jnp.floating) else v.aval.dtype,
-    )
-    values = [_literal(v) if _compat.is_literal(v) else zeros(v) if x is None else x
-              for x, v in zip(inputs, eqn.invars, strict=True)]  # fmt: skip
-    return _compat.evaluate(eqn, values)
+    floats = lambda v: jnp.issubdtype(v.aval.dtype, jnp.floating)
+
+    def value(x: Any, v: Any) -> Any:
+        if _compat.is_literal(v):
+            x = v.val
+        elif x is None:
+            return jnp.zeros(v.aval.shape, dtype if floats(v) else v.aval.dtype)
+        return jnp.asarray(x, dtype) if floats(v) else x
+
+    values = [value(x, v) for x, v in zip(inputs, eqn.invars, strict=True)]
+    return _compat.evaluate(eqn, values, literals=False)
 
 
-def _in_loop(inner: JaxprPlan, eqn: Any, inputs: list, sites: Any, depth: int) -> dict:
+def _in_loop(
+    inner: JaxprPlan, eqn: Any, inputs: list, sites: Any, dtype: Any, depth: int
+) -> dict:
     """A slice each turn becomes a dimension, what is the same each turn stays so."""
     consts, carried = _compat.scan_sizes(eqn)
     first = consts + carried
@@ -269,7 +287,7 @@ def _in_loop(inner: JaxprPlan, eqn: Any, inputs: list, sites: Any, depth: int) -
     if not inside:
         return {}
     fixed = [*inputs[:consts], *[None] * carried]
-    turn = lambda xs: weights(inner, [*fixed, *xs], inside, depth + 1)[1]
+    turn = lambda xs: weights(inner, [*fixed, *xs], inside, dtype, depth + 1)[1]
     if all(x is None for x in inputs[first:]):
         return turn(inputs[first:])
     # In a mapped function a site that no parameter reaches would be missing.
@@ -277,3 +295,59 @@ def _in_loop(inner: JaxprPlan, eqn: Any, inputs: list, sites: Any, depth: int) -
                              inputs[first:])  # fmt: skip
     axes = {n: 0 if inside[n].sliced[depth] else None for n in present}
     return jax.vmap(turn, out_axes=axes)(inputs[first:])
+
+
+def at_sites(
+    root: JaxprPlan,
+    params: Mapping[int, int] | Sequence[int],
+    inputs: Sequence[Any],
+    dtype: Any,
+    sites: Mapping[int, Site | Door],
+) -> Callable[[Mapping[int, jax.Array]], dict[int, jax.Array]]:
+    """The map from leaves to weights at sites.
+
+    Args:
+      root: The program.
+      params: Which inputs are parameters, by number of the leaf.
+      inputs: Of the program; only constants that views depend on are looked at.
+      dtype: Of the leaves.
+      sites: Those to look at, and doors.
+
+    Returns:
+      A function of leaves by number; those left out count as zero.
+    """
+    pairs = zip(inputs, root.jaxpr.invars, strict=True)
+    fixed = [x if v in root.needed else None for x, v in pairs]
+
+    def run(leaves: Mapping[int, jax.Array]) -> dict[int, jax.Array]:
+        values = list(fixed)
+        for k, leaf in leaves.items():
+            values[params[k]] = leaf
+        return weights(root, values, sites, dtype)[1]
+
+    return run
+
+
+def coefficients(
+    plan: Plan, params: Sequence[int], inputs: Sequence[Any], dtype: Any
+) -> dict[int, jax.Array]:
+    """By number of the site those of its weight, `[loops that slice..., weight]`.
+
+    The weight is an affine function of leaves, of one element of them in each of its
+    own: the derivative in the direction of ones is what each is multiplied by. Nothing
+    where no weight has coefficients.
+    """
+    used = lambda site: [p for p in site.view.parts if p.leaf is not None]
+    has = lambda site: any(p.scaled is not None for p in used(site))
+    every = plan.everywhere()
+    uses = [site for places in plan.uses for site, _ in places]  # with all their loops
+    scaled = {x.number: x for x in uses if x.number in every and has(x)}
+    if not scaled:
+        return {}
+    leaves: set[Any] = {part.leaf for site in scaled.values() for part in used(site)}
+    views = {k: inputs[params[k]].astype(dtype) for k in leaves}
+    run = at_sites(plan.root, params, inputs, dtype, scaled)
+    found = jax.jvp(run, (views,), (jax.tree.map(jnp.ones_like, views),))[1]
+    # Of a large constant XLA would compute at compile time, slowly, what is made of it.
+    large = lambda n: any(part.scaled for part in used(scaled[n]))
+    return {n: lax.optimization_barrier(x) if large(n) else x for n, x in found.items()}

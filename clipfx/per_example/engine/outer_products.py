@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import jax
 
+from clipfx._core.leaves import widen
+from clipfx.per_example.engine import coefficients
 from clipfx.per_example.engine.param_views import LeafSlice
-from clipfx.per_example.engine.rules.site import NUMBERS, Site, split_loops
+from clipfx.per_example.engine.rules.site import IDS, NUMBERS, Site, split_loops
 
 
 class Factors(NamedTuple):
@@ -19,11 +21,13 @@ class Factors(NamedTuple):
       left: `[S, T, K]`, or ids `[S, T]` of one-hot rows.
       right: `[S, T, N]`.
       key: The dimensions of the leaf behind S, K and N; None where unknown.
+      scale: What the outer products are to be multiplied by; None for 1.
     """
 
     left: jax.Array
     right: jax.Array
     key: tuple | None
+    scale: coefficients.Scale | None = None
 
     @property
     def by_index(self) -> bool:
@@ -31,7 +35,13 @@ class Factors(NamedTuple):
         return self.left.ndim == 2
 
 
-def factors(site: Site, part: LeafSlice, data: jax.Array, delta: jax.Array) -> Factors:
+def factors(
+    site: Site,
+    part: LeafSlice,
+    data: jax.Array,
+    delta: jax.Array,
+    c: jax.Array | None = None,
+) -> Factors:
     """The gradient of one example with respect to one part, as outer products.
 
     Args:
@@ -39,9 +49,39 @@ def factors(site: Site, part: LeafSlice, data: jax.Array, delta: jax.Array) -> F
       part: One of `site.view.parts`.
       data: Recorded operand, `[loops..., ...]`.
       delta: Gradient with respect to the output, `[loops..., ...]`.
+      c: Coefficients of the weight, None if it has none.
     """
     left, right = site.rule.factors(site, part, data, delta)
-    return Factors(left, right, key(site, part))
+    if c is not None and part.scaled and site.rule.left == IDS:
+        right = widen(right) * coefficients.of_rows(site, part, c, left)
+        return Factors(left, right, key(site, part))
+    scale = coefficients.scale(site, part, c, right.shape[0])
+    return Factors(left, right, key(site, part), scale)
+
+
+def by_element(site: Site, part: LeafSlice) -> bool:
+    """Whether nothing but the gradient itself can be multiplied by coefficients.
+
+    Those of an addition belong to the gradient of the output, those of a table to its
+    rows, and those that are products to both factors of outer products.
+    """
+    if site.adds or not part.scaled:
+        return False
+    dims = site.rule.dims(site, part)
+    if dims is None or site.rule.left == IDS:
+        return dims is None
+    _, rows, free = dims
+    return any(x.intersection(rows) and x.intersection(free) for x in part.scaled)
+
+
+def differ(site: Site, part: LeafSlice) -> bool:
+    """Whether coefficients differ within the one outer product that there is."""
+    if site.adds or not part.scaled or site.rule.left == IDS:
+        return False
+    dims = site.rule.dims(site, part)
+    within = None if dims is None else {*dims[1], *dims[2]}
+    several = sizes(site, part)[1] > 1
+    return not several and (within is None or any(x & within for x in part.scaled))
 
 
 def key(site: Site, part: LeafSlice) -> tuple | None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from clipfx import _compat
-from clipfx.per_example.engine.plan import JaxprPlan, users_of
+from clipfx.per_example.engine.walk import JaxprPlan, users_of
 
 
 class Part(NamedTuple):

@@ -33,7 +33,7 @@ def choose(run: Pass) -> dict[int, str]:
         if plan.methods[leaf] != "sum" or len(places) != 1:
             continue
         ((site, part),) = places
-        if site.view.axis is not None:
+        if site.view.axis is not None or part.scaled is not None:
             continue
         if site.rule.left == IDS:
             blocks, length, rows, _ = outer_products.sizes(site, part)

@@ -29,6 +29,11 @@ BROADCAST, CONCATENATE, DYNAMIC_SLICE = (
     "dynamic_slice",
 )
 REVERSE, SLICE, SPLIT, TRANSPOSE = "rev", "slice", "split", "transpose"
+# Views with coefficients: every element is a number times one of the input's, plus one.
+MULTIPLY, DIVIDE, NEGATE, SUBTRACT = "mul", "div", "neg", "sub"
+PAD, SELECT = "pad", "select_n"
+ARITHMETIC = {MULTIPLY, DIVIDE, NEGATE, SUBTRACT, *ADD}
+PRODUCTS = {MULTIPLY, DIVIDE, NEGATE}
 
 
 class Gather(NamedTuple):
@@ -72,6 +77,12 @@ def dynamic_slice(eqn: Any) -> Gather:
     shape, sizes = eqn.invars[0].aval.shape, tuple(eqn.params["slice_sizes"])
     start = tuple(k for k, n in enumerate(shape) if sizes[k] < n)
     return Gather(start, (), (), tuple(range(len(shape))), sizes, True)
+
+
+def take(eqn: Any, x: Any, ids: Any) -> Any:
+    """What a `gather` with ids inside of the table takes of another table."""
+    mode = {"mode": jax.lax.GatherScatterMode.CLIP, "fill_value": None}
+    return eqn.primitive.bind(x, ids, **{**eqn.params, **mode})
 
 
 class Convolution(NamedTuple):
@@ -167,6 +178,12 @@ def permutation(eqn: Any) -> tuple[int, ...]:
 def concatenated(eqn: Any) -> int:
     """The dimension along which inputs are concatenated."""
     return eqn.params["dimension"]
+
+
+def edges(eqn: Any) -> list[tuple[int, int, int]]:
+    """What a padding adds before, after and between, along every dimension."""
+    config = eqn.params["padding_config"]
+    return [(int(low), int(high), int(inside)) for low, high, inside in config]
 
 
 def cuts(eqn: Any) -> list[tuple[int, int, int]]:

@@ -19,9 +19,10 @@ from clipfx import _compat
 from clipfx.per_example.engine import bookkeeping, interpreter, parts, primitives
 from clipfx.per_example.engine.bookkeeping import Program, Tape
 from clipfx.per_example.engine.interpreter import Done, Given
-from clipfx.per_example.engine.plan import JaxprPlan, Plan
+from clipfx.per_example.engine.plan import Plan
 from clipfx.per_example.engine.rules.site import Site
 from clipfx.per_example.engine.scaled_sums import SCALES
+from clipfx.per_example.engine.walk import JaxprPlan
 from clipfx.per_example.engine.weighted_sum import at_sites_of, like_weight, masked
 
 
@@ -63,6 +64,10 @@ def backward_pass(
         each, (bookkeeping.taps_of(plan), leaves, _thread(plan))
     )
     body, tail = parts.split(plan.root, program.mapped)
+    doors = _doors(program, inputs)
+    inside = set().union(*(region.sites for region in plan.regions.values()))
+    every = bookkeeping.scales_of(program, inputs)
+    scales = {n: c for n, c in every.items() if n in inside}
 
     def run(node: JaxprPlan, own: Any, doors: dict) -> Done:
         """A part of the program, on `(leaves, taps, thread, more inputs)`."""
@@ -70,7 +75,7 @@ def backward_pass(
         def one(own: tuple, *example: Any) -> Done:
             leaves, taps, thread, more = own
             values = bookkeeping.with_leaves(program, example, leaves)
-            given = Given(taps, doors=doors)
+            given = Given(taps, doors=doors, scales=scales)
             return interpreter.run(node, [*values, *more], sites, given, enter, thread)
 
         mapped = (True, *program.mapped)
@@ -87,7 +92,6 @@ def backward_pass(
         return done.outs[0], (done.outs[1:], done.records)
 
     some = lambda node: {n: taps[n] for n in taps.keys() & node.all_taps()}
-    doors = _doors(program, inputs)
     (floats, thread), pull_first, (others, data) = jax.vjp(
         first, leaves, some(body), thread, doors, has_aux=True
     )
@@ -131,11 +135,14 @@ def _thread(plan: Plan) -> Thread:
 
 def _doors(program: Program, inputs: Sequence[Any]) -> dict[int, jax.Array]:
     """The parameters at all doors, in the dtype of norms and without casts."""
-    plan, values = program.plan, [None] * len(inputs)
-    for leaf, k in enumerate(program.params):
-        if leaf not in plan.differentiated:
-            values[k] = inputs[k].astype(bookkeeping.dtype(plan))
-    return interpreter.weights(plan.root, values, plan.doors())[1]
+    plan, common = program.plan, bookkeeping.dtype(program.plan)
+    leaves = {
+        leaf: inputs[k].astype(common)
+        for leaf, k in enumerate(program.params)
+        if leaf not in plan.differentiated
+    }
+    run = interpreter.at_sites(plan.root, program.params, inputs, common, plan.doors())
+    return run(leaves)
 
 
 def _enter(
@@ -152,8 +159,7 @@ def _enter(
 
     def block(inputs: list, given: Given, thread: Thread) -> Done:
         if number in plan.regions:
-            doors = {n: given.doors[n] for n in plan.regions[number].doors}
-            given, thread = _entrance(plan, number, node)(doors, given, thread)
+            given, thread = _entrance(plan, number, node)(inputs, given, thread)
         return interpreter.run(node, inputs, sites, given, enter, thread)
 
     again = jax.checkpoint(block, **primitives.remat_options(eqn))
@@ -161,15 +167,17 @@ def _enter(
 
 
 def _entrance(plan: Plan, number: int, node: JaxprPlan) -> Any:
-    """`entrance(doors, given, thread) -> given, thread` of one example."""
-    region = plan.regions[number]
+    """`entrance(inputs, given, thread) -> given, thread` of one example."""
+    region, places = plan.regions[number], plan.regions[number].places()
     here = plan._replace(
         root=node, uses=region.uses, sites=region.sites, formed=region.formed,
         regions={}, differentiated=frozenset(),
     )  # fmt: skip
 
     @jax.custom_vjp
-    def batched(doors: dict, thread: Thread) -> tuple[dict, dict, Thread]:
+    def batched(
+        doors: dict, fixed: dict, scales: dict, thread: Thread
+    ) -> tuple[dict, dict, Thread]:
         zeros = functools.partial(_zeros, thread.good)
         taps = {
             site.tap: zeros(site, site.eqn.outvars[0].aval)
@@ -182,39 +190,49 @@ def _entrance(plan: Plan, number: int, node: JaxprPlan) -> Any:
         }
         return taps, slots, thread
 
-    def forward(doors: dict, thread: Thread) -> tuple[Any, dict]:
-        return batched(doors, thread), doors
+    def forward(*args: Any) -> tuple[Any, tuple]:
+        return batched(*args), args[:3]
 
-    def backward(doors: dict, gradients: tuple) -> tuple[dict, Thread]:
-        deltas, data, thread = gradients
+    def backward(kept: tuple, gradients: tuple) -> tuple[dict, None, None, Thread]:
+        (doors, fixed, scales), (deltas, data, thread) = kept, gradients
         data = {
             n: interpreter.from_floats(x, _data(region.sites[n]).dtype)
             for n, x in data.items()
         }
         tape = bookkeeping.tape_of(here, data, {}, deltas)
-        places = {n: door.weight for n, door in region.doors.items()}
-        sums = _weighted(here, tape, places, doors, thread.factor, thread.good > 0)
-        found = jax.vmap(functools.partial(_powers, here))(tape)
+        values = [fixed.get(k) for k in range(len(node.jaxpr.invars))]
+        common = bookkeeping.dtype(here)
+        at_sites = interpreter.at_sites(node, places, values, common, here.sites)
+        weights, pull = jax.vjp(at_sites, doors)
+        index, good = list(range(len(here.uses))), thread.good > 0
+        grads = at_sites_of(here, tape, weights, thread.factor, index, good, masked)
+        (sums,) = pull({n: like_weight(grads[n], w) for n, w in weights.items()})
+        found = jax.vmap(functools.partial(_powers, here, scales))(tape)
         powers = thread.powers | {k: thread.powers[k] + x for k, x in found.items()}
-        return sums, thread._replace(powers=powers)
+        return sums, None, None, thread._replace(powers=powers)
 
     batched.defvjp(forward, backward)
 
     @jax.custom_batching.custom_vmap
-    def entrance(doors: dict, thread: Thread) -> tuple[dict, dict, Thread]:
-        alone = batched(doors, jax.tree.map(lambda x: x[None], thread))
+    def entrance(doors: dict, fixed: dict, scales: dict, thread: Thread) -> Any:
+        alone = batched(doors, fixed, scales, jax.tree.map(lambda x: x[None], thread))
         return jax.tree.map(lambda x: x[0], alone)
 
     @entrance.def_vmap
-    def _(size: int, mapped: Any, doors: dict, thread: Thread) -> Any:
-        out = batched(doors, thread)
+    def _(size: int, mapped: Any, *args: Any) -> Any:
+        out = batched(*args)
         return out, jax.tree.map(lambda _: True, out)
 
-    def enter(doors: dict, given: Given, thread: Thread) -> tuple[Given, Thread]:
-        taps, slots, thread = entrance(doors, thread)
-        return Given(
-            dict(given.taps) | taps, dict(given.slots) | slots, given.doors
-        ), thread
+    def enter(inputs: list, given: Given, thread: Thread) -> tuple[Given, Thread]:
+        doors = {n: given.doors[n] for n in region.doors}
+        needed = enumerate(node.jaxpr.invars)
+        fixed = {k: inputs[k] for k, v in needed if v in node.needed}
+        own = given.scales.keys() & region.sites.keys()
+        scales = {n: given.scales[n] for n in own}
+        taps, slots, thread = entrance(doors, fixed, scales, thread)
+        left = {n: c for n, c in given.scales.items() if n not in own}
+        taps, slots = dict(given.taps) | taps, dict(given.slots) | slots
+        return Given(taps, slots, given.doors, left), thread
 
     return enter
 
@@ -245,37 +263,16 @@ def _zeros(rows: jax.Array, site: Site, aval: Any) -> jax.Array:
     return _compat.reshard(zeros, (*(first or (None,)), *turns, *own, *ends))
 
 
-def _powers(plan: Plan, tape: Tape) -> dict[int, jax.Array]:
+def _powers(plan: Plan, scales: dict, tape: Tape) -> dict[int, jax.Array]:
     """Norms `[4, 2]` of one example's gradient to the power of p, by leaf."""
     found: dict[int, list] = {k: [] for k, places in enumerate(plan.uses) if places}
     alike: dict[Any, list[int]] = {}  # what is measured together varies over the same
     for leaf in found:
         alike.setdefault(_compat.axes_of_type(plan.types[leaf]), []).append(leaf)
     for leaves in alike.values():
-        parts = [(k, x) for k in leaves for x in bookkeeping.of_leaf(plan, k, tape)]
+        of_leaf = functools.partial(bookkeeping.of_leaf, plan)
+        parts = [(k, x) for k in leaves for x in of_leaf(k, tape, scales)]
         index, rows = bookkeeping.measure(parts, plan.ord, bookkeeping.dtype(plan))
         for leaf, row in zip(index, rows, strict=True):
             found[leaf].append(row)
     return {leaf: functools.reduce(jnp.add, rows) for leaf, rows in found.items()}
-
-
-def _weighted(
-    plan: Plan,
-    tape: Tape,
-    places: dict[int, int],
-    doors: dict[int, jax.Array],
-    factor: jax.Array,
-    good: jax.Array,
-) -> dict[int, jax.Array]:
-    """Sums of gradients times factors, by door; `places` are those of its inputs."""
-
-    def at_sites(doors: dict) -> dict:
-        values = [None] * len(plan.root.jaxpr.invars)
-        for n, x in doors.items():
-            values[places[n]] = x
-        return interpreter.weights(plan.root, values, plan.sites)[1]
-
-    weights, pull = jax.vjp(at_sites, doors)
-    index = list(range(len(plan.uses)))
-    grads = at_sites_of(plan, tape, weights, factor, index, good, masked)
-    return pull({n: like_weight(grads[n], w) for n, w in weights.items()})[0]

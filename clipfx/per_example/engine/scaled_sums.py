@@ -86,13 +86,19 @@ def rows_to_one(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 NOTHING = -(10**6)  # the exponent of zero
 
 
-def pair_to_one(u: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def pair_to_one(
+    u: jax.Array, v: jax.Array, scale: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rows `[S, T, K]` and `[S, T, N]`, so that no product of them exceeds 1.
 
-    Products of all rows stay as they are but for one power of two, whose exponent is
-    returned last. What vanishes does not matter beside the largest.
+    Products of all rows, times `scale` `[S]`, stay as they are but for one power of
+    two, whose exponent is returned last. What vanishes does not matter beside the
+    largest.
     """
     (u, n, u_counts), (v, m, v_counts) = rows_to_one(u), rows_to_one(v)
+    if scale is not None:
+        scale, k, counts = rows_to_one(scale[:, None, None])
+        v, m, v_counts = v * scale, m + k, v_counts & counts
     size = jnp.where(u_counts & v_counts, n + m, NOTHING)
     if size.size == 1:
         return u, v, size.reshape(())

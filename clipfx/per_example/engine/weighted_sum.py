@@ -47,12 +47,7 @@ def weighted_sum(
     common = bookkeeping.dtype(plan)
     views = {k: p.astype(common) for k, p in views.items()}
 
-    def at_sites(views):
-        values = [None] * len(inputs)
-        for k, leaf in views.items():
-            values[program.params[k]] = leaf
-        return interpreter.weights(plan.root, values, sites)[1]
-
+    at_sites = interpreter.at_sites(plan.root, program.params, inputs, common, sites)
     weights, pull = jax.vjp(at_sites, views)
     drop = _masked_if_any if target.is_cpu() else masked
     grads = at_sites_of(plan, tape, weights, factor, index, good, drop)

@@ -1,0 +1,278 @@
+"""The walk through a program: where parameters go, and where they meet data.
+
+A value is constant, made of parameters alone, or data. An equation where the second
+kind meets the third is a site if there is a rule for it; in any other place the leaves
+behind the value are *instantiated*, that is differentiated for each example.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from clipfx import _compat
+from clipfx.per_example.engine import constants, param_views, primitives, rules
+from clipfx.per_example.engine.constants import Constant
+from clipfx.per_example.engine.param_views import LeafSlice, ParamView
+from clipfx.per_example.engine.rules.site import Door, Site
+
+
+class ValueInfo(NamedTuple):
+    """What is known of a value before anything is computed.
+
+    Attributes:
+      leaves: The parameters it is made of; empty for constants and data.
+      data: Whether it differs between examples.
+      view: How it consists of parameters, None if it is computed from them.
+      why: What computed it.
+      constant: Where it comes from, if neither from parameters nor from data.
+    """
+
+    leaves: frozenset[int] = frozenset()
+    data: bool = False
+    view: ParamView | None = None
+    why: str = ""
+    constant: Constant | None = None
+
+
+class JaxprPlan(NamedTuple):
+    """A program, and what to do at those of its equations that are not just run.
+
+    Attributes:
+      jaxpr: The program.
+      consts: Values of its constants.
+      sites: By equation, a site for each weight.
+      inner: By equation, the program inside.
+      views: By equation, which outputs are views of parameters.
+      data: By variable the number of what is recorded of it.
+      taps: By equation the number of the tap on its output.
+      users: By variable the equations that read it, and None for the program's end.
+      regions: By equation that rematerializes, the number of that region.
+      doors: By such an equation, where parameters enter.
+      needed: Constants that views depend on.
+    """
+
+    jaxpr: Any
+    consts: Sequence[Any]
+    sites: dict[int, list[Site]]
+    inner: dict[int, "JaxprPlan"]
+    views: dict[int, list[bool]]
+    data: dict[Any, int]
+    taps: dict[int, int]
+    users: dict[Any, list[int | None]]
+    regions: dict[int, int]
+    doors: dict[int, list[Door]]
+    needed: set[Any]
+
+    def numbers(self) -> set[int]:
+        """Of all sites and doors here and inside."""
+        inside = [node.numbers() for node in self.inner.values()]
+        some = [*self.sites.values(), *self.doors.values()]
+        return {s.number for sites in some for s in sites}.union(*inside)
+
+    def all_taps(self) -> set[int]:
+        """Numbers of taps here and inside."""
+        inside = [node.all_taps() for node in self.inner.values()]
+        return set(self.taps.values()).union(*inside)
+
+
+class Walked(NamedTuple):
+    """What a walk has found.
+
+    Attributes:
+      root: The program.
+      uses: Per leaf its sites and the parts there.
+      reasons: Per leaf why no site would do, empty if one does.
+      doors: By region, where parameters enter.
+    """
+
+    root: JaxprPlan
+    uses: list[list[tuple[Site, LeafSlice]]]
+    reasons: list[list[str]]
+    doors: dict[int, list[Door]]
+
+
+def walk(closed: Any, infos: Sequence[ValueInfo], leaves: int) -> Walked:
+    """Walks through a program.
+
+    Args:
+      closed: The loss of one example.
+      infos: What is known of its inputs.
+      leaves: How many parameters there are.
+    """
+    found = _Walk(leaves)
+    root, outs = found.walk(closed, infos, ())
+    found.blame(outs[0], "a term without data")  # others are not differentiated
+    return Walked(root, found.uses, found.reasons, found.doors)
+
+
+class _Walk:
+    """State of the walk: numbers given out, uses seen."""
+
+    def __init__(self, leaves: int):
+        self.number = itertools.count()
+        self.loop_number = itertools.count()
+        self.uses: list[list[tuple[Site, LeafSlice]]] = [[] for _ in range(leaves)]
+        self.reasons: list[list[str]] = [[] for _ in range(leaves)]
+        self.region: int | None = None  # the innermost one around
+        self.doors: dict[int, list[Door]] = {}
+
+    def blame(self, info: ValueInfo, why: str) -> None:
+        for leaf in info.leaves:
+            self.reasons[leaf].append(why)
+
+    def walk(
+        self, closed: Any, infos: Sequence[ValueInfo], loops: tuple
+    ) -> tuple[JaxprPlan, list[ValueInfo]]:
+        jaxpr, consts = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
+        node = JaxprPlan(
+            jaxpr, consts, {}, {}, {}, {}, {}, users_of(jaxpr), {}, {}, set()
+        )
+        closed_over = [ValueInfo(constant=constants.of_const(x)) for x in consts]
+        names = [*jaxpr.constvars, *jaxpr.invars]
+        env = {
+            v: info._replace(
+                constant=info.constant
+                and constants.named(info.constant, v, node.needed)
+            )
+            for v, info in zip(names, [*closed_over, *infos], strict=True)
+        }
+        known = lambda v: ValueInfo(constant=constants.literal(v))
+        read = lambda v: known(v) if _compat.is_literal(v) else env[v]
+        for k, eqn in enumerate(jaxpr.eqns):
+            inputs = [read(v) for v in eqn.invars]
+            outs = self.equation(node, k, eqn, inputs, loops)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return node, [read(v) for v in jaxpr.outvars]
+
+    def equation(
+        self, node: JaxprPlan, k: int, eqn: Any, inputs: list[ValueInfo], loops: tuple
+    ) -> list[ValueInfo]:
+        name, count = eqn.primitive.name, len(eqn.outvars)
+        leaves = frozenset().union(*(i.leaves for i in inputs))
+        data = any(i.data for i in inputs)
+        fixed = [i.constant for i in inputs if i.constant is not None]
+        if len(fixed) == len(inputs):
+            outs = constants.of_equation(eqn, fixed, node.needed)
+            return [ValueInfo(constant=constant) for constant in outs]
+        if not leaves or name == primitives.STOP_GRADIENT:
+            return [ValueInfo(data=data)] * count
+        if name in primitives.REMAT and data:
+            around, self.region = self.region, next(self.number)
+            node.regions[k] = self.region
+            node.doors[k] = self.doors[self.region] = [
+                Door(next(self.number), j, info.view, loops)
+                for j, info in enumerate(inputs)
+                if info.view is not None
+            ]
+            node.inner[k], outs = self.walk(primitives.inner(eqn), inputs, loops)
+            self.region = around
+            return outs
+        if name in primitives.CALLS:
+            node.inner[k], outs = self.walk(primitives.inner(eqn), inputs, loops)
+            return outs
+        if name == primitives.SCAN and data:
+            return self.scan(node, k, eqn, inputs, loops)
+        if not data:
+            outs = self.of_parameters(eqn, inputs, leaves)
+            node.views[k] = [info.view is not None for info in outs]
+            return outs
+        self.meet(node, k, eqn, inputs, loops)
+        return [ValueInfo(data=True)] * count
+
+    def of_parameters(
+        self, eqn: Any, inputs: list[ValueInfo], leaves: frozenset
+    ) -> list:
+        fixed = [not i.leaves for i in inputs]
+        views = param_views.of_equation(
+            eqn, [i.view for i in inputs], fixed, [i.constant for i in inputs]
+        )
+        why = next((i.why for i in inputs if i.why), "") or eqn.primitive.name
+
+        def info(v: Any, view: ParamView | None) -> ValueInfo:
+            if not jnp.issubdtype(v.aval.dtype, jnp.inexact):
+                return ValueInfo()
+            if view is None:
+                return ValueInfo(leaves, False, None, why)
+            seen = frozenset(p.leaf for p in view.parts if p.leaf is not None)
+            return ValueInfo(seen, False, view)
+
+        return [info(v, view) for v, view in zip(eqn.outvars, views, strict=True)]
+
+    def meet(
+        self, node: JaxprPlan, k: int, eqn: Any, inputs: list[ValueInfo], loops: tuple
+    ) -> None:
+        """Parameters meet data: at a site, or for each example."""
+        weights = [j for j, i in enumerate(inputs) if i.leaves]
+        for j in weights:
+            info, rule = inputs[j], rules.find(eqn, j)
+            if info.view is None:
+                self.blame(info, info.why)
+            elif rule is None:
+                two = " of two parameters" if len(weights) > 1 else ""
+                self.blame(info, eqn.primitive.name + two)
+            elif why := rules.why_not(rule, eqn, j, info.view):
+                self.blame(info, why)
+            else:
+                number, data = next(self.number), None
+                operand = rule.operand(eqn, j)
+                if operand is not None:
+                    data = node.data.setdefault(eqn.invars[operand], number)
+                tap = node.taps.setdefault(_where_added(node, k), number)
+                site = Site(
+                    number, eqn, rule, j, operand, info.view, loops, data, tap,
+                    self.region,
+                )  # fmt: skip
+                node.sites.setdefault(k, []).append(site)
+                for part in info.view.parts:
+                    if part.leaf is not None:
+                        self.uses[part.leaf].append((site, part))
+
+    def scan(
+        self, node: JaxprPlan, k: int, eqn: Any, inputs: list[ValueInfo], loops: tuple
+    ) -> list[ValueInfo]:
+        loop = next(self.loop_number)
+        consts, carry = _compat.scan_sizes(eqn)
+        for info in inputs[consts : consts + carry]:
+            self.blame(info, "initial carry of scan")
+        infos = [*inputs[:consts], *[ValueInfo(data=True)] * carry]
+        for info in inputs[consts + carry :]:
+            view = info.view and param_views.slice_of_loop(info.view, loop)
+            fixed = info.constant and constants.slice_of_loop(info.constant, loop)
+            why = info.why or ("" if view else "scan")
+            infos.append(info._replace(view=view, why=why, constant=fixed))
+        node.inner[k], outs = self.walk(
+            primitives.inner(eqn), infos, (*loops, (loop, primitives.turns(eqn)))
+        )
+        for info in outs:
+            self.blame(info, "leaves a scan")
+        return [ValueInfo(data=True)] * len(eqn.outvars)
+
+
+def users_of(jaxpr: Any) -> dict[Any, list[int | None]]:
+    """By variable the equations that read it, and None for the program's end."""
+    users: dict[Any, list[int | None]] = {}
+    ends = [(None, v) for v in jaxpr.outvars]
+    for k, v in [*((k, v) for k, e in enumerate(jaxpr.eqns) for v in e.invars), *ends]:
+        if not _compat.is_literal(v):
+            users.setdefault(v, []).append(k)
+    return users
+
+
+def _where_added(node: JaxprPlan, k: int) -> int:
+    """The last of the additions that are all that becomes of equation k's output.
+
+    The gradient with respect to a sum is that with respect to each of its terms.
+    """
+    while True:
+        out = node.jaxpr.eqns[k].outvars[0]
+        after, *others = node.users.get(out, [None])
+        if after is None or others:
+            return k
+        then = node.jaxpr.eqns[after]
+        same = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)
+        added = then.primitive.name in primitives.ADD
+        if not added or not same(out.aval, then.outvars[0].aval):
+            return k
+        k = after
