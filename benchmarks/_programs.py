@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import clipfx
 from benchmarks._timing import floor
+from clipfx import per_example
 
 
 class Model(NamedTuple):
@@ -47,15 +48,6 @@ def decoder(width: int, layers: int, mesh: Mesh | None) -> Model:
     """Blocks in a scan, rematerialized, table tied to the head."""
     width = width or 1024
     length, size = min(width, 1024), 8 * _chips(mesh)
-    vocabulary, heads = 8 * width, width // 64
-
-    def block(x: Any, p: Any) -> Any:
-        cast = lambda w: w.astype(x.dtype)
-        y = _normed(x, p["norm1"]) @ cast(p["qkv"])
-        q, k, v = jnp.split(y.reshape(*y.shape[:2], heads, -1), 3, axis=-1)
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        x = x + y.reshape(x.shape) @ cast(p["out"])
-        return x + jax.nn.gelu(_normed(x, p["norm2"]) @ cast(p["up"])) @ cast(p["down"])
 
     def split(x: Any) -> Any:
         if mesh is None or mesh.size == 1:
@@ -64,13 +56,29 @@ def decoder(width: int, layers: int, mesh: Mesh | None) -> Model:
 
     def loss(params: Any, batch: Any, dtype: Any) -> Any:
         table = params["table"].astype(dtype)
-        turn = jax.checkpoint(lambda x, p: (split(block(x, p)), None))
+        turn = jax.checkpoint(lambda x, p: (split(_block(x, p)), None))
         x, _ = jax.lax.scan(turn, split(table[batch]), params["blocks"])
         logits = (_normed(x, params["norm"]) @ table.T).astype(jnp.float32)
         labels = jnp.roll(batch, -1, axis=1)
         each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.mean(each)
 
+    params = _decoder_params(width, layers, 8 * width)
+    return Model(loss, params, jax.ShapeDtypeStruct((size, length), jnp.int32))
+
+
+def _block(x: Any, p: Any) -> Any:
+    """Attention with heads of 64, and a layer of four times the width."""
+    cast = lambda w: w.astype(x.dtype)
+    y = _normed(x, p["norm1"]) @ cast(p["qkv"])
+    heads = y.reshape(*y.shape[:-1], x.shape[-1] // 64, 192)
+    q, k, v = jnp.split(heads, 3, axis=-1)
+    y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    x = x + y.reshape(x.shape) @ cast(p["out"])
+    return x + jax.nn.gelu(_normed(x, p["norm2"]) @ cast(p["up"])) @ cast(p["down"])
+
+
+def _decoder_params(width: int, layers: int, vocabulary: int) -> Any:
     blocks = {
         "qkv": _floats(layers, width, 3 * width),
         "out": _floats(layers, width, width),
@@ -79,12 +87,56 @@ def decoder(width: int, layers: int, mesh: Mesh | None) -> Model:
         "norm1": _floats(layers, width),
         "norm2": _floats(layers, width),
     }
-    params = {
-        "table": _floats(vocabulary, width),
-        "blocks": blocks,
-        "norm": _floats(width),
-    }
-    return Model(loss, params, jax.ShapeDtypeStruct((size, length), jnp.int32))
+    table = _floats(vocabulary, width)
+    return {"table": table, "blocks": blocks, "norm": _floats(width)}
+
+
+class Shape(NamedTuple):
+    """Of a decoder for per-example clipping."""
+
+    layers: int
+    width: int
+    length: int
+    size: int
+    vocabulary: int
+
+
+def decoder_of_examples(shape: Shape, kind: str) -> Model:
+    """The decoder, with the loss of one example in bfloat16.
+
+    Args:
+      shape: Of the decoder and the batch.
+      kind: `kept` in a scan, `remat` in a scan, or `unrolled` with remat.
+    """
+    block = _block if kind == "kept" else jax.checkpoint(_block)
+
+    def loss(params: Any, tokens: Any) -> Any:
+        table = params["table"].astype(jnp.bfloat16)
+        x = table[tokens]
+        if kind == "unrolled":
+            for k in range(shape.layers):
+                x = block(x, jax.tree.map(lambda w: w[k], params["blocks"]))  # noqa: B023
+        else:
+            x, _ = jax.lax.scan(lambda x, p: (block(x, p), None), x, params["blocks"])
+        logits = (_normed(x, params["norm"]) @ table.T).astype(jnp.float32)
+        return jnp.mean(
+            optax.softmax_cross_entropy_with_integer_labels(
+                logits, jnp.roll(tokens, -1)
+            )
+        )
+
+    params = _decoder_params(shape.width, shape.layers, shape.vocabulary)
+    batch = jax.ShapeDtypeStruct((shape.size, shape.length), jnp.int32)
+    return Model(loss, params, batch)
+
+
+def of_examples(model: Model, groups: str | None) -> Callable[[Any, Any], Any]:
+    """The sum of clipped gradients; of gradients as they are without groups."""
+    if groups is None:
+        each = jax.vmap(model.loss, (None, 0))
+        return lambda params, batch: jax.grad(lambda p: each(p, batch).sum())(params)
+    clipped = per_example.clipped_grad(model.loss, 1.0, groups=groups)
+    return lambda params, batch: clipped(params, batch)[0]
 
 
 def _chips(mesh: Mesh | None) -> int:

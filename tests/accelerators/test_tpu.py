@@ -8,11 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tiers import in_tiers
 
-from benchmarks._programs import METHODS, MODELS, PLAIN, compiled, facts
+from benchmarks._programs import (
+    METHODS,
+    MODELS,
+    PLAIN,
+    Shape,
+    compiled,
+    decoder_of_examples,
+    facts,
+    of_examples,
+)
 from clipfx._core import reductions
+from clipfx.per_example.engine import target
 
 pytest.importorskip("libtpu", reason="libtpu compiles for TPUs: clipfx[accelerators]")
 
@@ -78,3 +88,25 @@ def test_a_mesh_takes_one_all_reduce_more(method):
     assert number == least + 1
     assert size - bytes_ <= 3 * 4 * 8  # three sums of each group
     assert ours == plain
+
+
+def test_examples_of_a_rematerialized_decoder(monkeypatch):
+    """Nothing waits, and no gradient of an example is larger than activations."""
+    monkeypatch.setattr(target, "forced", "tpu")
+    shape = Shape(layers=2, width=256, length=64, size=8, vocabulary=512)
+    model = decoder_of_examples(shape, "remat")
+    whole = NamedSharding(Mesh(np.array(chips()[:1]), ("data",)), PartitionSpec())
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+    args = jax.tree.map(place, (model.params, model.batch))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        ours, plain = (
+            jax.jit(of_examples(model, groups)).lower(*args).compile()
+            for groups in ("global", None)
+        )
+    found = facts(ours.as_text())
+    assert (found.loops, found.branches) == (0, 0)
+    flops = lambda step: step.cost_analysis()["flops"]
+    assert flops(ours) < 1.55 * flops(plain)
+    table = 512 * 256
+    shapes = re.findall(r"(?:f32|bf16)\[8,([\d,]+)\]", ours.as_text())
+    assert max(np.prod([int(n) for n in s.split(",")]) for s in shapes) <= table

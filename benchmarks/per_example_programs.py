@@ -1,0 +1,70 @@
+"""What per-example clipping of a decoder costs on a TPU, owning one or not.
+
+    python -m benchmarks.per_example_programs --topology=v5p:2x2x1
+
+A decoder in bfloat16 with a table tied to the head, compiled for one chip (`pip install
+"clipfx[accelerators]"`) and read: FLOPs, the cycles that XLA's cost model expects, in a
+loop as often as it turns, temporaries and seconds to compile, each beside its ratio to
+the ordinary gradient of the same model. XLA counts the FLOPs of a loop once.
+"""
+
+import os
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from absl import app, flags
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks._programs import Shape, decoder_of_examples, facts, of_examples
+from clipfx.per_example.engine import target
+
+_TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "TPU to compile for.")
+_KINDS = flags.DEFINE_list("kinds", ["kept", "remat", "unrolled"], "Of the decoder.")
+_GROUPS = flags.DEFINE_list("groups", ["global", "leaf"], "Of the thresholds.")
+_SHAPE = flags.DEFINE_list(
+    "shape", ["4", "512", "512", "8", "32000"],
+    "Layers, width, length, examples, vocabulary.",
+)  # fmt: skip
+
+
+def main(argv: Any) -> None:
+    del argv
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    from jax.experimental import topologies
+
+    target.forced = "tpu"
+    chips = topologies.get_topology_desc(_TOPOLOGY.value, "tpu").devices[:1]
+    whole = NamedSharding(Mesh(np.array(chips), ("data",)), P())
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+    shape = Shape(*map(int, _SHAPE.value))
+    print(
+        f"jax {jax.__version__}, optax {optax.__version__}, {_TOPOLOGY.value}, {shape}"
+    )
+    heads = "".join(f"{x:>14}" for x in ("GFLOPs", "kcycles", "temp MB", "compile s"))
+    print(f"{'':17}{heads} while")
+    for kind in _KINDS.value:
+        model = decoder_of_examples(shape, kind)
+        args = jax.tree.map(place, (model.params, model.batch))
+        base = None
+        for groups in [None, *_GROUPS.value]:
+            start = time.perf_counter()
+            step = jax.jit(of_examples(model, groups)).lower(*args).compile()
+            seconds = time.perf_counter() - start
+            found, cost = facts(step.as_text()), step.cost_analysis() or {}
+            row = np.array([
+                cost.get("flops", 0) / 1e9, found.cycles / 1e3,
+                step.memory_analysis().temp_size_in_bytes / 1e6, seconds,
+            ])  # fmt: skip
+            base = row if base is None else base
+            each = [f"{x:.0f} ({r:.2f})" for x, r in zip(row, row / base, strict=True)]
+            label = f"{kind}, {groups or 'gradient'}"
+            cells = "".join(f"{x:>14}" for x in each)
+            print(f"{label:17}{cells}{found.loops:6}", flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)
