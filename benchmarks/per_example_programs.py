@@ -52,7 +52,7 @@ def main(argv: Any) -> None:
         base = None
         for groups in [None, *_GROUPS.value]:
             start = time.perf_counter()
-            step = jax.jit(of_examples(model, groups)).lower(*args).compile()
+            step: Any = jax.jit(of_examples(model, groups)).lower(*args).compile()
             seconds = time.perf_counter() - start
             found, cost = facts(step.as_text()), step.cost_analysis() or {}
             row = np.array([

@@ -94,7 +94,9 @@ def _apply(site: Site, weight: jax.Array, ids: jax.Array) -> jax.Array:
         return sites.bind(site, weight, ids)
     # Of a dimension that is taken whole the index does not matter.
     first = [jnp.zeros_like(ids)] * len(site.shape)
-    first[_rows(site.eqn)[0]] = ids
+    (row,) = _rows(site.eqn)
+    # As the slice does: older JAX, when it is mapped, promises that none is outside.
+    first[row] = jnp.clip(ids, 0, site.shape[row] - 1)
     return site.eqn.primitive.bind(weight, *first, **site.eqn.params)
 
 
