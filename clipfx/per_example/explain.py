@@ -104,10 +104,10 @@ def explain(
       kwargs: Of the loss.
 
     Returns:
-      A `Report`: a row for each leaf, with its name and shape, the method, the
-      equations that use it, FLOPs and bytes, and what kept it from a cheaper one; and a
-      warning for each large leaf whose gradient is formed for every example. `print`
-      shows it as a table.
+      A `Report`, as for a large batch: a row for each leaf, with name and shape, the
+      method, the equations that use it, FLOPs and bytes, and what kept it from a
+      cheaper one; and a warning for each large leaf whose gradient is formed for every
+      example. `print` shows it as a table.
 
     Raises:
       TypeError: See `clipped_grad`.
@@ -140,7 +140,7 @@ def explain(
         filled = list(filled)
         for k in trace.numbers(signature, "batch_argnums", len(args)):
             filled[k] = jax.tree.map(lambda x: jnp.asarray(x)[None], filled[k])
-        traced.append(trace.prepare(signature, filled, kwargs, ord=p))
+        traced.append(trace.prepare(signature, filled, kwargs, ord=p, large=True))
 
     jax.eval_shape(follow, [leaves[k] for k in shaped])
     (call,) = traced

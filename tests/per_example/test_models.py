@@ -385,6 +385,15 @@ def test_remat_goes_on_saving_memory():
     assert with_remat < 0.5 * without
 
 
+def test_gradients_are_formed_where_a_cache_holds_a_batch_of_them():
+    loss = lambda w, x: jnp.sum(jnp.tanh(x @ w))
+    w, example = jnp.zeros((64, 192)), (64, 64)
+    few, many = (jnp.zeros((size, *example)) for size in (16, 256))
+    assert set(methods(loss, w, few).values()) == {"instantiated"}
+    assert set(methods(loss, w, many).values()) == {"Gram"}
+    assert per_example.explain(loss, w, few[0]).rows[0].method == "Gram"
+
+
 def test_no_gradient_of_an_example_is_formed():
     """No array of batch times weight."""
     size, wide = 11, 57

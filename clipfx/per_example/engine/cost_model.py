@@ -10,14 +10,22 @@ from clipfx.per_example.engine.rules.site import IDS, Site
 
 # Multiplications in the time that it takes to move a word through memory three times: a
 # gradient that is instantiated is written, read for its norm and read for the sum. Of
-# two CPU cores, measured, and of what makers of TPUs (v5e, v5p) and of the H100 say.
-_WORDS, _WORDS_ELSEWHERE = 256, 1024
+# two CPU cores, measured, and less where a batch of it stays in a core's cache; of
+# others what makers of TPUs (v5e, v5p) and of the H100 say.
+_WORDS, _WORDS_IN_CACHE, _WORDS_ELSEWHERE = 256, 32, 1024
+_CACHE = 2**18  # words
 BIAS_SUM = "bias sum"
 
 
-def words() -> int:
-    """What to move a word of an instantiated gradient costs, in multiplications."""
-    return _WORDS if target.is_cpu() else _WORDS_ELSEWHERE
+def words(batch: int) -> int:
+    """What to move a word of an instantiated gradient costs, in multiplications.
+
+    Args:
+      batch: How many words there are in one batch.
+    """
+    if not target.is_cpu():
+        return _WORDS_ELSEWHERE
+    return _WORDS_IN_CACHE if batch <= _CACHE else _WORDS
 
 
 def unaligned(places: list[tuple[Site, LeafSlice]], outer: dict[int, int]) -> str:
@@ -88,7 +96,7 @@ def factored_cost(places: list[tuple[Site, LeafSlice]]) -> tuple[str, int]:
             method = "Gram" if dense else "segment sum"
             cost += s * (dense * dense * (k + n) // 2 + dense * rows * n + rows * n)
         if any(rule.copied for rule, *_ in each):
-            cost += 2 * words() * s * dense * k
+            cost += 2 * words(_CACHE + 1) * s * dense * k
     return method, cost
 
 

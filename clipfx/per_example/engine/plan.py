@@ -108,6 +108,7 @@ def make_plan(
     leaves: Sequence[int],
     data: Sequence[bool],
     *,
+    size: int,
     norms: bool = True,
     ord: int = 2,
     force: Any = None,
@@ -118,6 +119,7 @@ def make_plan(
       closed: The loss of one example.
       leaves: Which inputs are parameters.
       data: Per input whether it differs between examples.
+      size: How many examples a batch has.
       norms: Whether norms will be asked for; sums alone need no alignment.
       ord: p of the norm, 1 or 2.
       force: What to do wherever possible, for tests and measurements: `"factored"`,
@@ -133,12 +135,14 @@ def make_plan(
             frozenset([number]), False, param_views.whole(number, shape)
         )
     types = [jaxpr.invars[k].aval for k in leaves]
-    return _decide(walk(closed, infos, len(leaves)), types, norms, ord, force)
+    walked = walk(closed, infos, len(leaves))
+    return _decide(walked, types, size, norms, ord, force)
 
 
 def _decide(
     walked: Walked,
     types: list,
+    size: int,
     norms: bool,
     ord: int,
     force: Any,
@@ -151,6 +155,8 @@ def _decide(
             reasons[leaf].append("complex numbers")
     # Around each region so many loops.
     outer = {r: len(some[0].loops) for r, some in doors.items() if some}
+    count = [math.prod(shape) for shape in shapes]
+    instantiated = lambda leaf: count[leaf] * words(size * count[leaf])
     methods = [""] * len(uses)
     costs: dict[int, float] = {}
     for leaf, places in enumerate(uses):
@@ -167,7 +173,7 @@ def _decide(
         methods[leaf], costs[leaf] = factored_cost(places)
         if any(only_formed(site, part) for site, part in places):
             reasons[leaf], costs[leaf] = ["scaled by element"], math.inf
-        cost, way = words() * math.prod(shapes[leaf]), forces[leaf]
+        cost, way = instantiated(leaf), forces[leaf]
         instantiate = cost < costs[leaf] if way is None else way != "factored"
         instantiate &= methods[leaf] != BIAS_SUM
         if ord != 2 and methods[leaf] in SQUARED:
@@ -200,7 +206,7 @@ def _decide(
             continue
         if all(site.sliced) and site.region is None:
             continue
-        cost = words() * sum(math.prod(shapes[leaf]) for leaf in leaves)
+        cost = sum(map(instantiated, leaves))
         ways = {forces[leaf] for leaf in leaves}
         cheaper = cost < sum(costs[leaf] for leaf in leaves)
         scaled = any(reasons[leaf] for leaf in leaves)

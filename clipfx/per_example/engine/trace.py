@@ -144,6 +144,7 @@ def prepare(
     norms: bool = True,
     ord: int = 2,
     force: Any = None,
+    large: bool = False,
 ) -> Call:
     """Traces the loss of one example and decides on norm methods.
 
@@ -154,6 +155,7 @@ def prepare(
       norms: Whether norms will be asked for.
       ord: p of the norm, 1 or 2.
       force: See `make_plan`.
+      large: Whether to decide as for a batch that no cache holds.
     """
     argnums = numbers(signature, "argnums", len(args))
     batch_argnums = numbers(signature, "batch_argnums", len(args))
@@ -223,9 +225,11 @@ def prepare(
     jax.eval_shape(jax.vmap(capture, axes, out_axes=None), *like)
     if force is None:
         force = forced(signature.norm_method, params)
+    count = 2**30 if large else size
     plan = make_plan(
-        program["jaxpr"], param_inputs, mapped, norms=norms, ord=ord, force=force
-    )
+        program["jaxpr"], param_inputs, mapped, size=count, norms=norms, ord=ord,
+        force=force,
+    )  # fmt: skip
     built = Program(plan, tuple(param_inputs), mapped)
     axes, split = [batch - x for x in param_axes], [x - batch for x in param_axes]
     return Call(inputs, built, size, params, program["aux"], axes, split, specs)
