@@ -98,6 +98,11 @@ READ = {
         lambda eqn: (_names(primitives.inner(eqn)), primitives.remat_options(eqn)),
         (["sin"], {"prevent_cse": False, "policy": POLICY}),
     ),
+    "cond": (
+        lambda x: lax.cond(x[0, 0] > 0, jnp.sin, jnp.cos, x),
+        lambda eqn: [_names(branch) for branch in primitives.branches(eqn)],
+        [["cos"], ["sin"]],
+    ),
     "scan": (
         lambda x: lax.scan(lambda c, r: (c + r.sum() + x[0, 0], c), 0.0, x,
                            reverse=True, unroll=2),

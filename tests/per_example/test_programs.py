@@ -55,7 +55,7 @@ METHODS = {
     "remat_layers": {"Gram": "v w", "bias sum": "b"},
     "odd_derivative": {"Gram": "w"},
     "odd_parameter": {"Gram": "v"},
-    "branches": {"Gram": "i"},
+    "branches": {"Gram": "i v w"},
     "stopped": {"unused": "unused w", "bias sum": "b"},
     "nested_jit": {"Gram": "w"},
     "inner_gradient": {"Gram": "w"},

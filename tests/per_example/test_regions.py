@@ -123,6 +123,23 @@ def mapped_inside(p, x, t):
     return jax.vmap(remat(one))(x).sum()
 
 
+def chosen_inside(p, x, t):
+    def some(x):
+        one, other = (lambda h, k=k: jnp.tanh(h @ p[k]) for k in "ab")
+        return jax.lax.cond(x.sum() > 0, one, other, x) @ p["a"]
+
+    return remat(some)(x).sum()
+
+
+def inside_a_branch(p, x, t):
+    def step(h, w):
+        kept, other = remat(lambda h: jnp.tanh(h @ w)), lambda h: h * p["c"][None]
+        third = lambda h: h @ p["b"]
+        return jax.lax.switch(t[0] % 3, [kept, other, third], h), None
+
+    return jax.lax.scan(step, x, p["stack"])[0].sum()
+
+
 def compiled_inside(p, x, t):
     return jax.jit(lambda p, x: (remat(block)(p, x) @ p["a"]).sum())(p, x)
 
@@ -144,7 +161,7 @@ LOSSES = (
     whole, twice_in_a_block, in_and_out, tied_outside, tied_inside, layers,
     unrolled_layers, nested, same_in_each_turn, recurrent, joined_outside,
     joined_with_an_odd_one, of_a_norm, nothing_comes_of_it, mapped_inside,
-    compiled_inside,
+    compiled_inside, chosen_inside, inside_a_branch,
 )  # fmt: skip
 CASES = {loss.__name__: loss for loss in LOSSES} | {
     "dots": saving(policies.dots_saveable),
@@ -155,6 +172,7 @@ CASES = {loss.__name__: loss for loss in LOSSES} | {
     "int64": counts(jnp.int64),
 }
 USUAL = {
+    "inside_a_branch",
     "tied_outside",
     "tied_inside",
     "nested",

@@ -77,11 +77,11 @@ class Given(NamedTuple):
     doors: Mapping[int, Any] = _NONE
     scales: Mapping[int, Any] = _NONE
 
-    def within(self, node: JaxprPlan, k: int) -> "Given":
-        """Of the program inside of equation k."""
+    def within(self, inner: JaxprPlan, doors: Sequence[Door] = ()) -> "Given":
+        """Of a program inside, and for what enters it."""
         some = lambda xs, numbers: {n: xs[n] for n in numbers & xs.keys()}
-        taps, numbers = node.inner[k].all_taps(), node.inner[k].numbers()
-        numbers |= {door.number for door in node.doors.get(k, ())}
+        taps, numbers = inner.all_taps(), inner.numbers()
+        numbers |= {door.number for door in doors}
         rest = (some(xs, numbers) for xs in (self.slots, self.doors, self.scales))
         return Given(some(self.taps, taps), *rest)
 
@@ -142,6 +142,17 @@ def run(
         if inner is not None and inner.numbers() & sites.keys():
             outs, inside, thread = _inside(node, k, inputs, sites, given, enter, thread)
             records.update(inside)
+        elif any(x.numbers() & sites.keys() for x in node.branches.get(k, ())):
+            every = []
+            for branch in node.branches[k]:
+                within = given.within(branch)
+                outs, inside, thread = run(
+                    branch, inputs[1:], sites, within, enter, thread
+                )
+                every.append(outs)
+                records.update(inside)
+            # As `jax.vmap` does it, where examples choose different branches.
+            outs = [lax.select_n(inputs[0], *xs) for xs in zip(*every, strict=True)]
         else:
             outs = _compat.evaluate(eqn, inputs)
             for site in node.sites.get(k, ()):
@@ -170,7 +181,7 @@ def _inside(
     thread: Any,
 ) -> Done:
     eqn, inner = node.jaxpr.eqns[k], node.inner[k]
-    given = given.within(node, k)
+    given = given.within(inner, node.doors.get(k, ()))
     if enter is not None and k in node.regions:
         return enter(node.regions[k], inner, eqn, inputs, given, thread)
 
@@ -235,11 +246,12 @@ def weights(
             continue
         if all(x is None for x in inputs):
             continue
+        for branch in node.branches.get(k, ()):
+            some = _handed(branch, inputs[1:], eqn.invars[1:])
+            at_sites |= weights(branch, some, sites, dtype, depth)[1]
         inner, node_sites = node.inner.get(k), node.sites.get(k, ())
         if inner is not None:
-            inputs = [_literal(v) if _compat.is_literal(v) and w in inner.needed else x
-                      for x, v, w in zip(inputs, eqn.invars, inner.jaxpr.invars,
-                                         strict=True)]  # fmt: skip
+            inputs = _handed(inner, inputs, eqn.invars)
         at_sites |= {
             door.number: inputs[door.weight]
             for door in node.doors.get(k, ())
@@ -258,6 +270,13 @@ def weights(
         elif any(node.views.get(k, ())):
             env.update(zip(eqn.outvars, _move(eqn, inputs, dtype), strict=True))
     return [read(v) for v in jaxpr.outvars], at_sites
+
+
+def _handed(inner: JaxprPlan, inputs: Sequence[Any], named: Sequence[Any]) -> list:
+    """Inputs of a program inside, with numbers that are needed there."""
+    needs = lambda v, w: _compat.is_literal(v) and w in inner.needed
+    triples = zip(inputs, named, inner.jaxpr.invars, strict=True)
+    return [_literal(v) if needs(v, w) else x for x, v, w in triples]
 
 
 def _move(eqn: Any, inputs: list, dtype: Any) -> list:

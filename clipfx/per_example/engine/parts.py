@@ -45,7 +45,8 @@ def split(node: JaxprPlan, mapped: Sequence[bool]) -> tuple[JaxprPlan, JaxprPlan
             data.update(eqn.outvars)
         else:
             fixed.append(k)
-        if k in node.regions or (k in node.inner and _has_regions(node.inner[k])):
+        inside = [*node.branches.get(k, ()), *_only(node.inner.get(k))]
+        if k in node.regions or any(map(_has_regions, inside)):
             cut = k + 1
     every = range(len(jaxpr.eqns))
     before, after = every[:cut], [*(k for k in fixed if k < cut), *every[cut:]]
@@ -58,7 +59,11 @@ def split(node: JaxprPlan, mapped: Sequence[bool]) -> tuple[JaxprPlan, JaxprPlan
 
 
 def _has_regions(node: JaxprPlan) -> bool:
-    return bool(node.regions) or any(map(_has_regions, node.inner.values()))
+    return bool(node.regions) or any(map(_has_regions, node.insides()))
+
+
+def _only(x: Any) -> list[Any]:
+    return [] if x is None else [x]
 
 
 def _read(eqn: Any) -> list[Any]:
@@ -73,7 +78,8 @@ def _part(
     jaxpr = Part(node.jaxpr.constvars, ins, outs, [node.jaxpr.eqns[k] for k in which])
     return node._replace(
         jaxpr=jaxpr, sites=some(node.sites), inner=some(node.inner),
-        views=some(node.views), taps=some(node.taps), users=users_of(jaxpr),
+        branches=some(node.branches), views=some(node.views), taps=some(node.taps),
+        users=users_of(jaxpr),
         regions=some(node.regions), doors=some(node.doors),
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ Where a new JAX changes one of them, tests/per_example/test_primitives.py says w
 and this is the file to change. Differences of supported versions are in `_compat`.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import jax
 DOT, CONVOLUTION, GATHER = "dot_general", "conv_general_dilated", "gather"
 CONVERT = "convert_element_type"
 CUSTOM_VJP = "custom_vjp_call"
-SCAN = "scan"
+COND, SCAN = "cond", "scan"
 STOP_GRADIENT = "stop_gradient"
 # Sums of two arrays; what transposition makes of several uses.
 ADD = {"add", "add_any"}
@@ -148,6 +149,11 @@ def in_dtype_of_inputs(eqn: Any) -> dict[str, Any]:
 def inner(eqn: Any) -> Any:
     """The program inside of a call or a scan."""
     return eqn.params["jaxpr"]
+
+
+def branches(eqn: Any) -> Sequence[Any]:
+    """The programs that a `cond` chooses from, by its first input."""
+    return eqn.params["branches"]
 
 
 def remat_options(eqn: Any) -> dict[str, Any]:

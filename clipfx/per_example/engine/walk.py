@@ -44,6 +44,7 @@ class JaxprPlan(NamedTuple):
       consts: Values of its constants.
       sites: By equation, a site for each weight.
       inner: By equation, the program inside.
+      branches: By equation, the programs that data choose from.
       views: By equation, which outputs are views of parameters.
       data: By variable the number of what is recorded of it.
       taps: By equation the number of the tap on its output.
@@ -57,6 +58,7 @@ class JaxprPlan(NamedTuple):
     consts: Sequence[Any]
     sites: dict[int, list[Site]]
     inner: dict[int, "JaxprPlan"]
+    branches: dict[int, list["JaxprPlan"]]
     views: dict[int, list[bool]]
     data: dict[Any, int]
     taps: dict[int, int]
@@ -65,15 +67,19 @@ class JaxprPlan(NamedTuple):
     doors: dict[int, list[Door]]
     needed: set[Any]
 
+    def insides(self) -> list["JaxprPlan"]:
+        """All programs inside, but for those inside of them."""
+        return [*self.inner.values(), *itertools.chain(*self.branches.values())]
+
     def numbers(self) -> set[int]:
         """Of all sites and doors here and inside."""
-        inside = [node.numbers() for node in self.inner.values()]
+        inside = [node.numbers() for node in self.insides()]
         some = [*self.sites.values(), *self.doors.values()]
         return {s.number for sites in some for s in sites}.union(*inside)
 
     def all_taps(self) -> set[int]:
         """Numbers of taps here and inside."""
-        inside = [node.all_taps() for node in self.inner.values()]
+        inside = [node.all_taps() for node in self.insides()]
         return set(self.taps.values()).union(*inside)
 
 
@@ -127,7 +133,7 @@ class _Walk:
     ) -> tuple[JaxprPlan, list[ValueInfo]]:
         jaxpr, consts = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
         node = JaxprPlan(
-            jaxpr, consts, {}, {}, {}, {}, {}, users_of(jaxpr), {}, {}, set()
+            jaxpr, consts, {}, {}, {}, {}, {}, {}, users_of(jaxpr), {}, {}, set()
         )
         closed_over = [ValueInfo(constant=constants.of_const(x)) for x in consts]
         names = [*jaxpr.constvars, *jaxpr.invars]
@@ -174,6 +180,14 @@ class _Walk:
             return outs
         if name == primitives.SCAN and data:
             return self.scan(node, k, eqn, inputs, loops)
+        if name == primitives.COND and inputs[0].data:
+            node.branches[k] = []
+            for branch in primitives.branches(eqn):
+                program, outs = self.walk(branch, inputs[1:], loops)
+                node.branches[k].append(program)
+                for info in outs:
+                    self.blame(info, "leaves a branch")
+            return [ValueInfo(data=True)] * count
         if not data:
             outs = self.of_parameters(eqn, inputs, leaves)
             node.views[k] = [info.view is not None for info in outs]
