@@ -178,6 +178,19 @@ def as_like(x: jax.Array, like: jax.Array) -> jax.Array:
     return reshard(x, spec)
 
 
+def rows_of(like: jax.Array, x: jax.Array) -> jax.Array:
+    """`x` once for each row of `like`, split over a mesh as they are."""
+    out = jnp.broadcast_to(x, (like.shape[0], *x.shape))
+    spec = explicit_spec(like)
+    if spec is None or not spec[0]:
+        return out
+    if explicit_spec(out) is not None:
+        return reshard(out, (spec[0], *(explicit_spec(x) or (None,) * x.ndim)))
+    row = jnp.zeros_like(like, bool)  # no mesh in its type: it takes that of another
+    row = row.any(tuple(range(1, row.ndim))).reshape(-1, *[1] * x.ndim)
+    return jnp.where(row, out, out)
+
+
 def stack(xs: Sequence[jax.Array]) -> jax.Array:
     """Stacks what may be split differently, on a mesh with Explicit axes."""
     if any(explicit_spec(x) is not None for x in xs):

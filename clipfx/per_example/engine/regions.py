@@ -56,9 +56,9 @@ def backward_pass(
     if not plan.regions:
         return bookkeeping.backward_pass(program, inputs, norms=True)
     sites, enter = plan.everywhere(), functools.partial(_enter, plan)
-    size = next(x.shape[0] for x, m in zip(inputs, program.mapped, strict=True) if m)
     rows = bookkeeping.like_rows(program, inputs)
-    each = lambda x: rows(jnp.broadcast_to(x, (size, *x.shape)))
+    example = next(x for x, m in zip(inputs, program.mapped, strict=True) if m)
+    each = lambda x: rows(_compat.rows_of(example, x))
     leaves = {k: inputs[program.params[k]] for k in sorted(plan.differentiated)}
     taps, leaves, thread = jax.tree.map(
         each, (bookkeeping.taps_of(plan), leaves, _thread(plan))
@@ -251,16 +251,15 @@ def _zeros(rows: jax.Array, site: Site, aval: Any) -> jax.Array:
       aval: The type of what it sees or makes, in one turn of one example.
     """
     loops = tuple(n for _, n in site.loops)
-    like = jax.ShapeDtypeStruct((*rows.shape, *loops, *aval.shape), aval.dtype)
+    like = jax.ShapeDtypeStruct((*loops, *aval.shape), aval.dtype)
     kind = jax.eval_shape(interpreter.as_floats, like)
     zeros = bookkeeping.zeros(kind.shape, aval).astype(kind.dtype)
-    first, own = _compat.explicit_spec(rows), _compat.spec_of_type(aval)
-    if first is None and own is None:
+    zeros, own = _compat.rows_of(rows, zeros), _compat.spec_of_type(aval)
+    spec = _compat.explicit_spec(zeros)
+    if spec is None or own is None:
         return zeros
-    ends = (None,) * (len(kind.shape) - len(like.shape))
-    own = own or (None,) * len(aval.shape)
-    turns = (None,) * len(loops)
-    return _compat.reshard(zeros, (*(first or (None,)), *turns, *own, *ends))
+    turns, ends = (None,) * len(loops), (None,) * (len(kind.shape) - len(like.shape))
+    return _compat.reshard(zeros, (spec[0], *turns, *own, *ends))
 
 
 def _powers(plan: Plan, scales: dict, tape: Tape) -> dict[int, jax.Array]:
