@@ -143,7 +143,6 @@ SCALED = [
       for x, n in [(-1e-19, "little"), (1e19, "much"), (MASK * 1e-19, "mask")]],
     scaled(twice, VECTORS * 1e-9, "vectors"),
 ]  # fmt: skip
-PRODUCTS = [dense, sequence, attended, looped, remat, convolved, twice, instantiated]
 
 
 def draw(rng, ids, batch, dtype, magnitudes):
@@ -251,16 +250,6 @@ def rounding_of(batch, shape):
     x = size(batch["x"]) + 1
     most = (x * size(batch["d"])).sum(1) + (size(batch["y"]) * size(batch["d"])).sum(1)
     return np.broadcast_to(8 * 2.0**-24 * most[:, None] + 1e-37, shape)
-
-
-CASES = [
-    *[(loss, "float32", "int32") for loss in [*PRODUCTS, tied]],
-    *[(raw, dtype, "int32") for dtype in [*INTEGERS, *FLOATS]],
-    *[(sequence, dtype, "int32") for dtype in ["bfloat16", "float16", "int8"]],
-    *[(loss, "float32", "int32") for loss in LOOKED_UP],
-    (LOOKED_UP[2], "float32", "int8"),
-    (LOOKED_UP[1], "float32", "uint8"),
-]
 
 
 SOME = {

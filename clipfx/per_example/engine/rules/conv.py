@@ -1,5 +1,6 @@
 """Convolutions: positions are those of the output, rows are patches of the data."""
 
+import functools
 import math
 from typing import Any
 
@@ -68,7 +69,6 @@ RULE = SiteRule(
     operand=sites.other_input,
     factors=_factors,
     dims=lambda site, part: None,
-    gradient=sites.transposed,
-    apply=sites.bind_numbers,
+    gradient=functools.partial(sites.transposed, sites.bind_numbers),
     copied=True,
 )

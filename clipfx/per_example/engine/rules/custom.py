@@ -61,7 +61,6 @@ def site_rule(rule: Rule, name: str) -> SiteRule:
         factors=make(_factors),
         dims=make(_dims),
         gradient=make(_gradient),
-        apply=make(_apply),
         name=name,
     )
 
@@ -196,17 +195,3 @@ def _gradient(
     for _ in cut:
         one = jax.vmap(one)
     return one(*map(joined, _alike(x, delta)))
-
-
-def _apply(
-    site: Site, weight: jax.Array, data: Any, rule: Rule, name: str
-) -> jax.Array:
-    """The linear map whose transpose takes delta to the gradient of the weight."""
-
-    def gradient(delta: jax.Array) -> jax.Array:
-        left, right = _rows(site, data, delta, 0, rule, name)
-        return (left.T @ right).reshape(site.shape)
-
-    out = site.eqn.outvars[0].aval
-    zeros = _compat.vary(jnp.zeros(out.shape, weight.dtype), _compat.axes_of_type(out))
-    return jax.vjp(gradient, zeros)[1](weight)[0]

@@ -111,6 +111,5 @@ RULE = SiteRule(
     factors=_factors,
     dims=lambda site, part: [sites.in_order(dims, part) for dims in _dims(site)[:3]],
     gradient=_gradient,
-    apply=sites.bind_numbers,
     axis=_axis,
 )

@@ -67,9 +67,6 @@ def _rule(
         factors=factors,
         dims=_dims,
         gradient=gradient,
-        apply=lambda site, weight, data: times(
-            site, None if data is None else data.astype(weight.dtype), weight
-        ),
         axis=lambda site: (False, site.view.axis),
     )
 

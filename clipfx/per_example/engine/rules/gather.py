@@ -4,6 +4,7 @@ Slices have size 1 in the dimensions that are indexed, together its rows, and ta
 others whole.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -106,7 +107,6 @@ RULE = SiteRule(
     operand=_operand,
     factors=_factors,
     dims=_dims,
-    gradient=sites.transposed,
-    apply=_apply,
+    gradient=functools.partial(sites.transposed, _apply),
     rows=lambda site: math.prod(site.shape[k] for k in _rows(site.eqn)),
 )

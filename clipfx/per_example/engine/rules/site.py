@@ -41,8 +41,6 @@ class SiteRule(NamedTuple):
         float32 or wider, `[loops that slice..., weight]`, of the dtype of delta; 1 long
         where elements are repeated. `like` is the weight, which knows how that is to be
         split over a mesh, or None.
-      apply: `apply(site, weight, data)`, what of the equation is linear in the weight,
-        in the dtype of the weight.
       axis: `axis(site)` is where the axis of the weight's parts is: whether in the
         data, and which dimension; otherwise of the output. None if there is one part.
       rows: `rows(site)`, K, for `IDS`.
@@ -56,7 +54,6 @@ class SiteRule(NamedTuple):
     factors: Callable
     dims: Callable
     gradient: Callable
-    apply: Callable
     axis: Callable = lambda site: (False, None)
     rows: Callable = lambda site: 0
     copied: bool = False
@@ -201,10 +198,23 @@ def bind_numbers(site: Site, weight: jax.Array, data: jax.Array) -> jax.Array:
 
 
 def transposed(
-    site: Site, data: jax.Array, delta: jax.Array, like: jax.Array | None
+    apply: Callable,
+    site: Site,
+    data: jax.Array,
+    delta: jax.Array,
+    like: jax.Array | None,
 ) -> jax.Array:
-    """The gradient with respect to the weight by JAX's own transposition."""
-    run = functools.partial(site.rule.apply, site)
+    """The gradient with respect to the weight by JAX's own transposition.
+
+    Args:
+      apply: `apply(site, weight, data)`, what of the equation is linear in the weight,
+        in the dtype of the weight.
+      site: See `SiteRule.gradient`, as the others.
+      data: What it has seen.
+      delta: The gradient of its output.
+      like: The weight, or None.
+    """
+    run = functools.partial(apply, site)
     for sliced in reversed(site.sliced):
         run = jax.vmap(run, (0 if sliced else None, 0))
     run = jax.vmap(run, (None, 0))
