@@ -58,6 +58,11 @@ class ParamView(NamedTuple):
     axis: int | None = None
     repeated: frozenset[int] = frozenset()
 
+    @property
+    def leaves(self) -> frozenset[int]:
+        """The leaves that it consists of."""
+        return frozenset(p.leaf for p in self.parts if p.leaf is not None)
+
 
 def whole(leaf: int, shape: Sequence[int]) -> ParamView:
     """The view of a leaf itself."""

@@ -45,8 +45,7 @@ def split(node: JaxprPlan, mapped: Sequence[bool]) -> tuple[JaxprPlan, JaxprPlan
             data.update(eqn.outvars)
         else:
             fixed.append(k)
-        inside = [*node.branches.get(k, ()), *_only(node.inner.get(k))]
-        if k in node.regions or any(map(_has_regions, inside)):
+        if k in node.regions or any(map(_has_regions, node.inside(k))):
             cut = k + 1
     every = range(len(jaxpr.eqns))
     before, after = every[:cut], [*(k for k in fixed if k < cut), *every[cut:]]
@@ -60,10 +59,6 @@ def split(node: JaxprPlan, mapped: Sequence[bool]) -> tuple[JaxprPlan, JaxprPlan
 
 def _has_regions(node: JaxprPlan) -> bool:
     return bool(node.regions) or any(map(_has_regions, node.insides()))
-
-
-def _only(x: Any) -> list[Any]:
-    return [] if x is None else [x]
 
 
 def _read(eqn: Any) -> list[Any]:

@@ -16,7 +16,7 @@ from clipfx.per_example.engine.cost_model import (
     unaligned,
     words,
 )
-from clipfx.per_example.engine.param_views import LeafSlice, ParamView
+from clipfx.per_example.engine.param_views import LeafSlice
 from clipfx.per_example.engine.rules.site import Door, Site
 from clipfx.per_example.engine.walk import JaxprPlan, ValueInfo, Walked, walk
 
@@ -191,8 +191,7 @@ def _decide(
     shared = {s.number for region in regions if len(region) > 1 for s, _ in region}
     formed = set()
     for number, site in sites.items():
-        leaves = {p.leaf for p in site.view.parts if p.leaf is not None}
-        leaves -= differentiated
+        leaves = site.view.leaves - differentiated
         if site.adds:
             # What positions add up to may be nothing but rounding, as it is with the
             # biases of keys: norm and sum have to be of one and the same addition. And
@@ -257,16 +256,11 @@ def _decide(
 
 def _joined(differentiated: set[int], doors: dict[int, list[Door]]) -> set[int]:
     """Further leaves: those that enter a region together with a differentiated one."""
-    joined = [leaves_of(door.view) for some in doors.values() for door in some]
+    joined = [door.view.leaves for some in doors.values() for door in some]
     every = set(differentiated)
     while more := {x for some in joined if some & every for x in some} - every:
         every |= more
     return every - differentiated
-
-
-def leaves_of(view: ParamView) -> set[int]:
-    """Those that a value consists of."""
-    return {part.leaf for part in view.parts if part.leaf is not None}
 
 
 def _region(
@@ -289,5 +283,5 @@ def _region(
             if leaf not in differentiated else []
             for leaf, places in enumerate(uses)]  # fmt: skip
     leaves = {leaf for leaf, places in enumerate(here) if places}
-    enter = {x.number: x for x in doors if leaves_of(x.view) & leaves}
+    enter = {x.number: x for x in doors if x.view.leaves & leaves}
     return Region(cut, here, enter, frozenset(formed & cut.keys()))

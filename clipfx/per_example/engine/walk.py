@@ -67,9 +67,14 @@ class JaxprPlan(NamedTuple):
     doors: dict[int, list[Door]]
     needed: set[Any]
 
+    def inside(self, k: int) -> list["JaxprPlan"]:
+        """Programs inside of equation k."""
+        called = [self.inner[k]] if k in self.inner else []
+        return called + self.branches.get(k, [])
+
     def insides(self) -> list["JaxprPlan"]:
         """All programs inside, but for those inside of them."""
-        return [*self.inner.values(), *itertools.chain(*self.branches.values())]
+        return [x for k in self.inner | self.branches for x in self.inside(k)]
 
     def numbers(self) -> set[int]:
         """Of all sites and doors here and inside."""
@@ -209,8 +214,7 @@ class _Walk:
                 return ValueInfo()
             if view is None:
                 return ValueInfo(leaves, False, None, why)
-            seen = frozenset(p.leaf for p in view.parts if p.leaf is not None)
-            return ValueInfo(seen, False, view)
+            return ValueInfo(view.leaves, False, view)
 
         return [info(v, view) for v, view in zip(eqn.outvars, views, strict=True)]
 

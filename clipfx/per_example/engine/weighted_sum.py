@@ -170,7 +170,7 @@ def _groups(site: Site, index: Sequence[int | None]) -> tuple[tuple[Any, int], .
     """For every part of a weight its group, and how long it is."""
     parts = [(0 if p.leaf is None else index[p.leaf], p.stop - p.start)
              for p in site.view.parts]  # fmt: skip
-    distinct = {index[p.leaf] for p in site.view.parts if p.leaf is not None}
+    distinct = {index[leaf] for leaf in site.view.leaves}
     return ((distinct.pop(), 0),) if len(distinct) == 1 else tuple(parts)
 
 
