@@ -22,6 +22,7 @@ from clipfx.per_example.engine.cost_model import by_region
 from clipfx.per_example.engine.interpreter import Given
 from clipfx.per_example.engine.param_views import LeafSlice
 from clipfx.per_example.engine.plan import Plan
+from clipfx.per_example.engine.rules import site as sites
 from clipfx.per_example.engine.rules.site import Site
 from clipfx.per_example.engine.scaled_sums import Elements
 
@@ -330,14 +331,8 @@ def _form(site: Site, data: Any, delta: jax.Array) -> jax.Array:
 
 def _part(site: Site, part: LeafSlice, formed: jax.Array) -> jax.Array:
     """The gradient of one part from that of a weight, `[loops that slice..., ...]`."""
-    if site.view.axis is not None:
-        axis = sum(site.sliced) + site.view.axis
-        formed = jax.lax.slice_in_dim(formed, part.start, part.stop, axis=axis)
-    stacks = dict(part.stack)
-    loops = [
-        loop for (loop, _), cut in zip(site.loops, site.sliced, strict=True) if cut
-    ]
-    return formed.sum([k for k, loop in enumerate(loops) if loop not in stacks])
+    formed, others = sites.of_part(site, part, formed)
+    return formed.sum(others)
 
 
 def _of_region(places: list) -> list[_Measured]:

@@ -20,16 +20,9 @@ from clipfx.per_example.engine.rules.site import Site
 
 def _of_part(site: Site, part: LeafSlice, c: jax.Array) -> jax.Array:
     """Those of one part, `[loops that slice it..., part]`."""
-    if site.view.axis is not None:
-        axis = sum(site.sliced) + site.view.axis
-        c = lax.slice_in_dim(c, part.start, part.stop, axis=axis)
-    stacks = dict(part.stack)
-    loops = [
-        loop for (loop, _), cut in zip(site.loops, site.sliced, strict=True) if cut
-    ]
-    for k in reversed(range(len(loops))):
-        if loops[k] not in stacks:
-            c = lax.index_in_dim(c, 0, k, keepdims=False)
+    c, others = sites.of_part(site, part, c)
+    for k in reversed(others):
+        c = lax.index_in_dim(c, 0, k, keepdims=False)
     return c
 
 

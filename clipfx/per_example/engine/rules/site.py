@@ -163,6 +163,20 @@ def split_loops(site: Site, part: LeafSlice) -> tuple[list[int], list[int]]:
     return outer, [k for k in range(len(site.loops)) if k not in outer]
 
 
+def of_part(site: Site, part: LeafSlice, x: jax.Array) -> tuple[jax.Array, list[int]]:
+    """What of `[loops that slice..., weight]` a part is.
+
+    And which of these loops take slices of other parts alone.
+    """
+    if site.view.axis is not None:
+        axis = sum(site.sliced) + site.view.axis
+        x = jax.lax.slice_in_dim(x, part.start, part.stop, axis=axis)
+    stacks = dict(part.stack)
+    pairs = zip(site.loops, site.sliced, strict=True)
+    loops = [loop for (loop, _), cut in pairs if cut]
+    return x, [k for k, loop in enumerate(loops) if loop not in stacks]
+
+
 def in_order(dims: list[int], part: LeafSlice) -> list[int]:
     """In the order of the leaf's dimensions, so that several sites fit each other."""
     return sorted(dims, key=lambda k: part.dims[k] if part.dims else (k,))
