@@ -130,12 +130,21 @@ def decoder_of_examples(shape: Shape, kind: str) -> Model:
     return Model(loss, params, batch)
 
 
+# Groups by name; blocks are stacked.
+_GROUPS: dict[str, Any] = {
+    "global": "global",
+    "leaf": "leaf",
+    "weight": lambda path: "/".join(path) + "/*" * (path[0] == "blocks"),
+    "block": lambda path: path[0] + "/*" * (path[0] == "blocks"),
+}
+
+
 def of_examples(model: Model, groups: str | None) -> Callable[[Any, Any], Any]:
     """The sum of clipped gradients; of gradients as they are without groups."""
     if groups is None:
         each = jax.vmap(model.loss, (None, 0))
         return lambda params, batch: jax.grad(lambda p: each(p, batch).sum())(params)
-    clipped = per_example.clipped_grad(model.loss, 1.0, groups=groups)
+    clipped = per_example.clipped_grad(model.loss, 1.0, groups=_GROUPS[groups])
     return lambda params, batch: clipped(params, batch)[0]
 
 

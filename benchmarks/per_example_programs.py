@@ -24,7 +24,10 @@ from clipfx.per_example.engine import target
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "TPU to compile for.")
 _KINDS = flags.DEFINE_list("kinds", ["kept", "remat", "unrolled"], "Of the decoder.")
-_GROUPS = flags.DEFINE_list("groups", ["global", "leaf"], "Of the thresholds.")
+_GROUPS = flags.DEFINE_list(
+    "groups", ["global", "weight", "block"],
+    "Of the thresholds: global, leaf, or each weight or block of each layer.",
+)  # fmt: skip
 _SHAPE = flags.DEFINE_list(
     "shape", ["4", "512", "512", "8", "32000"],
     "Layers, width, length, examples, vocabulary.",

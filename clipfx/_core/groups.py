@@ -30,14 +30,19 @@ class Groups(NamedTuple):
 
     Attributes:
       names: One name per group, in alphabetical order, numbers as numbers.
-      index: Per leaf of the tree its group, or None where the leaf is not counted.
+      index: Per leaf of the tree its group, or None where the leaf is not counted; a
+        tuple where each slice along the first dimension has a group of its own.
     """
 
     names: tuple[str, ...]
-    index: tuple[int | None, ...]
+    index: tuple[Any, ...]
 
 
-def group_leaves(groups: Any, tree: Any) -> Groups:
+# What a label ends in that stands for one group per slice, as of stacked layers.
+_EACH = "/*"
+
+
+def group_leaves(groups: Any, tree: Any, *, by_slice: bool = False) -> Groups:
     """Resolves a `groups` argument against the tree in hand.
 
     Done anew for every tree: `optax.masked` and `optax.partition` take leaves away.
@@ -47,6 +52,8 @@ def group_leaves(groups: Any, tree: Any) -> Groups:
       groups: `"global"`, `"layer"` (the parent of each leaf), `"leaf"`, a tree prefix
         of labels, a function from the tree to one, or a function of a leaf's `path`.
       tree: Arrays or `ShapeDtypeStruct`.
+      by_slice: Whether labels may end in `/*`, for one group per slice along the first
+        dimension, `blocks/0` and so on for `blocks/*`.
 
     Raises:
       ValueError: On another string, or where a counted leaf has no label.
@@ -72,13 +79,38 @@ def group_leaves(groups: Any, tree: Any) -> Groups:
             f"function that makes one, or one of a path, got {groups!r}; to put all "
             'leaves into one group use "global".'
         )
-    names = ordered(["global"] if groups == "global" else labels)
-    number = dict(zip(names, range(len(names)), strict=True))
     following = iter(labels)
+    own: list[Any] = [next(following) if is_counted(x) else None for _, x in leaves]
+    if not isinstance(groups, str):
+        own = [_slices(label, leaf, by_slice) for label, (_, leaf) in
+               zip(own, leaves, strict=True)]  # fmt: skip
+    each = [name for x in own for name in (x if isinstance(x, tuple) else (x,))]
+    every = [name for name in each if name is not None]
+    names = ordered(["global"] if groups == "global" else every)
+    number: dict[Any, Any] = {None: None}
+    number |= dict(zip(names, range(len(names)), strict=True))
     return Groups(
         names,
-        tuple(number[next(following)] if is_counted(x) else None for _, x in leaves),
-    )
+        tuple(tuple(number[name] for name in x) if isinstance(x, tuple) else number[x]
+              for x in own),
+    )  # fmt: skip
+
+
+def _slices(label: str | None, leaf: Any, by_slice: bool) -> Any:
+    """A label, or those of all slices."""
+    if label is None or not label.endswith(_EACH):
+        return label
+    if not by_slice:
+        raise ValueError(
+            f"groups must not ask for a group per slice here, got {label!r}; wrap the "
+            "transform in clipfx.per_stacked_layer."
+        )
+    if not jnp.ndim(leaf):
+        raise ValueError(
+            f"groups must ask for a group per slice of arrays, got {label!r} for a "
+            f"scalar; take {_EACH!r} away."
+        )
+    return tuple(f"{label.removesuffix('*')}{k}" for k in range(jnp.shape(leaf)[0]))
 
 
 def _layers(paths: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -153,6 +185,14 @@ def is_counted(leaf: Any, path: KeyPath | None = None) -> bool:
             "take it out, as eqx.filter(model, eqx.is_inexact_array) does in Equinox."
         )
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def entry(values: Any, index: Any, leaf: Any) -> Any:
+    """Of `[G]` that of a leaf's group; `[L, 1, ...]` where it has one per slice."""
+    if not isinstance(index, tuple):
+        return values[index]
+    rows = jnp.concatenate([values[i : i + 1] for i in index])
+    return rows.reshape(-1, *[1] * (jnp.ndim(leaf) - 1))
 
 
 def counted_leaves(tree: Any, groups: Groups) -> list[tuple[jax.Array, int]]:

@@ -68,7 +68,7 @@ class ClippedGrad:
           **kwargs: Of the loss, the same for every example.
         """
         params = trace.params_of(self.signature, args)
-        members = group_leaves(self.groups, params)
+        members = group_leaves(self.groups, params, by_slice=True)
         size = trace.size_of(self.signature, args)
         given = self.max_norm if max_norm is None else max_norm
         keep = trace.mask_of(where, size)
@@ -76,7 +76,9 @@ class ClippedGrad:
         parted = self.microbatch_size is not None and size > self.microbatch_size
 
         def some(args: Any, keep: Any, limit: Any) -> tuple[Any, PerExample]:
-            call = trace.prepare(self.signature, args, kwargs, ord=self.ord)
+            call = trace.prepare(
+                self.signature, args, kwargs, ord=self.ord, members=members
+            )
             if not call.size:
                 zeros = [jnp.zeros_like(widen(call.inputs[k]))
                          for k in call.program.params]  # fmt: skip
@@ -157,7 +159,8 @@ class ClippedGrad:
                     f"groups={self.groups!r}, got None; they tell how many groups "
                     "there are."
                 )
-            limit = np.full(len(group_leaves(self.groups, params).names), limit)
+            members = group_leaves(self.groups, params, by_slice=True)
+            limit = np.full(len(members.names), limit)
         bound = float(np.linalg.norm(np.atleast_1d(limit), self.ord))
         return 2 * bound if relation == "replace_one" else bound
 

@@ -64,7 +64,8 @@ def norms(
     microbatch_size = check_step(microbatch_size)
 
     def measure(*args: Any, where: Any = None, **kwargs: Any) -> PerExample:
-        members = group_leaves(groups, trace.params_of(signature, args))
+        params = trace.params_of(signature, args)
+        members = group_leaves(groups, params, by_slice=True)
         size = trace.size_of(signature, args)
         keep = trace.mask_of(where, size)
         some = measuring(signature, members, power, kwargs)

@@ -10,7 +10,7 @@ import optax
 from clipfx import _compat
 from clipfx._core.checks import check_keywords, helpful, is_known
 from clipfx._core.export import exportable
-from clipfx._core.groups import Groups, group_leaves
+from clipfx._core.groups import Groups, entry, group_leaves
 from clipfx.per_example.clipped_grad import ClippedGrad, check_bounded
 from clipfx.per_example.engine.bookkeeping import over
 from clipfx.per_example.engine.clip import PerExample
@@ -93,7 +93,7 @@ class DPGrad:
         Args:
           params: As the loss gets them; with several `argnums` a tuple.
         """
-        members = group_leaves(self.clipped.groups, params)
+        members = group_leaves(self.clipped.groups, params, by_slice=True)
         start, count = self._start(members), len(members.names)
         self.gradient_noise_multiplier(count)
         rule = jax.tree.map(lambda x: jnp.array(x, jnp.result_type(x)),
@@ -203,7 +203,7 @@ class DPGrad:
             )
         rule, signature = self.rule, self.clipped.signature
         params = params_of(signature, args)
-        members = group_leaves(self.clipped.groups, params)
+        members = group_leaves(self.clipped.groups, params, by_slice=True)
         size = size_of(signature, args)
         keep = mask_of(where, size)
         member = self._member(population_ids, size)
@@ -302,7 +302,8 @@ class DPGrad:
         draw = noise.laplace if self.clipped.ord == 1 else noise.gaussian
         leaves, treedef = jax.tree.flatten(sums)
         if self.noisy:
-            sizes = [stddev[i] for i in members.index if i is not None]
+            pairs = zip(members.index, leaves, strict=True)
+            sizes = [entry(stddev, i, x) for i, x in pairs]
             leaves = noise.add(draw, leaves, sizes, key, None)
         mean = [x / self.expected_batch_size for x in leaves]
         # What is released may be rounded.

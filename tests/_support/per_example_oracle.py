@@ -49,10 +49,13 @@ def expected(
 ):
     """Sums, as the gradients but for the examples, and norms and factors `[B, G]`."""
     leaves = jax.tree.leaves(grads)
-    members = group_leaves(groups, jax.tree.map(lambda x: x[0], grads))
+    members = _members(groups, grads)
     powers = np.zeros((len(leaves[0]), len(members.names)))
     for x, g in zip(leaves, members.index, strict=True):
-        powers[:, g] += (np.abs(x.reshape(len(x), -1)) ** ord).sum(1)
+        several = g if isinstance(g, tuple) else (g,)
+        slices = x.reshape(len(x), len(several), -1)
+        for k, i in enumerate(several):
+            powers[:, i] += (np.abs(slices[:, k]) ** ord).sum(1)
     norm = powers ** (1 / ord)
     target = RESPONSES[response][1](norm, limit * (1 - slack))
     factor = np.where(norm > 0, target / np.where(norm > 0, norm, 1), 1.0)
@@ -62,10 +65,18 @@ def expected(
 def total(grads, factor, groups="global"):
     """The sum over examples of gradients times factors `[B, G]`."""
     leaves, treedef = jax.tree.flatten(grads)
-    index = group_leaves(groups, jax.tree.map(lambda x: x[0], grads)).index
-    sums = [np.tensordot(factor[:, g], x, 1)
-            for x, g in zip(leaves, index, strict=True)]  # fmt: skip
-    return treedef.unflatten(sums)
+
+    def of_leaf(x, g):
+        if not isinstance(g, tuple):
+            return np.tensordot(factor[:, g], x, 1)
+        return np.einsum("bk,bk...->k...", factor[:, list(g)], x)
+
+    index = _members(groups, grads).index
+    return treedef.unflatten(map(of_leaf, leaves, index))
+
+
+def _members(groups, grads):
+    return group_leaves(groups, jax.tree.map(lambda x: x[0], grads), by_slice=True)
 
 
 def methods(loss, params, *args, force=None):
@@ -83,8 +94,8 @@ def forced(loss, force, groups="global", limit=LIMIT, ord=2):
 
     def run(params, batch):
         args = (params, batch)
-        call = trace.prepare(signature, args, {}, force=force, ord=ord)
-        members = group_leaves(groups, params)
+        members = group_leaves(groups, params, by_slice=True)
+        call = trace.prepare(signature, args, {}, force=force, ord=ord, members=members)
         dtype = jax.tree.leaves(params)[0].dtype
         limits = jnp.full((1, len(members.names)), limit, dtype)
         sums, info = clip.bounded_sum(call, members, limits, responses.hard, None)

@@ -132,6 +132,17 @@ def test_piece(name):
         check(run, loss, params, batch, "float64", groups="leaf", grads=grads)
 
 
+@pytest.mark.parametrize("name", in_tiers(PIECES.keys(), {"layers", "sliced"}))
+@pytest.mark.parametrize("force", in_tiers([None, "factored", "formed"], {None}))
+def test_piece_with_a_group_for_each_slice(name, force):
+    steps = around(name)
+    loss, (params, batch) = program(steps), draw(steps)
+    scalars = {path for path, x in params.items() if not np.ndim(x)}
+    groups = {path: path + "/*" * (path not in scalars) for path in params}
+    run = forced(loss, force, groups)
+    check(run, loss, params, batch, "float64", groups=groups)
+
+
 @pytest.mark.parametrize("name", in_tiers(PIECES.keys(), {"attention", "nested_scan"}))
 def test_piece_in_the_1_norm(name):
     """What is used once has a fast method, all else is instantiated or formed."""

@@ -171,6 +171,13 @@ CASES = {loss.__name__: loss for loss in LOSSES} | {
     "int32": counts(jnp.int32),
     "int64": counts(jnp.int64),
 }
+GROUPS = {
+    "leaf": "leaf",
+    "global": "global",
+    "layers": {"a": "a", "b": "a", "c": "c", "e": "e", "stack": "stack/*"},
+    "slices": {name: f"{name}/*" for name in PARAMS},
+    "shared": dict.fromkeys(PARAMS, "every/*"),
+}
 USUAL = {
     "inside_a_branch",
     "tied_outside",
@@ -183,7 +190,7 @@ USUAL = {
 
 
 @pytest.mark.parametrize("program", in_tiers(CASES, USUAL))
-@pytest.mark.parametrize("groups", in_tiers(["leaf", "global"], {"leaf"}))
+@pytest.mark.parametrize("groups", in_tiers(GROUPS, {"leaf", "layers"}))
 def test_norms_and_sums(program, groups):
     loss = lambda p, e: program(p, *e)
     for platform in ("cpu", "tpu"):  # with and without a loop over examples

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipfx import _compat
 from clipfx._core.groups import Groups
@@ -18,6 +19,7 @@ from clipfx.per_example.engine import (
     primitives,
     scaled_sums,
 )
+from clipfx.per_example.engine.columns import Columns
 from clipfx.per_example.engine.cost_model import by_region
 from clipfx.per_example.engine.interpreter import Given
 from clipfx.per_example.engine.param_views import LeafSlice
@@ -50,18 +52,23 @@ class Tape(NamedTuple):
         tap.
       leaves: By leaf the gradient of each example, `[B, ...]`, where instantiated.
       formed: By site the gradient of each example with respect to its weight.
-      powers: By leaf `[B, 4, 2]`, its norms to the power of p where regions measured
-        them.
-      again: `again(factor [B, L], good [B])` pulls what regions add up, by door; None
+      powers: By region, and mesh axes of its columns, `[B, outer loops..., M, 4, 2]`,
+        norms to the power of p.
+      columns: By region what these are of; None if there are no regions.
+      again: `again(factor [B, G], good [B])` pulls what regions add up, by door; None
         if there are no regions.
+      verdicts: By region `[B, outer loops..., N, 2]`, what `Spot` has decided; None if
+        there was none, and what `again` returns depends on its arguments.
     """
 
     data: dict[int, jax.Array]
     deltas: dict[int, jax.Array]
     leaves: dict[int, jax.Array]
     formed: dict[int, jax.Array]
-    powers: dict[int, jax.Array]
+    powers: dict[int, list[jax.Array]]
+    columns: dict[int, Columns] | None = None
     again: Callable | None = None
+    verdicts: dict[int, jax.Array] | None = None
 
     def operand(self, site: Site) -> Any:
         """What was recorded for a site, None if it needs nothing."""
@@ -210,10 +217,11 @@ def scales_of(program: Program, inputs: Sequence[Any]) -> dict[int, jax.Array]:
     return interpreter.coefficients(plan, program.params, inputs, dtype(plan))
 
 
-# What is measured of a leaf; an array `[4, 2]` is measured already.
+# What is measured of a leaf; an array `[N, 4, 2]` is measured already, of N groups.
 _Measured: TypeAlias = Elements | ghost_norm.Products | ghost_norm.Weighted | jax.Array
-# And the mesh axes of `jax.shard_map` that the leaf is split over, and its group.
-_Part: TypeAlias = tuple[frozenset[str], int | None, _Measured]
+_OfGroup: TypeAlias = tuple[Any, _Measured]
+# Before them the mesh axes of `jax.shard_map` that the leaf is split over.
+_Part: TypeAlias = tuple[frozenset[str], Any, _Measured]
 
 
 def powers(
@@ -234,13 +242,18 @@ def powers(
       members: Of the leaves.
       scales: From `scales_of`.
     """
+    columns = tape.columns
 
     def one(tape: Tape) -> jax.Array:
         keys = enumerate(zip(split, members.index, strict=True))
-        parts = [(*key, x) for k, key in keys for x in of_leaf(plan, k, tape, scales)]
+        parts = [(axes, *x) for k, (axes, index) in keys
+                 for x in of_leaf(plan, k, index, tape, scales)]  # fmt: skip
+        for number, own in (columns or {}).items():
+            parts += own.parts(tape.powers[number])
         return powers_of_parts(plan, parts, members)
 
-    return jax.vmap(one, axis_size=size)(tape._replace(again=None))
+    tape = Tape(tape.data, tape.deltas, tape.leaves, tape.formed, tape.powers)
+    return jax.vmap(one, axis_size=size)(tape)
 
 
 def over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
@@ -262,14 +275,12 @@ def powers_of_parts(plan: Plan, parts: Sequence[_Part], members: Groups) -> jax.
     return _by_group(jnp.concatenate(rows), index, members)
 
 
-def measure(
-    parts: Sequence[tuple[Any, _Measured]], ord: int, dtype: Any
-) -> tuple[list, jax.Array]:
+def measure(parts: Sequence[_OfGroup], ord: int, dtype: Any) -> tuple[list, jax.Array]:
     """Of which group each power is, and powers `[J, 4, 2]`, of one example."""
     arrays = [(group, x) for group, x in parts if isinstance(x, Elements)]
     weighted = [(g, x) for g, x in parts if isinstance(x, ghost_norm.Weighted)]
     products = [(g, x) for g, x in parts if isinstance(x, ghost_norm.Products)]
-    known = [(group, x) for group, x in parts if isinstance(x, jax.Array)]
+    known = [(some, x) for some, x in parts if isinstance(x, jax.Array)]
     powers = [scaled_sums.power(x, ord, dtype) for _, x in arrays]
     powers += [ghost_norm.power_of_weighted(x, ord, dtype) for _, x in weighted]
     groups = [group for group, _ in [*arrays, *weighted]]
@@ -280,9 +291,13 @@ def measure(
         groups += [products[k][0] for k in order]
         powers.append(power)
     rows = [scaled_sums.spread(scaled_sums.join(powers))] if powers else []
-    rows += [x[None] for _, x in known]
-    groups += [group for group, _ in known]
+    rows += [x for _, x in known]
+    groups += [group for some, _ in known for group in some]
     return groups, rows[0] if len(rows) == 1 else jnp.concatenate(rows)
+
+
+# Groups whose rows are added up by name, not by a gather.
+_FEW = 64
 
 
 def _by_group(
@@ -292,6 +307,13 @@ def _by_group(
     count = len(members.names)
     if count == 1 and None not in index:
         return rows.sum(0, keepdims=True)
+    if count > _FEW:
+        # As many for each group, zeros where there are less.
+        each = [[k for k, i in enumerate(index) if i == g] for g in range(count)]
+        most, nothing = max(map(len, each)), len(index)
+        take = np.array([ks + [nothing] * (most - len(ks)) for ks in each], np.int32)
+        rows = jnp.concatenate([rows, jnp.zeros_like(rows[:1])])
+        return rows.at[take].get(mode="promise_in_bounds").sum(1)
     # Slices of one: XLA moves what squeezes them by one addition at a time.
     columns = [
         sum((rows[k : k + 1] for k, i in enumerate(index) if i == g),
@@ -302,25 +324,86 @@ def _by_group(
 
 
 def of_leaf(
-    plan: Plan, leaf: int, tape: Tape, scales: Mapping[int, jax.Array]
-) -> list[_Measured]:
-    """What is to be measured of one example's gradient, in parts to add up."""
+    plan: Plan, leaf: int, index: Any, tape: Tape, scales: Mapping[int, jax.Array]
+) -> list[_OfGroup]:
+    """What is to be measured of one example's gradient, in parts to add up by group.
+
+    Args:
+      plan: Decisions.
+      leaf: Which.
+      index: Its group, or those of its slices along the first dimension.
+      tape: Of one example.
+      scales: From `scales_of`.
+    """
     if leaf in tape.leaves:
-        return [Elements([tape.leaves[leaf]])]
-    parts: list[_Measured] = [tape.powers[leaf]] if leaf in tape.powers else []
+        return of_gradient(plan, tape.leaves[leaf], index)
+    found: list[_OfGroup] = []
     kept = [(site, part) for site, part in plan.uses[leaf] if site.number in plan.sites]
     for places in by_region(kept):
-        (site, part), *_ = places
-        if site.number in tape.formed:
-            c = scales.get(site.number)
-            formed = coefficients.on_gradient(part, c, tape.formed[site.number])
-            parts.append(Elements([_part(site, part, formed)]))
-        else:
-            parts += _of_region(
-                [(s, p, tape.operand(s), tape.deltas[s.tap], scales.get(s.number))
-                 for s, p in places]
-            )  # fmt: skip
-    return parts
+        seen = [_Seen.at(site, tape, scales) for site, _ in places]
+        loops, several = zip(
+            *(sites.groups_of(*place, index) for place in places), strict=True
+        )
+        groups = several[0]
+        if loops[0] is None:
+            pairs = [(*place, x) for place, x in zip(places, seen, strict=True)]
+            found += [(groups, x) for x in _of_region(pairs)]
+            continue
+        turn = [sites.turn_of(*x, k or 0) for x, k in zip(places, loops, strict=True)]
+
+        def one(seen: list, turn: list = turn) -> jax.Array:
+            pairs = [(*place, x) for place, x in zip(turn, seen, strict=True)]
+            return _measured(plan, _of_region(pairs))
+
+        turns = zip(places, seen, loops, strict=True)
+        axes = [x.axes(site, k or 0) for (site, _), x, k in turns]
+        found.append((groups, jax.vmap(one, (axes,))(seen)))
+    return found
+
+
+def of_gradient(plan: Plan, gradient: jax.Array, index: Any) -> list[_OfGroup]:
+    """The same of a gradient that is there."""
+    if not isinstance(index, tuple):
+        return [(index, Elements([gradient]))]
+    of_slice = lambda x: _measured(plan, [Elements([x])])
+    return [(index, jax.vmap(of_slice)(gradient))]
+
+
+def _measured(plan: Plan, parts: Sequence[_Measured]) -> jax.Array:
+    """What one group has in all, `[4, 2]`."""
+    return measure([(0, x) for x in parts], plan.ord, dtype(plan))[1].sum(0)
+
+
+class _Seen(NamedTuple):
+    """What is known of a site and one example.
+
+    Attributes:
+      data: Recorded, `[loops..., ...]`, None if it needs nothing.
+      delta: The gradient of its output, likewise.
+      scale: What its weight was multiplied by, `[loops that slice..., weight]`.
+      formed: The gradient of its weight, likewise, if it was formed.
+    """
+
+    data: Any
+    delta: Any
+    scale: Any
+    formed: Any
+
+    @classmethod
+    def at(cls, site: Site, tape: Tape, scales: Mapping[int, Any]) -> "_Seen":
+        """From the tape of one example."""
+        n, scale = site.number, scales.get(site.number)
+        if n in tape.formed:
+            return cls(None, None, scale, tape.formed[n])
+        return cls(tape.operand(site), tape.deltas[site.tap], scale, None)
+
+    def axes(self, site: Site, loop: int) -> "_Seen":
+        """Where the turns of a loop are."""
+        sliced = sum(site.sliced[:loop])
+        where = _Seen(loop, loop, sliced, sliced)
+        return _Seen(
+            *(None if x is None else k for x, k in zip(self, where, strict=True))
+        )
 
 
 def _form(site: Site, data: Any, delta: jax.Array) -> jax.Array:
@@ -335,13 +418,16 @@ def _part(site: Site, part: LeafSlice, formed: jax.Array) -> jax.Array:
     return formed.sum(others)
 
 
-def _of_region(places: list) -> list[_Measured]:
+def _of_region(places: list[tuple[Site, LeafSlice, _Seen]]) -> list[_Measured]:
     """From all uses of one region of a leaf, each with what was recorded there."""
-    site, part, data, delta, c = places[0]
+    site, part, (data, delta, c, formed) = places[0]
+    if formed is not None:
+        formed = coefficients.on_gradient(part, c, formed)
+        return [Elements([_part(site, part, formed)])]
     if site.adds:
         on_output = coefficients.on_output
-        parts = [s.rule.factors(s, p, x, on_output(s, p, c, d))
-                 for s, p, x, d, c in places]  # fmt: skip
+        parts = [s.rule.factors(s, p, x.data, on_output(s, p, x.scale, x.delta))
+                 for s, p, x in places]  # fmt: skip
         rows = [rows.reshape(rows.shape[0], -1) for _, rows in parts]
         total = functools.reduce(jnp.add, [x.reshape(-1) for x, _ in parts])
         if sum(len(x) for x in rows) == 1:
@@ -355,5 +441,5 @@ def _of_region(places: list) -> list[_Measured]:
         left, right = site.rule.factors(site, part, data, delta)
         table = coefficients.table(site, part, c)
         return [ghost_norm.Weighted(widen(left)[:, 0], widen(right)[:, 0], table)]
-    factors = [outer_products.factors(*place) for place in places]
+    factors = [outer_products.factors(s, p, *x[:3]) for s, p, x in places]
     return [ghost_norm.Products(factors, primitives.precision(site.eqn))]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from clipfx import _compat, responses
 from clipfx._core.clip_factors import factors
-from clipfx._core.groups import Groups
+from clipfx._core.groups import Groups, entry
 from clipfx._core.leaves import times
 from clipfx._core.norms import Norms
 from clipfx.per_example.engine import (
@@ -20,6 +20,7 @@ from clipfx.per_example.engine import (
     target,
 )
 from clipfx.per_example.engine.bookkeeping import Tape
+from clipfx.per_example.engine.regions import Spot
 from clipfx.per_example.engine.trace import Call
 from clipfx.per_example.engine.weighted_sum import weighted_sum
 
@@ -64,59 +65,91 @@ def bounded_sum(
       The sum by leaf, and what is known of every example.
     """
     inputs, index, plan = call.inputs, members.index, call.program.plan
-    outs, tape = regions.backward_pass(call.program, inputs)
+    apart = plan.adds_up and target.is_cpu()
+    decide = functools.partial(_decide, response=response, apart=apart)
+    lowered = lambda limit: with_rounding_margin(limit.astype(bookkeeping.dtype(plan)))
+    spot = None if callable(limit) else Spot(decide, lowered(limit), where)
+    outs, tape = regions.backward_pass(call, members, spot)
     norms, trusted = _norms(call, members, tape)
     good = jnp.isfinite(norms.value / norms.scale).all(1)
     keep = jnp.ones_like(good) if where is None else _compat.as_like(where, good)
-    alone = good & keep & ~trusted.all(1)
-    apart = plan.adds_up and target.is_cpu()
     each = functools.partial(one_by_one.each, call, tape, members)
     if callable(limit):
         if apart:
+            alone = good & keep & ~trusted.all(1)
             start = one_by_one.Progress(norms, jnp.zeros_like(norms.value), [])
             norms = each(alone, progress=start, bound=None).norms
         limit = limit(_shown(norms, keep), keep)
-    limit = jnp.broadcast_to(
-        with_rounding_margin(limit.astype(norms.value.dtype)), norms.value.shape
-    )
+    limit = jnp.broadcast_to(lowered(limit), norms.value.shape)
     limit = _compat.as_like(limit, norms.value)
-
-    def factor_of(norms: Norms, limit: jax.Array) -> jax.Array:
-        """0 where a product with it would leave the range, for cuts and lifts alike."""
-        before, factor = factors(norms, limit, response, "zero")
-        both = before * factor
-        return jnp.where((both >= _LEAST) & (both <= _MOST), both, jnp.zeros_like(both))
-
-    factor = jnp.where((good & keep)[:, None], factor_of(norms, limit), 0)
+    factor, later = decide(norms, trusted, limit, good & keep)
+    if tape.verdicts is not None:
+        factor, later = regions.with_verdicts(tape, factor, later)
     if not apart:
         sums = weighted_sum(call.program, inputs, tape, factor, index, good)
         return total(call, sums), make_info(
             call, outs, keep, _shown(norms, keep), factor
         )
-    # What is flushed to 0 of a sum may make it longer, not only shorter.
-    reached = factor * (norms.value / norms.scale)
-    alone |= good & keep & ((reached > 0) & (reached < _tiny(reached.dtype))).any(1)
-    usual_factor = jnp.where(alone[:, None], jnp.zeros_like(factor), factor)
     kept = None if tape.again is None else good
-    sums = weighted_sum(call.program, inputs, tape, usual_factor, index, kept)
+    now = jnp.where(later, jnp.zeros_like(factor), factor)
+    sums = weighted_sum(call.program, inputs, tape, now, index, kept)
     # A factor of 0 is not enough for what is not finite, 0 times NaN is NaN: then all
     # others are added up anew, one by one.
     anew = jnp.zeros((), bool) if kept is not None else ~good.all()
+    later |= anew
     counts = good & keep
 
     def bound(gradient: list, norms: Norms, row: Callable) -> tuple[list, jax.Array]:
         finite = jnp.isfinite(norms.value / norms.scale).all() & row(counts).all()
-        factor = jnp.where(finite, factor_of(norms, row(limit)), 0)
-        scaled = [times(x, factor[0, i or 0])
+        fit, missing = factor_of(norms, row(limit), response), row(later)
+        alone = jnp.where(finite & missing, fit, 0)
+        scaled = [times(x, entry(alone[0], i, x))
                   for x, i in zip(gradient, index, strict=True)]  # fmt: skip
-        return [jnp.where(finite, x, jnp.zeros_like(x)) for x in scaled], factor
+        added = [jnp.where(finite, x, jnp.zeros_like(x)) for x in scaled]
+        return added, jnp.where(missing, alone, row(factor))
 
     start = one_by_one.Progress(norms, factor, sums)
-    progress = each(alone, progress=start, bound=bound, anew=anew)
+    progress = each(later.any(1), progress=start, bound=bound, anew=anew)
     shown = _shown(progress.norms, keep)
     return total(call, progress.sums), make_info(
         call, outs, keep, shown, progress.factor
     )
+
+
+def factor_of(norms: Norms, limit: jax.Array, response: responses.Response) -> Any:
+    """0 where a product with it would leave the range, for cuts and lifts alike."""
+    before, factor = factors(norms, limit, response, "zero")
+    both = before * factor
+    return jnp.where((both >= _LEAST) & (both <= _MOST), both, jnp.zeros_like(both))
+
+
+def _decide(
+    norms: Norms,
+    trusted: jax.Array,
+    limit: jax.Array,
+    counts: jax.Array,
+    *,
+    response: responses.Response,
+    apart: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Factors `[B, N]`, and for which of them the gradient has to be formed, alone.
+
+    Args:
+      norms: `[B, N]`.
+      trusted: Whether they are exact enough.
+      limit: Thresholds, likewise.
+      counts: bool `[B]`, False for padding and for examples that are not finite.
+      response: From norms and thresholds to new norms.
+      apart: Whether anything can be formed alone.
+    """
+    counts = counts[:, None]
+    factor = jnp.where(counts, factor_of(norms, limit, response), 0)
+    if not apart:
+        return factor, jnp.zeros_like(trusted)
+    # What is flushed to 0 of a sum may make it longer, not only shorter.
+    reached = factor * (norms.value / norms.scale)
+    tiny = (reached > 0) & (reached < _tiny(reached.dtype))
+    return factor, counts & (~trusted | tiny)
 
 
 # Factors beyond these are no normal numbers, or their products are not.
@@ -175,7 +208,7 @@ def with_rounding_margin(limit: jax.Array) -> jax.Array:
 
 def measure(call: Call, members: Groups, where: jax.Array | None) -> PerExample:
     """Norms alone."""
-    outs, tape = regions.backward_pass(call.program, call.inputs)
+    outs, tape = regions.backward_pass(call, members)
     norms, trusted = _norms(call, members, tape)
     keep = jnp.ones_like(outs[0], bool) if where is None else where
     keep = _compat.as_like(keep, outs[0])

@@ -6,7 +6,7 @@ from typing import Any
 from clipfx.per_example.engine import ghost_norm, target
 from clipfx.per_example.engine.outer_products import by_element, key, sizes
 from clipfx.per_example.engine.param_views import LeafSlice
-from clipfx.per_example.engine.rules.site import IDS, Site
+from clipfx.per_example.engine.rules.site import IDS, Site, slices_of
 
 # Multiplications in the time that it takes to move a word through memory three times: a
 # gradient that is instantiated is written, read for its norm and read for the sum. Of
@@ -54,6 +54,26 @@ def unaligned(places: list[tuple[Site, LeafSlice]], outer: dict[int, int]) -> st
             return "several uses, scaled by element"
         elif not _measured_together((s1, p1), (s2, p2)):
             return "several uses in different forms"
+    return ""
+
+
+def apart(places: list[tuple[Site, LeafSlice]], outer: dict[int, int]) -> str:
+    """Why slices of a leaf cannot be measured by themselves, empty if they can.
+
+    Args:
+      places: The uses.
+      outer: By region, how many loops are around it.
+    """
+    turns: dict[int, set] = {}
+    for site, part in places:
+        found = slices_of(site, part)
+        if found is None:
+            return "a group for each slice, of which several are used at a time"
+        around = 0 if site.region is None else outer[site.region]
+        if found[0] is not None and found[0] < around:
+            turns.setdefault(site.region or 0, set()).add(part.region)
+    if any(len(regions) > 1 for regions in turns.values()):
+        return "a group for each slice, of which a turn uses several"
     return ""
 
 

@@ -70,20 +70,28 @@ class Given(NamedTuple):
         respect to this, instead of being recorded.
       doors: Parameters that enter regions, `[loops that slice..., ...]`.
       scales: By number of the site in a region its coefficients, likewise.
+      found: By region, zeros whose gradient becomes what it finds out, likewise.
+      ids: By region the groups of its columns, likewise.
     """
 
     taps: Mapping[int, Any] = _NONE
     slots: Mapping[int, Any] = _NONE
     doors: Mapping[int, Any] = _NONE
     scales: Mapping[int, Any] = _NONE
+    found: Mapping[int, Any] = _NONE
+    ids: Mapping[int, Any] = _NONE
 
-    def within(self, inner: JaxprPlan, doors: Sequence[Door] = ()) -> "Given":
+    def within(
+        self, inner: JaxprPlan, doors: Sequence[Door] = (), region: int | None = None
+    ) -> "Given":
         """Of a program inside, and for what enters it."""
         some = lambda xs, numbers: {n: xs[n] for n in numbers & xs.keys()}
         taps, numbers = inner.all_taps(), inner.numbers()
         numbers |= {door.number for door in doors}
         rest = (some(xs, numbers) for xs in (self.slots, self.doors, self.scales))
-        return Given(some(self.taps, taps), *rest)
+        regions = inner.all_regions() | ({region} if region is not None else set())
+        more = (some(xs, regions) for xs in (self.found, self.ids))
+        return Given(some(self.taps, taps), *rest, *more)
 
 
 _NOTHING = Given()
@@ -181,7 +189,7 @@ def _inside(
     thread: Any,
 ) -> Done:
     eqn, inner = node.jaxpr.eqns[k], node.inner[k]
-    given = given.within(inner, node.doors.get(k, ()))
+    given = given.within(inner, node.doors.get(k, ()), node.regions.get(k))
     if enter is not None and k in node.regions:
         return enter(node.regions[k], inner, eqn, inputs, given, thread)
 

@@ -77,7 +77,7 @@ def measuring(
     """What `in_parts` needs to measure norms, without `by_example`."""
 
     def compute(args: Any, keep: Any, _: None) -> tuple[list, PerExample]:
-        call = trace.prepare(signature, args, kwargs, ord=ord)
+        call = trace.prepare(signature, args, kwargs, ord=ord, members=members)
         if call.size:
             return [], clip.measure(call, members, keep)
         return [], clip.empty(call, len(members.names))._replace(factor=None)

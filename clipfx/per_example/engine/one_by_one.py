@@ -57,7 +57,8 @@ def each(
         contributions are added to the sums.
       bound: `bound(gradient, norms, row) -> contributions, factor [1, G]` for the
         gradient by leaf of one example, `row` picking what is the example's from arrays
-        `[B, ...]`; None to measure only.
+        `[B, ...]`, contributions and factor of what is not there yet; None to measure
+        only.
       anew: Whether to forget the sums, and to do all examples.
     """
     plan = call.program.plan
@@ -74,9 +75,14 @@ def each(
         gradient = _gradient(call, tape, row)
         # Behind barriers: of a constant XLA takes the scale out, and squares it.
         gradient = [jax.lax.optimization_barrier(x) for x in gradient]
-        parts = [
-            (*key, Elements([gradient[k] for k in ks])) for key, ks in alike.items()
-        ]
+        parts = []
+        for (axes, index), ks in alike.items():
+            some = [gradient[k] for k in ks]
+            if isinstance(index, tuple):
+                each = [bookkeeping.of_gradient(plan, x, index) for x in some]
+                parts += [(axes, *x) for xs in each for x in xs]
+            else:
+                parts.append((axes, index, Elements(some)))
         powers = bookkeeping.powers_of_parts(plan, parts, members)
         norms, _ = scaled_sums.norms(powers[None], plan.ord)
         chosen = number == i

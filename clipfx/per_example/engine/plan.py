@@ -10,6 +10,7 @@ from clipfx.per_example.engine import param_views
 from clipfx.per_example.engine.constants import Constant
 from clipfx.per_example.engine.cost_model import (
     BIAS_SUM,
+    apart,
     by_region,
     factored_cost,
     only_formed,
@@ -112,6 +113,7 @@ def make_plan(
     norms: bool = True,
     ord: int = 2,
     force: Any = None,
+    stacked: Sequence[bool] | None = None,
 ) -> Plan:
     """Walks a program and decides on a norm method for every parameter.
 
@@ -124,6 +126,8 @@ def make_plan(
       ord: p of the norm, 1 or 2.
       force: What to do wherever possible, for tests and measurements: `"factored"`,
         `"formed"` (after loops) or `"instantiated"`; a tuple says it by leaf.
+      stacked: Per leaf whether its slices along the first dimension have groups of
+        their own; None for none.
     """
     jaxpr = closed.jaxpr
     infos = [
@@ -136,7 +140,8 @@ def make_plan(
         )
     types = [jaxpr.invars[k].aval for k in leaves]
     walked = walk(closed, infos, len(leaves))
-    return _decide(walked, types, size, norms, ord, force)
+    stacked = [False] * len(leaves) if stacked is None else stacked
+    return _decide(walked, types, size, norms, ord, force, stacked)
 
 
 def _decide(
@@ -146,6 +151,7 @@ def _decide(
     norms: bool,
     ord: int,
     force: Any,
+    stacked: Sequence[bool],
 ) -> Plan:
     root, uses, reasons, doors = walked
     forces = force if isinstance(force, tuple) else (force,) * len(uses)
@@ -166,7 +172,9 @@ def _decide(
         if not norms:
             methods[leaf], costs[leaf] = "sum", 0
             continue
-        why = unaligned(places, outer)
+        why = unaligned(places, outer) or (
+            apart(places, outer) if stacked[leaf] else ""
+        )
         if why:
             methods[leaf], reasons[leaf] = INSTANTIATED, [why]
             continue

@@ -9,19 +9,29 @@ brings factors in a second one. What one of the pulls does not need XLA leaves o
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from clipfx import _compat
-from clipfx.per_example.engine import bookkeeping, interpreter, parts, primitives
+from clipfx._core.groups import Groups
+from clipfx.per_example.engine import (
+    bookkeeping,
+    interpreter,
+    parts,
+    primitives,
+    scaled_sums,
+    target,
+)
 from clipfx.per_example.engine.bookkeeping import Program, Tape
+from clipfx.per_example.engine.columns import Columns, each_in_one_place, of_regions
 from clipfx.per_example.engine.interpreter import Done, Given
 from clipfx.per_example.engine.plan import Plan
 from clipfx.per_example.engine.rules.site import Site
 from clipfx.per_example.engine.scaled_sums import SCALES
+from clipfx.per_example.engine.trace import Call
 from clipfx.per_example.engine.walk import JaxprPlan
 from clipfx.per_example.engine.weighted_sum import at_sites_of, like_weight, masked
 
@@ -30,107 +40,193 @@ class Thread(NamedTuple):
     """What goes through all regions, `[B, ...]`; nothing on the way forward.
 
     Attributes:
-      powers: By leaf `[4, 2]`: on the way back they are added up.
-      factor: `[L]`, by leaf; on the way back what gradients are multiplied with.
+      factor: `[G]`, on the way back what gradients are multiplied with.
       good: 1 where an example counts, on the way back.
     """
 
-    powers: dict[int, jax.Array]
     factor: jax.Array
     good: jax.Array
 
 
+class Spot(NamedTuple):
+    """What bounds gradients on the spot, where all of a group is in one region.
+
+    Attributes:
+      decide: `decide(norms, trusted, limit, counts)` returns factors, and which of
+        them are left for later, `[B, N]` each.
+      limit: Thresholds `[B or 1, G]`.
+      where: bool `[B]`, False for padding; None if there is none.
+    """
+
+    decide: Callable
+    limit: jax.Array
+    where: jax.Array | None
+
+
+class _Inside(NamedTuple):
+    """What is the same in all regions of a program.
+
+    Attributes:
+      plan: Decisions.
+      columns: By region what it measures apart.
+      decide: That of `Spot`; None where factors come in a second pull.
+      limit: `[G]` of one example, None likewise.
+      keep: Whether it is no padding, likewise.
+    """
+
+    plan: Plan
+    columns: dict[int, Columns]
+    decide: Callable | None = None
+    limit: jax.Array | None = None
+    keep: jax.Array | None = None
+
+
 def backward_pass(
-    program: Program, inputs: Sequence[Any]
+    call: Call, members: Groups, spot: Spot | None = None
 ) -> tuple[list[jax.Array], Tape]:
     """Runs forward and backward once, for norms; regions go on rematerializing.
 
     Args:
-      program: The loss.
-      inputs: Its inputs, flat, those that are mapped `[B, ...]`.
+      call: The loss and its inputs, those that are mapped `[B, ...]`.
+      members: Of the leaves.
+      spot: What bounds in regions, if that can be.
 
     Returns:
       Outputs `[B, ...]`, and the `Tape`.
     """
-    plan = program.plan
+    program, inputs, plan = call.program, call.inputs, call.program.plan
     if not plan.regions:
         return bookkeeping.backward_pass(program, inputs, norms=True)
-    sites, enter = plan.everywhere(), functools.partial(_enter, plan)
+    sites = plan.everywhere()
     rows = bookkeeping.like_rows(program, inputs)
     example = next(x for x, m in zip(inputs, program.mapped, strict=True) if m)
     each = lambda x: rows(_compat.rows_of(example, x))
     leaves = {k: inputs[program.params[k]] for k in sorted(plan.differentiated)}
-    taps, leaves, thread = jax.tree.map(
-        each, (bookkeeping.taps_of(plan), leaves, _thread(plan))
+    columns = of_regions(plan, members, call.split)
+    if spot is not None and not each_in_one_place(plan, columns, members):
+        spot = None
+    found = {n: _found(plan, x, spot is not None) for n, x in columns.items()}
+    thread = _thread(plan, members) if spot is None else None
+    taps, leaves, found, thread = jax.tree.map(
+        each, (bookkeeping.taps_of(plan), leaves, found, thread)
     )
+    limits: Any = ()
+    if spot is not None:
+        where = jnp.ones(call.size, bool) if spot.where is None else spot.where
+        shape = (call.size, spot.limit.shape[1])
+        like = each(jnp.zeros(shape[1:], spot.limit.dtype))
+        limit = _compat.as_like(jnp.broadcast_to(spot.limit, shape), like)
+        limits = (limit, _compat.as_like(where, like[:, 0]))
     body, tail = parts.split(plan.root, program.mapped)
     doors = _doors(program, inputs)
     inside = set().union(*(region.sites for region in plan.regions.values()))
     every = bookkeeping.scales_of(program, inputs)
     scales = {n: c for n, c in every.items() if n in inside}
+    ids = {n: jnp.asarray(x.ids) for n, x in columns.items() if x.ids.ndim > 1}
 
     def run(node: JaxprPlan, own: Any, doors: dict) -> Done:
-        """A part of the program, on `(leaves, taps, thread, more inputs)`."""
+        """A part of the program, on `(leaves, taps, found, thread, more inputs)`."""
 
-        def one(own: tuple, *example: Any) -> Done:
-            leaves, taps, thread, more = own
+        def one(own: tuple, limits: tuple, *example: Any) -> Done:
+            leaves, taps, found, thread, more = own
+            decide = None if spot is None else spot.decide
+            enter = functools.partial(_enter, _Inside(plan, columns, decide, *limits))
             values = bookkeeping.with_leaves(program, example, leaves)
-            given = Given(taps, doors=doors, scales=scales)
+            given = Given(taps, doors=doors, scales=scales, found=found, ids=ids)
             return interpreter.run(node, [*values, *more], sites, given, enter, thread)
 
-        mapped = (True, *program.mapped)
-        return bookkeeping.over_examples(one, mapped, [own, *inputs])
+        mapped = (True, True, *program.mapped)
+        return bookkeeping.over_examples(one, mapped, [own, limits, *inputs])
 
-    def first(leaves: dict, taps: dict, thread: Thread, doors: dict) -> Any:
-        done = run(body, (leaves, taps, thread, []), doors)
+    def first(leaves: dict, taps: dict, found: dict, thread: Any, doors: dict) -> Any:
+        done = run(body, (leaves, taps, found, thread, []), doors)
         floats, others = parts.halves(done.outs)
         return (floats, done.thread), (others, done.records)
 
     def last(others: dict, leaves: dict, taps: dict, floats: dict) -> Any:
         more = parts.joined(floats, others)
-        done = run(tail, (leaves, taps, None, more), {})
+        done = run(tail, (leaves, taps, {}, None, more), {})
         return done.outs[0], (done.outs[1:], done.records)
 
     some = lambda node: {n: taps[n] for n in taps.keys() & node.all_taps()}
     (floats, thread), pull_first, (others, data) = jax.vjp(
-        first, leaves, some(body), thread, doors, has_aux=True
+        first, leaves, some(body), found, thread, doors, has_aux=True
     )
     value, pull_last, (aux, more) = jax.vjp(
         functools.partial(last, others), leaves, some(tail), floats, has_aux=True
     )
     nothing = jax.tree.map(jnp.zeros_like, thread)
     leaves, deltas, back = pull_last(jnp.ones_like(value))
-    own, before, thread, _ = pull_first((back, nothing))
+    own, before, found, _, sums = pull_first((back, nothing))
     leaves = jax.tree.map(jnp.add, leaves, own)
-    outs, data, leaves, deltas, back = jax.tree.map(
-        rows, ([value, *aux], data | more, leaves, deltas | before, back)
+    outs, data, leaves, deltas, back, found = jax.tree.map(
+        rows, ([value, *aux], data | more, leaves, deltas | before, back, found)
     )
 
     def again(factor: jax.Array, good: jax.Array) -> dict[int, jax.Array]:
-        cotangents = nothing._replace(
-            factor=_compat.as_like(factor.astype(nothing.factor.dtype), nothing.factor),
-            good=_compat.as_like(good.astype(nothing.good.dtype), nothing.good),
-        )
+        if spot is not None:
+            return sums
+        like = lambda x, y: _compat.as_like(x.astype(y.dtype), y)
+        cotangents = Thread(like(factor, nothing.factor), like(good, nothing.good))
         # Or XLA would share what both pulls run again, and keep it for that.
         behind = lambda x: jax.lax.optimization_barrier((x, factor))[0]
         return pull_first((jax.tree.map(behind, back), cotangents))[-1]
 
     tape = bookkeeping.tape_of(plan, data, leaves, deltas)
-    return outs, tape._replace(powers=thread.powers, again=again)
+    return outs, tape._replace(
+        powers={n: x.powers for n, x in found.items()}, columns=columns, again=again,
+        verdicts=None if spot is None else {n: x.verdict for n, x in found.items()},
+    )  # fmt: skip
 
 
-def _thread(plan: Plan) -> Thread:
+def with_verdicts(
+    tape: Tape, factor: jax.Array, later: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Factors `[B, G]`, and what is left for later, with what regions decided."""
+    columns = {i: (factor[:, i : i + 1], later[:, i : i + 1])
+               for i in range(factor.shape[1])}  # fmt: skip
+    assert tape.verdicts is not None and tape.columns is not None
+    for n, x in tape.verdicts.items():
+        x = x.reshape(len(x), -1, 2)
+        for k, i in enumerate(tape.columns[n].ids.reshape(-1).tolist()):
+            columns[i] = (x[:, k : k + 1, 0], x[:, k : k + 1, 1] > 0)
+    pairs = [columns[i] for i in range(factor.shape[1])]
+    first, second = (jnp.concatenate(xs, 1) for xs in zip(*pairs, strict=True))
+    return _compat.as_like(first.astype(factor.dtype), factor), _compat.as_like(
+        second, later
+    )
+
+
+class _Found(NamedTuple):
+    """What a region has found out, as a gradient of zeros, `[outer loops..., ...]`.
+
+    Attributes:
+      powers: By mesh axes of its columns `[M, 4, 2]`, norms to the power of p.
+      verdict: `[N, 2]`, factors and what is left for later; None without `Spot`.
+    """
+
+    powers: list[jax.Array]
+    verdict: Any
+
+
+def _found(plan: Plan, columns: Columns, decides: bool) -> _Found:
     """Zeros, of one example."""
-    value, common = plan.root.jaxpr.outvars[0].aval, bookkeeping.dtype(plan)
-    zeros = lambda *shape: bookkeeping.zeros(shape, value).astype(common)
-    leaves = [
-        leaf
-        for leaf in range(len(plan.uses))
-        if any(region.uses[leaf] for region in plan.regions.values())
-    ]
-    own = lambda leaf: _compat.axes_of_type(plan.types[leaf])
-    powers = {leaf: _compat.vary(zeros(SCALES, 2), own(leaf)) for leaf in leaves}
-    return Thread(powers, zeros(len(plan.uses)), zeros())
+    *loops, count = columns.ids.shape
+    kinds = columns.by_axes().items()
+    powers = [_compat.vary(_zeros_of(plan, *loops, len(which), SCALES, 2), axes)
+              for axes, which in kinds]  # fmt: skip
+    verdict = _zeros_of(plan, *loops, count, 2) if decides else None
+    return _Found(powers, verdict)
+
+
+def _zeros_of(plan: Plan, *shape: int) -> jax.Array:
+    value = plan.root.jaxpr.outvars[0].aval
+    return bookkeeping.zeros(shape, value).astype(bookkeeping.dtype(plan))
+
+
+def _thread(plan: Plan, members: Groups) -> Thread:
+    """Zeros, of one example."""
+    return Thread(_zeros_of(plan, len(members.names)), _zeros_of(plan))
 
 
 def _doors(program: Program, inputs: Sequence[Any]) -> dict[int, jax.Array]:
@@ -146,28 +242,48 @@ def _doors(program: Program, inputs: Sequence[Any]) -> dict[int, jax.Array]:
 
 
 def _enter(
-    plan: Plan,
+    inside: _Inside,
     number: int,
     node: JaxprPlan,
     eqn: Any,
     inputs: list,
     given: Given,
-    thread: Thread,
+    thread: Any,
 ) -> Done:
     """Runs a region, from its entrance on."""
-    sites, enter = plan.everywhere(), functools.partial(_enter, plan)
+    plan, enter = inside.plan, functools.partial(_enter, inside)
+    sites = plan.everywhere()
 
-    def block(inputs: list, given: Given, thread: Thread) -> Done:
+    def block(inputs: list, given: Given, thread: Any) -> Done:
         if number in plan.regions:
-            given, thread = _entrance(plan, number, node)(inputs, given, thread)
+            given, thread = _entrance(inside, number, node)(inputs, given, thread)
         return interpreter.run(node, inputs, sites, given, enter, thread)
 
     again = jax.checkpoint(block, **primitives.remat_options(eqn))
     return again(inputs, given, thread)
 
 
-def _entrance(plan: Plan, number: int, node: JaxprPlan) -> Any:
+class _Fixed(NamedTuple):
+    """What an entrance is given and has no gradient.
+
+    Attributes:
+      inputs: Of the region, those that views of weights depend on.
+      scales: By site its coefficients.
+      ids: The group of each column, None if that is known.
+      limit: `[B, G]`, None without `Spot`.
+      keep: bool `[B]`, likewise.
+    """
+
+    inputs: dict
+    scales: dict
+    ids: Any
+    limit: Any
+    keep: Any
+
+
+def _entrance(inside: _Inside, number: int, node: JaxprPlan) -> Any:
     """`entrance(inputs, given, thread) -> given, thread` of one example."""
+    plan, columns = inside.plan, inside.columns[number]
     region, places = plan.regions[number], plan.regions[number].places()
     here = plan._replace(
         root=node, uses=region.uses, sites=region.sites, formed=region.formed,
@@ -176,9 +292,9 @@ def _entrance(plan: Plan, number: int, node: JaxprPlan) -> Any:
 
     @jax.custom_vjp
     def batched(
-        doors: dict, fixed: dict, scales: dict, thread: Thread
-    ) -> tuple[dict, dict, Thread]:
-        zeros = functools.partial(_zeros, thread.good)
+        doors: dict, found: _Found, thread: Any, fixed: _Fixed
+    ) -> tuple[dict, dict, Any]:
+        zeros = functools.partial(_zeros, found.powers[0])
         taps = {
             site.tap: zeros(site, site.eqn.outvars[0].aval)
             for site in region.sites.values()
@@ -191,31 +307,39 @@ def _entrance(plan: Plan, number: int, node: JaxprPlan) -> Any:
         return taps, slots, thread
 
     def forward(*args: Any) -> tuple[Any, tuple]:
-        return batched(*args), args[:3]
+        doors, _, _, fixed = args
+        return batched(*args), (doors, fixed)
 
-    def backward(kept: tuple, gradients: tuple) -> tuple[dict, None, None, Thread]:
-        (doors, fixed, scales), (deltas, data, thread) = kept, gradients
+    def backward(kept: tuple, gradients: tuple) -> tuple[dict, _Found, Any, None]:
+        (doors, fixed), (deltas, data, thread) = kept, gradients
         data = {
             n: interpreter.from_floats(x, _data(region.sites[n]).dtype)
             for n, x in data.items()
         }
         tape = bookkeeping.tape_of(here, data, {}, deltas)
-        values = [fixed.get(k) for k in range(len(node.jaxpr.invars))]
+        measure = functools.partial(_powers, here, columns, fixed.scales)
+        powers, verdict = jax.vmap(measure)(tape), None
+        if inside.decide is None:
+            factor, good = columns.of_turn(thread.factor, fixed.ids), thread.good > 0
+        else:
+            factor, later, good = _on_the_spot(inside, columns, powers, fixed)
+            verdict = jnp.stack([factor, later.astype(factor.dtype)], -1)
+            factor = jnp.where(later, 0, factor)
+        values = [fixed.inputs.get(k) for k in range(len(node.jaxpr.invars))]
         common = bookkeeping.dtype(here)
         at_sites = interpreter.at_sites(node, places, values, common, here.sites)
         weights, pull = jax.vjp(at_sites, doors)
-        index, good = list(range(len(here.uses))), thread.good > 0
-        grads = at_sites_of(here, tape, weights, thread.factor, index, good, masked)
+        grads = at_sites_of(here, tape, weights, factor, columns.index, good, masked)
         (sums,) = pull({n: like_weight(grads[n], w) for n, w in weights.items()})
-        found = jax.vmap(functools.partial(_powers, here, scales))(tape)
-        powers = thread.powers | {k: thread.powers[k] + x for k, x in found.items()}
-        return sums, None, None, thread._replace(powers=powers)
+        return sums, _Found(powers, verdict), thread, None
 
     batched.defvjp(forward, backward)
 
     @jax.custom_batching.custom_vmap
-    def entrance(doors: dict, fixed: dict, scales: dict, thread: Thread) -> Any:
-        alone = batched(doors, fixed, scales, jax.tree.map(lambda x: x[None], thread))
+    def entrance(doors: dict, found: _Found, thread: Any, fixed: _Fixed) -> Any:
+        one = lambda x: jax.tree.map(lambda y: y[None], x)
+        fixed = fixed._replace(limit=one(fixed.limit), keep=one(fixed.keep))
+        alone = batched(doors, one(found), one(thread), fixed)
         return jax.tree.map(lambda x: x[0], alone)
 
     @entrance.def_vmap
@@ -223,18 +347,35 @@ def _entrance(plan: Plan, number: int, node: JaxprPlan) -> Any:
         out = batched(*args)
         return out, jax.tree.map(lambda _: True, out)
 
-    def enter(inputs: list, given: Given, thread: Thread) -> tuple[Given, Thread]:
+    def enter(inputs: list, given: Given, thread: Any) -> tuple[Given, Any]:
         doors = {n: given.doors[n] for n in region.doors}
         needed = enumerate(node.jaxpr.invars)
-        fixed = {k: inputs[k] for k, v in needed if v in node.needed}
+        known = {k: inputs[k] for k, v in needed if v in node.needed}
         own = given.scales.keys() & region.sites.keys()
         scales = {n: given.scales[n] for n in own}
-        taps, slots, thread = entrance(doors, fixed, scales, thread)
-        left = {n: c for n, c in given.scales.items() if n not in own}
-        taps, slots = dict(given.taps) | taps, dict(given.slots) | slots
-        return Given(taps, slots, given.doors, left), thread
+        fixed = _Fixed(known, scales, given.ids.get(number), inside.limit, inside.keep)
+        taps, slots, thread = entrance(doors, given.found[number], thread, fixed)
+        return given._replace(
+            taps=dict(given.taps) | taps, slots=dict(given.slots) | slots,
+            scales={n: c for n, c in given.scales.items() if n not in own},
+        ), thread  # fmt: skip
 
     return enter
+
+
+def _on_the_spot(
+    inside: _Inside, columns: Columns, powers: list[jax.Array], fixed: _Fixed
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Factors `[B, N]`, what is left for later, and which examples are finite here."""
+    assert inside.decide is not None
+    whole = map(bookkeeping.over, powers, columns.by_axes())
+    norms, trusted = scaled_sums.norms(
+        columns.in_order([*whole]), inside.plan.ord, bound=not target.is_cpu()
+    )
+    good = jnp.isfinite(norms.value / norms.scale).all(1)
+    limit = columns.of_turn(fixed.limit, fixed.ids)
+    factor, later = inside.decide(norms, trusted, limit, good & fixed.keep)
+    return factor, later, good
 
 
 def _data(site: Site) -> Any:
@@ -262,16 +403,22 @@ def _zeros(rows: jax.Array, site: Site, aval: Any) -> jax.Array:
     return _compat.reshard(zeros, (spec[0], *turns, *own, *ends))
 
 
-def _powers(plan: Plan, scales: dict, tape: Tape) -> dict[int, jax.Array]:
-    """Norms `[4, 2]` of one example's gradient to the power of p, by leaf."""
-    found: dict[int, list] = {k: [] for k, places in enumerate(plan.uses) if places}
-    alike: dict[Any, list[int]] = {}  # what is measured together varies over the same
-    for leaf in found:
-        alike.setdefault(_compat.axes_of_type(plan.types[leaf]), []).append(leaf)
-    for leaves in alike.values():
-        of_leaf = functools.partial(bookkeeping.of_leaf, plan)
-        parts = [(k, x) for k in leaves for x in of_leaf(k, tape, scales)]
-        index, rows = bookkeeping.measure(parts, plan.ord, bookkeeping.dtype(plan))
-        for leaf, row in zip(index, rows, strict=True):
-            found[leaf].append(row)
-    return {leaf: functools.reduce(jnp.add, rows) for leaf, rows in found.items()}
+def _powers(plan: Plan, columns: Columns, scales: dict, tape: Tape) -> list[jax.Array]:
+    """Norms of one example's gradient to the power of p, by column, see `_Found`."""
+    parts = [
+        x for leaf, index in enumerate(columns.index) if plan.uses[leaf]
+        for x in bookkeeping.of_leaf(plan, leaf, index, tape, scales)
+    ]  # fmt: skip
+    found = []
+    for which in columns.by_axes().values():
+        mine = lambda k: k[0] if isinstance(k, tuple) else k
+        some = [(k, x) for k, x in parts if mine(k) in which]
+        index, rows = bookkeeping.measure(some, plan.ord, bookkeeping.dtype(plan))
+        sums = [
+            functools.reduce(
+                jnp.add, [rows[j : j + 1] for j, i in enumerate(index) if i == k]
+            )
+            for k in which
+        ]
+        found.append(sums[0] if len(sums) == 1 else jnp.concatenate(sums))
+    return found

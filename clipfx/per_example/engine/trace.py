@@ -10,7 +10,7 @@ import numpy as np
 
 from clipfx import _compat
 from clipfx._core.checks import check_keywords
-from clipfx._core.groups import is_counted
+from clipfx._core.groups import Groups, is_counted
 from clipfx._core.paths import leaves_with_path, name_of, prefix_lookup, words
 from clipfx.per_example.engine.bookkeeping import Program
 from clipfx.per_example.engine.plan import make_plan
@@ -145,6 +145,7 @@ def prepare(
     ord: int = 2,
     force: Any = None,
     large: bool = False,
+    members: Groups | None = None,
 ) -> Call:
     """Traces the loss of one example and decides on norm methods.
 
@@ -156,6 +157,7 @@ def prepare(
       ord: p of the norm, 1 or 2.
       force: See `make_plan`.
       large: Whether to decide as for a batch that no cache holds.
+      members: Of the leaves, for slices with groups of their own; None for none.
     """
     argnums = numbers(signature, "argnums", len(args))
     batch_argnums = numbers(signature, "batch_argnums", len(args))
@@ -226,9 +228,10 @@ def prepare(
     if force is None:
         force = forced(signature.norm_method, params)
     count = 2**30 if large else size
+    index = () if members is None else members.index
     plan = make_plan(
         program["jaxpr"], param_inputs, mapped, size=count, norms=norms, ord=ord,
-        force=force,
+        force=force, stacked=[isinstance(i, tuple) for i in index] or None,
     )  # fmt: skip
     built = Program(plan, tuple(param_inputs), mapped)
     axes, split = [batch - x for x in param_axes], [x - batch for x in param_axes]

@@ -82,6 +82,11 @@ class JaxprPlan(NamedTuple):
         some = [*self.sites.values(), *self.doors.values()]
         return {s.number for sites in some for s in sites}.union(*inside)
 
+    def all_regions(self) -> set[int]:
+        """Numbers of what is rematerialized here and inside."""
+        inside = [node.all_regions() for node in self.insides()]
+        return set(self.regions.values()).union(*inside)
+
     def all_taps(self) -> set[int]:
         """Numbers of taps here and inside."""
         inside = [node.all_taps() for node in self.insides()]

@@ -1,17 +1,19 @@
 """Weighted sums of gradients, from what one pass over a batch left behind."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipfx import _compat
 from clipfx._core.leaves import widen
 from clipfx.per_example.engine import bookkeeping, interpreter, target
 from clipfx.per_example.engine.bookkeeping import Program, Tape
+from clipfx.per_example.engine.param_views import LeafSlice
 from clipfx.per_example.engine.plan import Plan
-from clipfx.per_example.engine.rules.site import Site, floating
+from clipfx.per_example.engine.rules.site import Site, floating, groups_of
 
 
 def weighted_sum(
@@ -19,7 +21,7 @@ def weighted_sum(
     inputs: Sequence[Any],
     tape: Tape,
     factor: jax.Array | None,
-    index: Sequence[int | None],
+    index: Sequence[Any],
     good: jax.Array | None,
 ) -> list[jax.Array]:
     """Sums over examples of gradients times factors, by leaf, in float32 or wider.
@@ -29,7 +31,7 @@ def weighted_sum(
       inputs: As for `backward_pass`.
       tape: From `backward_pass`.
       factor: `[B, G]`, 0 where an example is not good; None for 1.
-      index: By leaf its group.
+      index: By leaf its group, or those of its slices along the first dimension.
       good: bool `[B]`, which examples have only finite numbers on the tape; None if
         nothing has to be left out.
     """
@@ -37,7 +39,9 @@ def weighted_sum(
     params = [widen(inputs[k]) for k in program.params]
     sums = [jnp.zeros_like(p) for p in params]
     for leaf, x in tape.leaves.items():
-        x = mask(_scale(x, factor, ((index[leaf], 0),), None), good)
+        each = index[leaf] if isinstance(index[leaf], tuple) else (index[leaf],)
+        groups = _Factors((), tuple((g, 1) for g in each))
+        x = mask(_scale(x, factor, groups, 1), good)
         sums[leaf] = x.sum(0, dtype=params[leaf].dtype)
     sites = plan.sites | plan.doors()
     if not sites:
@@ -53,7 +57,7 @@ def weighted_sum(
     grads = at_sites_of(plan, tape, weights, factor, index, good, drop)
     if tape.again is not None:
         assert factor is not None and good is not None
-        grads |= tape.again(jnp.stack([factor[:, g or 0] for g in index], 1), good)
+        grads |= tape.again(factor, good)
     (back,) = pull({n: like_weight(grads[n], w) for n, w in weights.items()})
     for leaf, x in back.items():
         sums[leaf] = x.astype(params[leaf].dtype)
@@ -65,7 +69,7 @@ def at_sites_of(
     tape: Tape,
     weights: dict,
     factor: jax.Array | None,
-    index: Sequence[int | None],
+    index: Sequence[Any],
     good: jax.Array | None,
     drop: Callable[[list, jax.Array | None], list],
 ) -> dict[int, jax.Array]:
@@ -80,11 +84,14 @@ def at_sites_of(
       good: Which examples are finite.
       drop: `drop(data, good)` takes examples out that are not good.
     """
-    groups = {n: _groups(site, index) for n, site in plan.sites.items()}
+    groups = {n: _groups(site, index, range(len(site.loops)))
+              for n, site in plan.sites.items()}  # fmt: skip
     grads = _of_sites(plan, tape, weights, factor, groups, good, drop)
     for n, x in tape.formed.items():
-        axis = _axis_of_weight(plan.sites[n])
-        grads[n] = mask(_scale(x, factor, groups[n], axis), good).sum(0)
+        site = plan.sites[n]
+        turns = [k for k, cut in enumerate(site.sliced) if cut]
+        scaled = _scale(x, factor, _groups(site, index, turns), _axis_of_weight(site))
+        grads[n] = mask(scaled, good).sum(0)
     return grads
 
 
@@ -166,12 +173,36 @@ def mask(x: jax.Array, good: jax.Array | None) -> jax.Array:
     return jnp.where(good.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
 
 
-def _groups(site: Site, index: Sequence[int | None]) -> tuple[tuple[Any, int], ...]:
-    """For every part of a weight its group, and how long it is."""
-    parts = [(0 if p.leaf is None else index[p.leaf], p.stop - p.start)
-             for p in site.view.parts]  # fmt: skip
-    distinct = {index[leaf] for leaf in site.view.leaves}
-    return ((distinct.pop(), 0),) if len(distinct) == 1 else tuple(parts)
+class _Factors(NamedTuple):
+    """Which factors belong where.
+
+    Attributes:
+      loops: How long the loops are along which they may differ.
+      parts: For every part along the axis its group and how long it is; the group of
+        every turn of all loops, one after the other, where it is not the same.
+    """
+
+    loops: tuple[int, ...]
+    parts: tuple[tuple[int | tuple[int, ...], int], ...]
+
+
+def _groups(site: Site, index: Sequence[Any], loops: Sequence[int]) -> _Factors:
+    """Those of a site, along some of its loops, given by position."""
+    lengths = tuple(site.loops[k][1] for k in loops)
+
+    def group(p: LeafSlice) -> Any:
+        if p.leaf is None or index[p.leaf] is None:
+            return 0
+        loop, groups = groups_of(site, p, index[p.leaf])
+        if loop is None:
+            return groups
+        turns = np.indices(lengths)[loops.index(loop)].reshape(-1)
+        return tuple(np.asarray(groups)[turns].tolist())
+
+    parts = tuple((group(p), p.stop - p.start) for p in site.view.parts)
+    known = {group for (group, _), p in zip(parts, site.view.parts, strict=True)
+             if p.leaf is not None}  # fmt: skip
+    return _Factors(lengths, ((known.pop(), 0),) if len(known) == 1 else parts)
 
 
 def _axis_of_weight(site: Site) -> int | None:
@@ -179,16 +210,32 @@ def _axis_of_weight(site: Site) -> int | None:
     return None if axis is None else 1 + sum(site.sliced) + axis
 
 
-def _scale(x: Any, factor: jax.Array | None, groups: tuple, axis: int | None) -> Any:
-    """Multiplies `[B, ...]` by factors `[B, G]`, those of the groups along `axis`."""
+def _scale(x: Any, factor: jax.Array | None, groups: _Factors, axis: int | None) -> Any:
+    """Multiplies `[B, loops..., ...]` by factors `[B, G]`, of parts along `axis`."""
     if factor is None:
         return widen(x)
-    if len(groups) == 1:
-        row, shape = factor[:, groups[0][0]], (x.shape[0],) + (1,) * (x.ndim - 1)
+    loops = groups.loops
+
+    def of(group: int | tuple[int, ...]) -> jax.Array:
+        """`[B, loops...]`, the loops 1 long where it is the same in all turns."""
+        if isinstance(group, int):
+            return factor[:, group].reshape(-1, *[1] * len(loops))
+        low, high = group[0], group[-1] + 1
+        if group == tuple(range(low, high)):
+            return factor[:, low:high].reshape(-1, *loops)
+        columns = [factor[:, g : g + 1] for g in group]
+        return jnp.concatenate(columns, 1).reshape(-1, *loops)
+
+    rows = [of(group) for group, _ in groups.parts]
+    if len(rows) == 1:
+        (row,) = rows
     else:
-        rows = [
-            jnp.broadcast_to(factor[:, i, None], (x.shape[0], n)) for i, n in groups
-        ]
-        row, shape = jnp.concatenate(rows, axis=1), [1] * x.ndim
-        shape[0], shape[axis] = row.shape
-    return widen(x) * row.reshape(shape).astype(widen(x).dtype)
+        assert axis is not None
+        lead = jnp.broadcast_shapes(*(y.shape for y in rows))
+        pieces = [jnp.broadcast_to(y[..., None], (*lead, n))
+                  for y, (_, n) in zip(rows, groups.parts, strict=True)]  # fmt: skip
+        row = jnp.concatenate(pieces, -1)
+        between = [1] * (axis - len(lead))
+        row = row.reshape(*lead, *between, row.shape[-1])
+    row = row.reshape(*row.shape, *[1] * (x.ndim - row.ndim))
+    return widen(x) * row.astype(widen(x).dtype)

@@ -163,6 +163,52 @@ def split_loops(site: Site, part: LeafSlice) -> tuple[list[int], list[int]]:
     return outer, [k for k in range(len(site.loops)) if k not in outer]
 
 
+def groups_of(
+    site: Site, part: LeafSlice, index: Any
+) -> tuple[int | None, int | tuple[int, ...]]:
+    """The loop, by position, that takes a slice with a group of its own each turn.
+
+    And the group, or those of all turns; None and one group where there is no loop.
+
+    Args:
+      site: Where.
+      part: One of `site.view.parts`.
+      index: The group of the leaf, or of each slice along its first dimension.
+    """
+    if not isinstance(index, tuple):
+        return None, index
+    found = slices_of(site, part)
+    assert found is not None
+    loop, low, high = found
+    return (None, index[low]) if loop is None else (loop, index[low:high])
+
+
+def slices_of(site: Site, part: LeafSlice) -> tuple[int | None, int, int] | None:
+    """Which slices along the leaf's first dimension a part is, from and to.
+
+    Before them the position of the loop that takes one each turn, None for one slice.
+    None if it is not known, or if there are several at a time.
+    """
+    if not part.region:
+        return None
+    low, high = part.region[0]
+    if high - low == 1:
+        return None, low, high
+    stacks = dict(part.stack)
+    for k, (loop, turns) in enumerate(site.loops):
+        if stacks.get(loop) == (0,) and turns == high - low:
+            return k, low, high
+    return None
+
+
+def turn_of(site: Site, part: LeafSlice, loop: int) -> tuple[Site, LeafSlice]:
+    """The same within one turn of a loop, given by position."""
+    number, _ = site.loops[loop]
+    stack = tuple(x for x in part.stack if x[0] != number)
+    loops = site.loops[:loop] + site.loops[loop + 1 :]
+    return site._replace(loops=loops), part._replace(stack=stack)
+
+
 def of_part(site: Site, part: LeafSlice, x: jax.Array) -> tuple[jax.Array, list[int]]:
     """What of `[loops that slice..., weight]` a part is.
 
