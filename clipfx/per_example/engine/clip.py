@@ -83,8 +83,8 @@ def bounded_sum(
     limit = jnp.broadcast_to(lowered(limit), norms.value.shape)
     limit = _compat.as_like(limit, norms.value)
     factor, later = decide(norms, trusted, limit, good & keep)
-    if tape.verdicts is not None:
-        factor, later = regions.with_verdicts(tape, factor, later)
+    # What is not finite, as may turn out later, contributes nothing to any group.
+    factor, later = regions.with_verdicts(tape, factor, later)
     if not apart:
         sums = weighted_sum(call.program, inputs, tape, factor, index, good)
         return total(call, sums), make_info(

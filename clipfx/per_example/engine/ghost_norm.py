@@ -8,6 +8,7 @@ is only the case of one position, :math:`|u|_p^p |v|_p^p`.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,8 +23,9 @@ from clipfx.per_example.engine.coefficients import Scale
 from clipfx.per_example.engine.outer_products import Factors
 from clipfx.per_example.engine.scaled_sums import Elements, Power
 
-# More positions than this are taken in tiles, half of which symmetry saves.
-TILE = 256
+# More positions than this are taken in tiles, half of which symmetry saves. Small ones
+# leave most of a TPU's matrix unit idle.
+_TILE, _TILE_ELSEWHERE = 256, 512
 
 
 class Products(NamedTuple):
@@ -72,30 +74,58 @@ def powers_of_products(
         each = [_of_several(products[k], dtype) for k in some]
         columns = zip(*(x[:4] for x in each), strict=True)
         total, terms, u, v = map(_compat.stack, columns)
-        odd, rest = scaled_sums.unusual(u, v, [x[4] for x in each])
+        total, dims = jnp.maximum(total, 0), [x.dims for x in each]
+        if target.is_cpu():
+            odd, rest = scaled_sums.unusual(u, v, [k * n for k, n in dims])
+        else:
+            odd, missed = scaled_sums.unseen(u, v, dims)
+            most = missed * missed
+            # Nothing is formed here: what is missed counts as much as it may be.
+            total = jnp.where(odd, most, (jnp.sqrt(total) + missed) ** 2)
+            odd, rest = ~jnp.isfinite(total), jnp.maximum(total - terms, 0)
         # What cannot be measured so is not to be trusted, whatever came of it.
-        total = jnp.where(odd, 0, jnp.maximum(total, 0))
+        total = jnp.where(odd, 0, total)
         terms = jnp.where(odd, jnp.inf, terms + rest)
         power = scaled_sums.at_scale(total, terms)
-        more = [x[5] for x in each if x[5] is not None]
+        more = [x.n for x in each if x.n is not None]
         if more:
             power = power._replace(n=power.n + 2 * _compat.stack(more))
         powers.append(power)
     return order, scaled_sums.join(powers)
 
 
+def _tile() -> int:
+    """How many positions are taken at once."""
+    return _TILE if target.is_cpu() else _TILE_ELSEWHERE
+
+
 def _cast(x: jax.Array, dtype: Any) -> jax.Array:
     return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
-def _of_several(
-    sums: Products, dtype: Any
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, int, jax.Array | None]:
-    """The square of the norm, that of terms, and what tells whether to trust them.
+class _Square(NamedTuple):
+    """A squared norm, and what tells whether to trust it.
 
-    That is the largest magnitudes of rows u and v, and the size of their product. Last
-    comes the exponent of what the norm is to be multiplied by, if there is any.
+    Attributes:
+      total: The square.
+      terms: The same of terms.
+      left: `[T]`, the largest magnitude of every row u; elsewhere than on CPUs its
+        norm, which needs no pass over rows, or as much as that can be.
+      right: The same of rows v.
+      dims: How long rows are.
+      n: The exponent of what the norm is to be multiplied by, None if there is none.
     """
+
+    total: jax.Array
+    terms: jax.Array
+    left: jax.Array
+    right: jax.Array
+    dims: tuple[int, int]
+    n: jax.Array | None
+
+
+def _of_several(sums: Products, dtype: Any) -> _Square:
+    """Of several positions."""
     factors = _align(sums.factors)
     if any(f.by_index for f in factors):  # look-ups do not know about meshes
         factors = [
@@ -106,19 +136,21 @@ def _of_several(
     dense = _join([f for f in factors if not f.by_index], dtype)
     rows = _join([f for f in factors if f.by_index], dtype)
     total = terms = jnp.zeros((), dtype)
-    left, right, count = [], [], 1
+    left, right, dims = [], [], [(1, 1)]
     if dense is not None:
-        total, terms = _gram(dense.left, dense.right, sums.precision, dtype)
-        left.append(_peaks(dense.left).astype(dtype))
-        right.append(_peaks(dense.right).astype(dtype))
-        count = dense.left.shape[-1] * dense.right.shape[-1]
+        total, terms, *norms = _gram(dense.left, dense.right, sums.precision, dtype)
+        if target.is_cpu():
+            norms = [_peaks(x).astype(dtype) for x in (dense.left, dense.right)]
+        left.append(norms[0])
+        right.append(norms[1])
+        dims.append((dense.left.shape[-1], dense.right.shape[-1]))
     if rows is not None:
         rows = rows._replace(right=rows.right.astype(dtype))
         total += add_up(abs_power(_sum_rows(rows.left, rows.right), 2))
         terms += add_up(abs_power(rows.right, 2))
-        right.append(_peaks(rows.right))
+        dims.append((1, rows.right.shape[-1]))
+        right.append(_sizes(_peaks(rows.right), dims[-1][1]))
         left.append(jnp.ones_like(right[-1]))
-        count = max(count, rows.right.shape[-1])
     if dense is not None and rows is not None:
         take = functools.partial(jnp.take_along_axis, axis=2)
         ids = jnp.broadcast_to(
@@ -126,10 +158,16 @@ def _of_several(
         )
         inner = _matmul(dense.right.astype(dtype), rows.right, sums.precision, dtype)
         total += 2 * add_up(take(dense.left, ids).astype(dtype) * inner)
-    left += [x for x, _ in before]
-    right += [x for _, x in before]
+    most = max(dims, key=math.prod)
+    left += [_sizes(x, most[0]) for x, _ in before]
+    right += [_sizes(x, most[1]) for _, x in before]
     one = lambda xs: xs[0] if len(xs) == 1 else jnp.concatenate(xs)
-    return total, terms, one(left), one(right), count, n
+    return _Square(total, terms, one(left), one(right), most, n)
+
+
+def _sizes(peaks: jax.Array, dim: int) -> jax.Array:
+    """What `_Square` has of rows, from their largest magnitudes."""
+    return peaks if target.is_cpu() else peaks * dim**0.5
 
 
 # Of rows v this many exponents are squared together, and so many bands are; of
@@ -302,34 +340,45 @@ def _matmul(
 
 def _gram(
     left: jax.Array, right: jax.Array, precision: jax.lax.PrecisionLike, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The sum over pairs of positions, in tiles, and that of pairs of a position alone.
+
+    And the norms of rows on the left and on the right.
 
     By position: where gradients cancel the sum of a row does, that of a tile does not.
     Of several tiles some 2^20 times the rounding of their sum counts like pairs.
     """
     length = left.shape[1]
-    count = -(-length // TILE)
+    count = -(-length // _tile())
     edges = [length * k // count for k in range(count + 1)]
     part = lambda k: tuple(x[:, edges[k] : edges[k + 1]] for x in (left, right))
     rows: list[list[jax.Array]] = [[] for _ in range(count)]
-    terms = jnp.zeros((), dtype)
+    squares: list[tuple[jax.Array, jax.Array]] = []
     for k in range(count):
         for j in range(k + 1):
             (u, v), (x, y) = part(k), part(j)
-            tile = _matmul(u, x, precision, dtype) * _matmul(v, y, precision, dtype)
+            left_tile = _matmul(u, x, precision, dtype)
+            right_tile = _matmul(v, y, precision, dtype)
+            tile = left_tile * right_tile
             rows[k].append(tile.sum((0, 2)))
             if j < k:
                 rows[j].append(tile.sum((0, 1)))
             else:
-                flat = tile.reshape(tile.shape[0], -1)  # a slice: gathers are slow
-                terms += lax.slice_in_dim(flat, 0, None, tile.shape[1] + 1, 1).sum()
+                squares.append((_diagonal(left_tile), _diagonal(right_tile)))
     add = lambda xs: functools.reduce(jnp.add, xs)
     total = jnp.concatenate([summed(add(row)) for row in rows]).sum()
+    u, v = (jnp.concatenate(xs, 1) for xs in zip(*squares, strict=True))
+    terms = (u * v).sum()
     if count > 1:
         sizes = jnp.concatenate([add(map(jnp.abs, row)) for row in rows])
         terms = jnp.maximum(terms, jnp.sqrt((sizes * sizes).sum()))
-    return total, terms
+    return total, terms, jnp.sqrt(u).reshape(-1), jnp.sqrt(v).reshape(-1)
+
+
+def _diagonal(tiles: jax.Array) -> jax.Array:
+    """`[S, T]` of `[S, T, T]`."""
+    flat = tiles.reshape(tiles.shape[0], -1)  # a slice: gathers are slow
+    return lax.slice_in_dim(flat, 0, None, tiles.shape[1] + 1, 1)
 
 
 def _sum_rows(ids: jax.Array, rows: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clipfx import _compat
 from clipfx._core.groups import Groups
@@ -182,19 +183,25 @@ def backward_pass(
 def with_verdicts(
     tape: Tape, factor: jax.Array, later: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Factors `[B, G]`, and what is left for later, with what regions decided."""
-    columns = {i: (factor[:, i : i + 1], later[:, i : i + 1])
-               for i in range(factor.shape[1])}  # fmt: skip
-    assert tape.verdicts is not None and tape.columns is not None
-    for n, x in tape.verdicts.items():
+    """Factors `[B, G]`, and what is left for later, with what regions decided.
+
+    All that regions did not decide is left, where anything of an example is.
+    """
+    groups = range(factor.shape[1])
+    decided = {}
+    for n, x in (tape.verdicts or {}).items():
         x = x.reshape(len(x), -1, 2)
-        for k, i in enumerate(tape.columns[n].ids.reshape(-1).tolist()):
-            columns[i] = (x[:, k : k + 1, 0], x[:, k : k + 1, 1] > 0)
-    pairs = [columns[i] for i in range(factor.shape[1])]
-    first, second = (jnp.concatenate(xs, 1) for xs in zip(*pairs, strict=True))
-    return _compat.as_like(first.astype(factor.dtype), factor), _compat.as_like(
-        second, later
-    )
+        for k, i in enumerate((tape.columns or {})[n].ids.reshape(-1).tolist()):
+            decided[i] = x[:, k : k + 1]
+    if decided:
+        own = lambda x, k: [decided[i][..., k] if i in decided else x[:, i : i + 1]
+                            for i in groups]  # fmt: skip
+        first, second = (jnp.concatenate(own(x, k), 1) for k, x in
+                         enumerate((factor, later.astype(factor.dtype))))  # fmt: skip
+        factor = _compat.as_like(first, factor)
+        later = _compat.as_like(second > 0, later)
+    others = np.array([i not in decided for i in groups])
+    return factor, later | (later.any(1, keepdims=True) & others[None])
 
 
 class _Found(NamedTuple):

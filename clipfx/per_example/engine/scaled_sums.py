@@ -131,6 +131,33 @@ def unusual(
     return (usual & (largest > high)).any(-1), jnp.where(lost > 0, least, 0)
 
 
+def unseen(
+    u: jax.Array, v: jax.Array, dims: Sequence[tuple[int, int]]
+) -> tuple[jax.Array, jax.Array]:
+    """Whether squares may overflow; and what norms may miss, at most all there is.
+
+    From norms of rows, which may have vanished themselves.
+
+    Args:
+      u: `[K, T]`, norms of rows, or more.
+      v: `[K, T]`, those of the rows in the outer product with them.
+      dims: K times how long rows are.
+    """
+    info = jnp.finfo(u.dtype)
+    high = 2.0 ** (info.maxexp // 4)
+    low = 2.0 ** (-info.maxexp * 3 // 8)  # as of elements in `unusual`
+    k, n = (jnp.asarray([d[j] ** 0.5 for d in dims], u.dtype)[:, None] for j in (0, 1))
+    odd = ~(jnp.maximum(jnp.maximum(u, v), u * v) <= high)  # or not a number
+    least = jnp.minimum(jnp.minimum(u / k, v / n), u * v / (k * n))
+    # Where the square of an element vanishes it is less than that; so may what is
+    # missed not be, whose square is to be added.
+    gone = 2.0 ** (-info.maxexp // 2 + 4)
+    size = jnp.maximum(u, k * gone) * jnp.maximum(v, n * gone)
+    size = jnp.maximum(size, gone)
+    odd = odd.any(-1)
+    return odd, jnp.where((least < low) | odd[:, None], size, 0).sum(-1)
+
+
 class Elements(NamedTuple):
     """Arrays to be measured.
 
