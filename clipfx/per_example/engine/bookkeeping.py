@@ -131,6 +131,10 @@ def tape_of(
       deltas: Gradients with respect to outputs, by number of the tap.
       norms: Whether norms will be asked for.
     """
+    deltas = deltas | {
+        site.tap: deltas[site.tap].reshape(_delta_shape(site, deltas[site.tap]))
+        for site in plan.sites.values()
+    }
     data, leaves, deltas = jax.tree.map(_settled, (data, leaves, deltas))
     formed = {}
     for n in plan.formed if norms else ():
@@ -187,13 +191,23 @@ def _settled(x: jax.Array) -> jax.Array:
 
 
 def taps_of(plan: Plan) -> dict[int, jax.Array]:
-    """Zeros for every tap, `[loops..., ...]`."""
+    """Zeros for every tap, `[loops..., 1, ...]`, or `[...]` where there are no loops.
+
+    The 1 tells them from what loops keep on the way forward: XLA would share the zeros
+    that both start from, and fill them in, where nothing reads them.
+    """
 
     def like(site: Site) -> jax.Array:
-        out = site.eqn.outvars[0].aval
-        return zeros((*(n for _, n in site.loops), *out.shape), out)
+        out, loops = site.eqn.outvars[0].aval, [n for _, n in site.loops]
+        return zeros((*loops, *[1] * bool(loops), *out.shape), out)
 
     return {site.tap: like(site) for site in plan.sites.values()}
+
+
+def _delta_shape(site: Site, delta: jax.Array) -> tuple[int, ...]:
+    """`[B, loops..., ...]`."""
+    turns = tuple(n for _, n in site.loops)
+    return (delta.shape[0], *turns, *site.eqn.outvars[0].aval.shape)
 
 
 def zeros(shape: tuple[int, ...], like: Any) -> jax.Array:

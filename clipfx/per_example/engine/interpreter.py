@@ -30,7 +30,7 @@ def tap(x: jax.Array, tapped: jax.Array) -> jax.Array:
 
 @tap.defjvp
 def _tap_jvp(primals, tangents):
-    return tap(*primals), tangents[0] + tangents[1]
+    return tap(*primals), tangents[0] + tangents[1].reshape(primals[0].shape)
 
 
 @jax.custom_vjp
