@@ -222,7 +222,10 @@ def clipped_grad(
       batch_argnums: Which arguments have an axis of examples in front: trees of arrays
         `[B, ...]`. All others are the same for every example. Static.
       has_aux: Whether `fun` returns `(loss, aux)`. Static.
-      groups: Which leaves share a norm, see `clipfx.clip_by_norm`. Static.
+      groups: Which leaves share a norm, see `clipfx.clip_by_norm`. A label that ends in
+        `/*` is one group for each slice along the leaf's first dimension, for layers
+        that are stacked for `scan`: `blocks/*` means `blocks/0`, `blocks/1` and so on.
+        Static.
       response: From norms and thresholds to new norms, one of `clipfx.responses` or
         your own; None means `hard`.
       ord: p of the norm, 2 or 1; None means 2. The 1-norm, for Laplace noise, has a
@@ -263,7 +266,9 @@ def clipped_grad(
     Differs from the source: one pass where ghost clipping takes two, for any program
     instead of a list of layers. Thresholds are lowered by 2^-20 (2^-49 in float64), or
     rounding would exceed them. Programs that rematerialize take two passes, so that
-    they go on saving memory.
+    they go on saving memory; one, if each group is within one part that they run
+    again, as layers and their weights are. What an example has contributed there stays
+    if its gradient turns out not to be finite in earlier layers.
 
     Reference: Abadi et al., `Deep learning with differential privacy
     <https://arxiv.org/abs/1607.00133>`_, 2016; Bu et al., `Differentially private

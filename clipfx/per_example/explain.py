@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from clipfx._core.groups import Groups, group_leaves
 from clipfx._core.paths import leaves_with_path
-from clipfx._types import LossFn, Positions
+from clipfx._types import GroupSpec, LossFn, Positions
 from clipfx.per_example.engine import trace
+from clipfx.per_example.engine.columns import each_in_one_place, of_regions
 from clipfx.per_example.engine.cost_model import BIAS_SUM, factored_cost
 from clipfx.per_example.engine.outer_products import sizes
 from clipfx.per_example.engine.plan import INSTANTIATED, Plan
@@ -71,6 +73,7 @@ def explain(
     argnums: Positions = 0,
     batch_argnums: Positions = 1,
     has_aux: bool = False,
+    groups: GroupSpec = "global",
     ord: int | None = None,
     norm_method: Any = "auto",
     **kwargs: Any,
@@ -99,6 +102,7 @@ def explain(
       argnums: See `clipped_grad`.
       batch_argnums: Which arguments are the example's.
       has_aux: See `clipped_grad`.
+      groups: See `clipped_grad`.
       ord: See `clipped_grad`.
       norm_method: See `clipped_grad`.
       kwargs: Of the loss.
@@ -131,7 +135,7 @@ def explain(
     leaves, treedef = jax.tree.flatten((args, kwargs))
     # Numbers of Python's stay what they are, all else need only have a shape.
     shaped = [k for k, x in enumerate(leaves) if hasattr(x, "shape")]
-    traced: list[trace.Call] = []
+    traced: list[tuple[trace.Call, Groups]] = []
 
     def follow(values: list) -> None:
         for k, x in zip(shaped, values, strict=True):
@@ -140,10 +144,16 @@ def explain(
         filled = list(filled)
         for k in trace.numbers(signature, "batch_argnums", len(args)):
             filled[k] = jax.tree.map(lambda x: jnp.asarray(x)[None], filled[k])
-        traced.append(trace.prepare(signature, filled, kwargs, ord=p, large=True))
+        members = group_leaves(
+            groups, trace.params_of(signature, filled), by_slice=True
+        )
+        call = trace.prepare(
+            signature, filled, kwargs, ord=p, large=True, members=members
+        )
+        traced.append((call, members))
 
     jax.eval_shape(follow, [leaves[k] for k in shaped])
-    (call,) = traced
+    ((call, members),) = traced
     plan = call.program.plan
     rows, notes = [], []
     for k, (path, leaf) in enumerate(leaves_with_path(call.params)):
@@ -164,9 +174,10 @@ def explain(
                 f"Warning: for every example {size * 4 / 1e6:,.0f} MB of {row.leaf!r} "
                 f"are formed ({row.because}); microbatch_size bounds the memory."
             )
-    if plan.regions:
+    if not each_in_one_place(plan, of_regions(plan, members, call.split), members):
         notes.append(
-            "The program rematerializes: the sum takes a second backward pass there."
+            "The program rematerializes: the sum takes a second backward pass there. A "
+            "group for each part that does, or each weight in it, needs none."
         )
     return Report(tuple(rows), tuple(notes))
 

@@ -34,7 +34,7 @@ def norms(
       argnums: See `clipped_grad`. Static.
       batch_argnums: See `clipped_grad`. Static.
       has_aux: See `clipped_grad`. Static.
-      groups: See `clipfx.clip_by_norm`. Static.
+      groups: See `clipped_grad`. Static.
       ord: See `clipped_grad`. Static.
       norm_method: See `clipped_grad`. Static.
       microbatch_size: See `clipped_grad`. Static.

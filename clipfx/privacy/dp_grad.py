@@ -61,7 +61,7 @@ def dp_grad(
       argnums: See `clipfx.per_example.clipped_grad`. Static.
       batch_argnums: See `clipfx.per_example.clipped_grad`. Static.
       has_aux: See `clipfx.per_example.clipped_grad`. Static.
-      groups: Which leaves share a norm, see `clipfx.clip_by_norm`. Static.
+      groups: Which leaves share a norm, see `clipfx.per_example.clipped_grad`. Static.
       response: A bounded response, None for `hard`: `auto_s()`, `psac()`, ... Static.
       norm_method: See `clipfx.per_example.clipped_grad`. Static.
       allocation: Between groups: `"global"`, the same noise everywhere, or

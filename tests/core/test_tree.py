@@ -108,6 +108,18 @@ def test_labels_are_a_tree_prefix_found_by_path():
     assert group_leaves({**prefix, "gone": "c"}, tree).names == ("7", "a", "b")
 
 
+def test_a_label_may_stand_for_every_slice():
+    tree = {"a": jnp.zeros((11, 2)), "b": jnp.zeros((2, 3)), "c": jnp.zeros(2)}
+    labels = {"a": "x/*", "b": "x/*", "c": "y"}
+    names, index = group_leaves(labels, tree, by_slice=True)
+    assert names == (*(f"x/{k}" for k in range(11)), "y")
+    assert index == (tuple(range(11)), (0, 1), 11)
+    with pytest.raises(ValueError, match=r"got 'x/\*'.*per_stacked_layer"):
+        group_leaves(labels, tree)
+    with pytest.raises(ValueError, match=r"of arrays, got 'x/\*' for a scalar"):
+        group_leaves({"s": "x/*"}, {"s": 1.0}, by_slice=True)
+
+
 def test_errors_of_groups():
     with pytest.raises(ValueError, match=r'"global", "layer", "leaf".*got \'layers\''):
         group_leaves("layers", sample())

@@ -74,6 +74,13 @@ def rematerialized(loss, axis_name=None):
     return clipped_grad(functools.partial(loss, around=jax.checkpoint), axis_name)
 
 
+def in_two_passes(loss, axis_name=None):
+    """The same where the table shares a threshold with what is rematerialized."""
+    one = functools.partial(loss, around=jax.checkpoint)
+    grad = per_example.clipped_grad(one, 2.0, batch_axis_name=axis_name)
+    return lambda params, batch: grad(params, batch["examples"])
+
+
 def norms(loss):
     measure = per_example.norms(loss, groups="leaf")
     return lambda params, batch: measure(params, batch["examples"])
@@ -129,6 +136,7 @@ FUNCTIONS = {
     for make in (
         clipped_grad,
         rematerialized,
+        in_two_passes,
         norms,
         population_grad,
         fair_grad,
@@ -140,6 +148,7 @@ FUNCTIONS = {
 LIKE_PARAMETERS = (
     "clipped_grad",
     "rematerialized",
+    "in_two_passes",
     "fair_grad",
     "clip_fair_groups",
     "dp_grad",

@@ -1,5 +1,8 @@
 """Programs that rematerialize, as models are trained: measured region by region."""
 
+import functools
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +10,9 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 from per_example_oracle import check, methods
 from tiers import in_tiers
+from trees import enable_x64
 
-from clipfx import per_example
+from clipfx import per_example, responses
 from clipfx.per_example.engine import target
 
 B, T, D, V = 4, 5, 6, 9
@@ -238,6 +242,69 @@ def test_bad_examples_are_left_out(loss):
     assert not any(np.any(np.asarray(x)) for x in jax.tree.leaves(sums))
 
 
+CALLS = {
+    "thresholds by example": {"max_norm": np.linspace(0.1, 1, 4 * 10).reshape(4, 10)},
+    "a threshold for each": {"max_norm": np.geomspace(1e-3, 10, 10)},
+    "a mask": {"where": np.array([True, False, True, True])},
+    "nobody": {"where": np.zeros(4, bool)},
+    "a function": {"max_norm": lambda norm, where: jnp.median(norm)},
+    "infinity": {"max_norm": np.inf},
+    "nothing": {"max_norm": 0.0},
+}
+SETTINGS = {
+    "microbatches": {"microbatch_size": 3},
+    "normalize": {"response": responses.normalize},
+    "ord": {"ord": 1},
+    "mean": {"reduce": "mean"},
+}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("case", in_tiers([*CALLS, *SETTINGS], 3))
+def test_one_pass_is_the_same_as_without_regions(case, platform, monkeypatch):
+    monkeypatch.setattr(target, "forced", platform)
+    groups = {**dict.fromkeys(PARAMS, "rest"), "stack": "stack/*", "a": "a", "b": "b",
+              "c": "c"}  # fmt: skip
+
+    def loss(p, x, t):
+        h = layers_of(p, x)
+        return remat(lambda h: block(p, h).sum())(h)
+
+    def layers_of(p, x):
+        turn = remat(lambda h, w: (jnp.tanh(h @ w), None))
+        return jax.lax.scan(turn, x, p["stack"])[0]
+
+    def run(loss):
+        make = functools.partial(per_example.clipped_grad, loss, 0.3, groups=groups)
+        grad = make(**SETTINGS.get(case, {}))
+        return jax.jit(lambda p, e: grad(p, e, **CALLS.get(case, {})))(PARAMS, BATCH)
+
+    with enable_x64(True):
+        found = run(lambda p, e: loss(p, *e))
+        with mock.patch(f"{__name__}.remat", lambda f: f):
+            right = run(lambda p, e: loss(p, *e))
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
+
+
+def test_in_one_pass_what_overflows_early_stays_out_from_there_on():
+    """Its contribution to later layers is there by then, within their thresholds."""
+
+    def loss(p, x):
+        first = remat(lambda h: (h @ p["a"]) * x[0, 0])(x)
+        return remat(lambda h: (h @ p["b"]).sum())(first)
+
+    x = np.ones((2, T, D), np.float32)
+    x[1, 0, 0] = 1e30
+    p = {"a": 1e-30 * np.ones((D, D), np.float32), "b": 1e9 * np.ones((D, D))}
+    p = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), p)
+    sums, info = jax.jit(per_example.clipped_grad(loss, 1.0, groups="leaf"))(p, x)
+    assert list(np.isfinite(np.asarray(info.norm)).all(1)) == [True, False]
+    norm = [np.linalg.norm(np.asarray(w, np.float64)) for w in sums.values()]
+    assert (np.asarray(info.factor)[1] > 0).sum() <= 1
+    assert all(np.isfinite(norm)) and norm[0] <= 1 + 1e-6 and norm[1] <= 2 + 1e-6
+
+
 def unrolled(p, x):
     """Blocks of two products."""
     for k in range(6):
@@ -251,12 +318,13 @@ def in_a_loop(p, x):
     return (jax.lax.scan(remat(turn), x, p)[0] ** 2).sum()
 
 
-def ratio_to_gradient(loss, size_of):
+def ratio_to_gradient(loss, size_of, groups="global"):
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
     params = {"up": shape(6, 64, 256), "down": shape(6, 256, 64)}
     each = jax.vmap(loss, (None, 0))
     ordinary = jax.grad(lambda p, x: each(p, x).sum())
-    clipped = lambda p, x: per_example.clipped_grad(loss, 1.0)(p, x)[0]
+    grad = per_example.clipped_grad(loss, 1.0, groups=groups)
+    clipped = lambda p, x: grad(p, x)[0]
     compiled = [
         jax.jit(f).lower(params, shape(8, 16, 64)).compile()
         for f in (clipped, ordinary)
@@ -269,6 +337,19 @@ def test_both_passes_share_the_forward_pass(monkeypatch):
     monkeypatch.setattr(target, "forced", "tpu")
     flops = lambda compiled: compiled.cost_analysis()["flops"]
     assert ratio_to_gradient(unrolled, flops) < 1.55
+
+
+SLICES = {"up": "up/*", "down": "down/*"}
+
+
+@pytest.mark.parametrize("loss", [unrolled, in_a_loop])
+def test_a_group_in_each_region_takes_one_pass(loss, monkeypatch):
+    """And no more memory than its gradient."""
+    monkeypatch.setattr(target, "forced", "tpu")
+    size = lambda compiled: compiled.memory_analysis().temp_size_in_bytes
+    flops = lambda compiled: compiled.cost_analysis()["flops"]
+    assert ratio_to_gradient(loss, flops, SLICES) < 1.3
+    assert ratio_to_gradient(loss, size, SLICES) < 1.2
 
 
 @pytest.mark.parametrize("loss", [unrolled, in_a_loop])
