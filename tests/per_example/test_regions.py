@@ -287,6 +287,38 @@ def test_one_pass_is_the_same_as_without_regions(case, platform, monkeypatch):
         np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("dtype", in_tiers([jnp.bfloat16, jnp.float32], {jnp.bfloat16}))
+@pytest.mark.parametrize("groups", in_tiers(["slices", "global"], {"slices"}))
+def test_a_neighbour_moves_the_sum_by_at_most_the_sensitivity(
+    groups, dtype, platform, monkeypatch
+):
+    monkeypatch.setattr(target, "forced", platform)
+
+    def loss(p, x):
+        turn = remat(lambda h, w: (jnp.tanh(h @ w), None))
+        return (jax.lax.scan(turn, x, p["stack"])[0] @ p["a"]).sum()
+
+    params = {k: jnp.asarray(PARAMS[k], dtype) for k in ("a", "stack")}
+    labels = {"a": "a", "stack": "stack/*"}
+    grad = per_example.clipped_grad(
+        loss, 0.1, groups=labels if groups == "slices" else "global"
+    )
+    bound, run = grad.sensitivity(params=params), jax.jit(grad)
+    assert bound == pytest.approx(0.1 * (7**0.5 if groups == "slices" else 1))
+    x = jnp.asarray(BATCH[0], dtype)
+    flat = lambda sums: np.concatenate(
+        [np.asarray(y, np.float64).ravel() for y in jax.tree.leaves(sums)]
+    )
+    without = flat(run(params, x, where=np.arange(B) != 1)[0])
+    for scale in (0.0, 1e-20, 1.0, 1e3, 1e38, np.inf, np.nan):
+        changed = x.at[1].multiply(jnp.asarray(scale, dtype))
+        moved = np.linalg.norm(flat(run(params, changed)[0]) - without)
+        # The sums themselves are rounded, in float32.
+        assert moved <= bound + 1e-6 * np.linalg.norm(without), scale
+    assert moved <= 1e-6  # nothing is left of what is not finite
+
+
 def test_in_one_pass_what_overflows_early_stays_out_from_there_on():
     """Its contribution to later layers is there by then, within their thresholds."""
 

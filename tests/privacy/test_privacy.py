@@ -164,6 +164,29 @@ def test_whole_step_is_within_sensitivity():
 # ---------------------------------------------------------------------- the noise
 
 
+def test_every_slice_of_a_stack_may_have_its_own_noise():
+    """Of layers stacked for `scan`, each bounded by a threshold of its own."""
+
+    def loss(p, x):
+        turn = jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), None))
+        return jax.lax.scan(turn, x, p["w"])[0].sum()
+
+    limits = np.float32([0.1, 1.0, 10.0])
+    grad = privacy.dp_grad(
+        loss, max_norm=limits, groups={"w": "w/*"}, noise_multiplier=1.0,
+        expected_batch_size=1, key=KEY, allocation="equal_budget",
+    )  # fmt: skip
+    params = {"w": jnp.zeros((3, 50, 50))}
+    step = jax.jit(grad)
+    nobody = jnp.zeros(1, bool)  # noise alone
+    noise, state, _ = step(
+        grad.init(params), params, jnp.ones((1, 4, 50)), where=nobody
+    )
+    np.testing.assert_allclose(state.stddev, 3**0.5 * limits, rtol=1e-6)
+    spread = np.asarray(noise["w"], np.float64).std((1, 2))
+    np.testing.assert_allclose(spread, 3**0.5 * limits, rtol=0.05)
+
+
 def test_is_clipped_sum_and_noise_over_the_expected_size():
     params, batch = params_of(), batch_of()
     for ord, add in ((2, privacy.add_gaussian_noise), (1, privacy.add_laplace_noise)):
