@@ -161,7 +161,24 @@ def counts(dtype):
     return loss
 
 
+def in_chunks(p, x, t):
+    """A tied head whose loss is taken chunk by chunk."""
+
+    @remat
+    def chunk(total, h):
+        return total + jax.nn.logsumexp(h @ p["e"].T), None
+
+    h = jnp.tanh(p["e"][t] @ p["a"])[:2, None]
+    return jax.lax.scan(chunk, 0.0, h)[0]
+
+
+def in_two_regions(p, x, t):
+    part = remat(lambda h: jnp.tanh(h @ p["e"].T) @ p["e"])
+    return part(part(x) @ p["a"]).sum()
+
+
 LOSSES = (
+    in_chunks, in_two_regions,
     whole, twice_in_a_block, in_and_out, tied_outside, tied_inside, layers,
     unrolled_layers, nested, same_in_each_turn, recurrent, joined_outside,
     joined_with_an_odd_one, of_a_norm, nothing_comes_of_it, mapped_inside,
@@ -214,6 +231,14 @@ def test_a_table_outside_of_regions_is_measured_jointly():
         return jax.nn.log_softmax(h @ p["e"].T)[jnp.arange(T), t].sum()
 
     assert methods(loss, table, BATCH[1]) == {"e": "Gram", "w": "Gram"}
+
+
+@pytest.mark.parametrize("loss", [in_chunks, in_two_regions])
+def test_a_weight_of_several_regions_is_kept_where_that_takes_less(loss):
+    table = {"a": jnp.zeros((32, 32)), "e": jnp.zeros((3000, 32))}
+    one = lambda p, e: loss(p, *e)
+    found = methods(one, table, (jnp.zeros((B, T, 32)), BATCH[1]))
+    assert found == {"a": "Gram", "e": "Gram"}
 
 
 def test_a_weight_used_twice_in_a_region_is_measured_jointly():

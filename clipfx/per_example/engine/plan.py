@@ -154,13 +154,14 @@ def _decide(
     stacked: Sequence[bool],
 ) -> Plan:
     root, uses, reasons, doors = walked
+    # Around each region so many loops.
+    outer = {r: len(some[0].loops) for r, some in doors.items() if some}
+    uses = _kept(uses, outer)
     forces = force if isinstance(force, tuple) else (force,) * len(uses)
     shapes = [aval.shape for aval in types]
     for leaf, aval in enumerate(types):
         if jnp.issubdtype(aval.dtype, jnp.complexfloating):
             reasons[leaf].append("complex numbers")
-    # Around each region so many loops.
-    outer = {r: len(some[0].loops) for r, some in doors.items() if some}
     count = [math.prod(shape) for shape in shapes]
     instantiated = lambda leaf: count[leaf] * words(size * count[leaf])
     methods = [""] * len(uses)
@@ -260,6 +261,33 @@ def _decide(
         root, uses, methods, reasons, sites, frozenset(differentiated),
         frozenset(formed & sites.keys()), regions, types, ord,
     )  # fmt: skip
+
+
+def _kept(uses: list, outer: dict[int, int]) -> list:
+    """The uses, some of which are taken out of their regions.
+
+    A weight in several regions, or in all turns of a loop around one (a head whose loss
+    is taken in chunks), has a norm that none of them knows. Where it is less than the
+    gradient of an example what its sites see is kept, and measured jointly.
+    """
+    out: set[int] = set()
+    for places in uses:
+        whole = [(site._replace(region=None), part) for site, part in places]
+        if not unaligned(places, outer) or unaligned(whole, outer):
+            continue
+        count = math.prod(high - low for low, high in places[0][1].region or ())
+        turns = lambda site: math.prod(n for _, n in site.loops)
+        inside = [site for site, _ in places if site.region is not None]
+        if sum(turns(site) * _words(site) for site in inside) < count:
+            out |= {site.number for site, _ in places}
+    free = lambda site: site._replace(region=None) if site.number in out else site
+    return [[(free(site), part) for site, part in places] for places in uses]
+
+
+def _words(site: Site) -> int:
+    """What a site sees in one turn."""
+    inputs = () if site.operand is None else (site.eqn.invars[site.operand],)
+    return sum(math.prod(v.aval.shape) for v in (site.eqn.outvars[0], *inputs))
 
 
 def _joined(differentiated: set[int], doors: dict[int, list[Door]]) -> set[int]:
