@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import clipfx
+from benchmarks._targets import loops as loops_of
 from benchmarks._timing import floor
 from clipfx import per_example
 
@@ -278,13 +279,9 @@ def facts(text: str) -> Facts:
         body = bodies[name]
         cycles += times * sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', body)))
         branches += len(re.findall(r" conditional\(", body))
-        for condition, inside in re.findall(
-            r" while\(.*?condition=(%[\w.\-]+), body=(%[\w.\-]+)", body
-        ):
-            turns = re.findall(r"constant\((\d+)\)", bodies[condition])
-            known = len(turns) == 1 and "direction=LT" in bodies[condition]
-            loops += not known
-            todo.append((inside, times * (int(turns[0]) if known else 1)))
+        for inside, turns in loops_of(body, bodies):
+            loops += turns is None
+            todo.append((inside, times * (turns or 1)))
         for kind, pattern in _COLLECTIVES.items():
             for shape, start in re.findall(rf"= (\S.*?) {pattern}", body):
                 number, size = found.get(kind, (0, 0))

@@ -2,18 +2,19 @@
 
     python -m benchmarks.accelerators                      # on the device here: times
     python -m benchmarks.accelerators --topology=v5e:2x2   # compiled only, for a TPU
+    python -m benchmarks.accelerators --topology=h100      # the same for a GPU
     python -m benchmarks.accelerators --topology=v5e:16x16 --mesh=64,4 --models=decoder
 
 Times are ratios to Optax's clip within one run, in which the variants take turns.
-Compiled for a TPU that is not there (`pip install "clipfx[accelerators]"`), a step is
-measured by the cycles that XLA's cost model expects of its instructions, in a loop as
-often as it turns. They depend on what XLA places in fast memory, which a changed
-instruction far away may change: a bare multiply is the yardstick beside Optax.
+Compiled for a device that is not there (see `_targets` for what that needs), a step is
+measured by the cycles that XLA's cost model expects of a TPU's instructions, and by
+what a GPU's move through memory, in a loop as often as it turns. Cycles depend on what
+XLA places in fast memory, which a changed instruction far away may change: a bare
+multiply is the yardstick beside Optax.
 Over a mesh, cycles and memory are those of one chip; collectives take no cycles.
 """
 
 import math
-import os
 import time
 from typing import Any
 
@@ -25,10 +26,13 @@ from absl import app, flags
 from jax.sharding import Mesh
 
 from benchmarks._programs import METHODS, MODELS, PLAIN, compiled, facts
+from benchmarks._targets import devices, moved, platform_of
 from benchmarks._timing import in_turns
 from clipfx._core import reductions
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU to compile for, as v5e:2x2.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "TPU to compile for, as v5e:2x2, or h100."
+)
 _MODELS = flags.DEFINE_list("models", ["mlp", "decoder"], "Of MODELS.")
 _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Of activations.")
 _METHODS = flags.DEFINE_list("methods", [], "Of METHODS; none for all.")
@@ -66,7 +70,9 @@ def measure(name: str, dtype: Any, mesh: Mesh | None) -> None:
     model = MODELS[name](_WIDTH.value, _LAYERS.value, mesh)
     size = sum(x.size for x in jax.tree.leaves(model.params)) / 1e6
     print(f"\n{name}, {jnp.dtype(dtype).name}, {size:.0f}M parameters", flush=True)
-    head = f"{'':24}{'kcycles':>10}{'while':>6}{'cond':>5}{'temp MB':>9}{'compile':>9}"
+    gpu = _TOPOLOGY.value and platform_of(_TOPOLOGY.value) == "gpu"
+    cost_of = "moved MB" if gpu else "kcycles"
+    head = f"{'':24}{cost_of:>10}{'while':>6}{'cond':>5}{'temp MB':>9}{'compile':>9}"
     several = mesh is not None and mesh.size > 1
     times = f"{'ms':>9}{'/optax':>8}" if mesh is None else ""
     print(head + times + ("  collectives, MB" if several else ""))
@@ -77,11 +83,13 @@ def measure(name: str, dtype: Any, mesh: Mesh | None) -> None:
             start = time.perf_counter()
             step, tx = compiled(model, METHODS[method](), dtype, mesh)
             seconds = time.perf_counter() - start
-            found = facts(step.as_text())
+            text = step.as_text()
+            found = facts(text)
             temp = step.memory_analysis().temp_size_in_bytes / 1e6
             label = f"{method} as on {way}" if way else method
-            cycles = f"{found.cycles / 1e3:.0f}" if found.cycles else "-"
-            row = f"{label:24}{cycles:>10}{found.loops:6}{found.branches:5}"
+            cost = moved(text) / 1e6 if gpu else found.cycles / 1e3
+            shown = f"{cost:.0f}" if cost else "-"
+            row = f"{label:24}{shown:>10}{found.loops:6}{found.branches:5}"
             rows[label] = f"{row}{temp:9.1f}{seconds:9.1f}"
             if several:
                 each = found.collectives.items()
@@ -105,12 +113,9 @@ def main(argv: Any) -> None:
     del argv
     mesh = None
     if _TOPOLOGY.value:
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        from jax.experimental import topologies
-
         shape = tuple(map(int, _MESH.value))
-        chips = topologies.get_topology_desc(_TOPOLOGY.value, "tpu").devices
-        chips = np.array(chips[: math.prod(shape)]).reshape(shape)
+        chips = devices(_TOPOLOGY.value)[: math.prod(shape)]
+        chips = np.array(chips).reshape(shape)
         mesh = Mesh(chips, ("data", "model")[: len(shape)])
     device = _TOPOLOGY.value or jax.devices()[0].device_kind
     over = f", {' x '.join(_MESH.value)} chips" if mesh is not None else ""
