@@ -1,14 +1,20 @@
 """What a private or a fair step costs beside an ordinary one, the noise apart.
 
     python -m benchmarks.private
+    python -m benchmarks.private --optimizer=adam
 
-A step is gradient, SGD, new parameters, donated, on the multilayer perceptron of
+A step is gradient, optimizer, new parameters, donated, on the multilayer perceptron of
 `benchmarks.per_example`. Ratios are within one run: the variants take turns, step by
 step, and each time is divided by that of the ordinary step of the same turn; medians.
 `noise` draws for all parameters and does nothing else. What a private step costs
 without it is `dp_grad` less `noise`, and `dp_grad, z = 0`.
+
+A second table compares draws with those of `jax.random`: ten million float32, added to
+as many, minima of alternating turns; where ours end, and the chance of a variable of
+the distribution to be farther out.
 """
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,13 +22,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import scipy.stats
 from absl import app, flags
 
 from benchmarks.per_example import Workload, mlp
 from clipfx import per_example, privacy
+from clipfx.privacy import draws
 
 _STEPS = flags.DEFINE_integer("steps", 40, "Timed steps of each variant.")
-RATE = 1e-3
+OPTIMIZERS = {"sgd": optax.sgd(1e-3), "adam": optax.adam(1e-3)}
+_OPTIMIZER = flags.DEFINE_enum("optimizer", "sgd", list(OPTIMIZERS), "Of the steps.")
 
 
 def ordinary(work: Workload) -> Callable:
@@ -90,33 +100,70 @@ VARIANTS: dict[str, Callable] = {
 }
 
 
-def compiled(work: Workload, make: Callable) -> Any:
+def compiled(work: Workload, make: Callable, tx: Any) -> Any:
     """A training step."""
     grad = make(work)
 
-    def step(params, batch, number):
-        grads = grad(params, batch, number)
-        return jax.tree.map(lambda p, g: p - RATE * g, params, grads)
+    def step(params, state, batch, number):
+        updates, state = tx.update(grad(params, batch, number), state, params)
+        return optax.apply_updates(params, updates), state
 
-    number = jnp.zeros([], jnp.int32)
-    jitted = jax.jit(step, donate_argnums=0)
-    return jitted.lower(work.params, work.batch, number).compile()
+    args = work.params, tx.init(work.params), work.batch, jnp.zeros([], jnp.int32)
+    return jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
+
+
+COUNT = 10_000_000
+# By name: draws, the same of `jax.random`, and the law.
+DRAWS: dict[str, tuple] = {
+    "Gaussian": (draws.gaussian, jax.random.normal, scipy.stats.norm),
+    "Laplace": (draws.laplace, jax.random.laplace, scipy.stats.laplace),
+}
+
+
+def compare_draws(turns: int) -> None:
+    """Prints the second table."""
+    programs, key = {}, jax.random.key(0)
+    for name, (inverse, usual, _) in DRAWS.items():
+        ours = lambda key, f=inverse: draws.draws(f, key, (COUNT,), jnp.float32)
+        theirs = lambda key, f=usual: f(key, (COUNT,), jnp.float32)
+        for text, draw in ((name, ours), (f"{name}, jax.random", theirs)):
+            add = jax.jit(lambda key, x, draw=draw: x + draw(key), donate_argnums=1)
+            programs[text] = add.lower(key, jnp.zeros(COUNT)).compile()
+    best = dict.fromkeys(programs, math.inf)
+    for _ in range(turns):
+        for name, program in programs.items():
+            x = jax.block_until_ready(jnp.zeros(COUNT))
+            start = time.perf_counter()
+            jax.block_until_ready(program(key, x))
+            best[name] = min(best[name], time.perf_counter() - start)
+    print(f"\n{COUNT / 1e6:g}M draws")
+    print(f"{'':22} {'ms':>8} {'MB':>8} {'end':>7} {'beyond':>9}")
+    for name, program in programs.items():
+        memory = program.memory_analysis().temp_size_in_bytes / 1e6
+        text = f"{name:22} {1e3 * best[name]:8.1f} {memory:8.1f}"
+        if name in DRAWS:
+            inverse, _, law = DRAWS[name]
+            none = jnp.zeros([], jnp.uint32)
+            end = float(draws.of_words(inverse, none, none, jnp.float32))
+            text += f" {end:7.2f} {2 * law.sf(end):9.1e}"
+        print(text)
 
 
 def main(argv: list[str]) -> None:
-    """Prints one table."""
+    """Prints two tables."""
     del argv
-    work = mlp()
-    steps = {name: compiled(work, make) for name, make in VARIANTS.items()}
-    params = {name: jax.tree.map(jnp.copy, work.params) for name in steps}
+    work, tx = mlp(), OPTIMIZERS[_OPTIMIZER.value]
+    steps = {name: compiled(work, make, tx) for name, make in VARIANTS.items()}
+    start = lambda: jax.tree.map(jnp.copy, (work.params, tx.init(work.params)))
+    learners = {name: start() for name in steps}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(_STEPS.value + 2):
         counter = jnp.asarray(number, jnp.int32)
         for name, step in steps.items():
-            start = time.perf_counter()
-            params[name] = step(params[name], work.batch, counter)
-            jax.block_until_ready(params[name])
-            times[name].append(time.perf_counter() - start)
+            begin = time.perf_counter()
+            learners[name] = step(*learners[name], work.batch, counter)
+            jax.block_until_ready(learners[name])
+            times[name].append(time.perf_counter() - begin)
     rows = {name: np.array(row[2:]) for name, row in times.items()}
     rows["dp_grad less noise"] = rows["dp_grad"] - rows["noise"]
     count = sum(x.size for x in jax.tree.leaves(work.params))
@@ -127,6 +174,7 @@ def main(argv: list[str]) -> None:
         analysis: Any = steps[name].memory_analysis() if name in steps else None
         memory = f"{analysis.temp_size_in_bytes / 1e6:8.1f}" if analysis else ""
         print(f"{name:22} {1e3 * np.median(row):8.1f} {ratio:7.2f} {memory}")
+    compare_draws(10)
 
 
 if __name__ == "__main__":

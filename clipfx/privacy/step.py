@@ -18,6 +18,7 @@ from clipfx.per_example.engine.populations import membership
 from clipfx.per_example.engine.thresholds import limits
 from clipfx.per_example.engine.trace import mask_of, params_of, size_of
 from clipfx.privacy import accounting, noise
+from clipfx.privacy.draws import draws, gaussian, laplace
 from clipfx.privacy.thresholds import LEAST, PrivateThreshold, plain
 
 COUNTS = 2**32 - 1  # of the keys of a step, which leaves number from 0, that of counts
@@ -280,7 +281,7 @@ class DPGrad:
         if not self.noisy:
             return total
         key = jax.random.fold_in(key, COUNTS)
-        drawn = noise.gaussian(key, total.shape, total.dtype)
+        drawn = draws(gaussian, key, total.shape, total.dtype)
         return total + self.rule.count_stddev * drawn
 
     def _stddev(self, bound: jax.Array) -> jax.Array:
@@ -299,11 +300,11 @@ class DPGrad:
     def _noised(
         self, sums: Any, params: Any, members: Groups, stddev: jax.Array, key: Any
     ) -> Any:
-        draw = noise.laplace if self.clipped.ord == 1 else noise.gaussian
+        inverse = laplace if self.clipped.ord == 1 else gaussian
         leaves, treedef = jax.tree.flatten(sums)
         if self.noisy:
             sizes = [stddev[i] for i in members.index if i is not None]
-            leaves = noise.add(draw, leaves, sizes, key, None)
+            leaves = noise.add(inverse, leaves, sizes, key, None)
         mean = [x / self.expected_batch_size for x in leaves]
         # What is released may be rounded.
         like = [jnp.result_type(x) for x in jax.tree.leaves(params)]

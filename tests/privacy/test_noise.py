@@ -1,5 +1,6 @@
 """Noise: its level, its independence, and that it never comes twice."""
 
+import functools
 import itertools
 import math
 
@@ -17,6 +18,7 @@ from tiers import in_tiers
 from trees import enable_x64
 
 from clipfx import privacy
+from clipfx._core import reductions
 
 KEY = jax.random.key(7)
 KINDS = {
@@ -166,6 +168,62 @@ def test_resumed_run_goes_on_with_the_same_noise_and_repeats_none(kind, tmp_path
         noise, state = tx.update(params, state)
         np.testing.assert_allclose(noise["w"], whole[step], rtol=1e-6)
     assert len({float(x[0]) for x in whole}) == 6
+
+
+@each_kind
+def test_is_drawn_once_for_all_who_use_it(kind, monkeypatch):
+    """On one CPU without memory for anything random, and equal to that of a mesh."""
+    tx, x = KINDS[kind][0](1.0, KEY), jnp.zeros((300, 1000))
+
+    def moments(m, v, x, step):
+        x, _ = tx.update(x, privacy.NoiseState(step))
+        return m + x, v + x * x
+
+    def compiled():
+        jax.clear_caches()
+        args = [jnp.copy(x) for _ in range(3)] + [jnp.zeros([], jnp.int32)]
+        program = jax.jit(moments, donate_argnums=(0, 1)).lower(*args).compile()
+        return program.memory_analysis().temp_size_in_bytes, program(*args)
+
+    apart, right = compiled()
+    monkeypatch.setattr(reductions, "forced_device", "cpu")
+    size, found = compiled()
+    assert size < 1.1 * x.nbytes < apart  # the result
+    chex.assert_trees_all_close(found, right, rtol=1e-6)
+
+
+@pytest.mark.parametrize("tx", [optax.sgd(0.1), optax.adam(0.1)], ids=["sgd", "adam"])
+def test_private_step_takes_little_more_memory_than_an_ordinary_one(tx, monkeypatch):
+    monkeypatch.setattr(reductions, "forced_device", "cpu")
+    params = [jnp.ones((500, 500)), jnp.ones((500, 500)), jnp.ones((500, 1))]
+    batch = jnp.ones((128, 500))
+
+    def loss(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return x.sum()
+
+    def ordinary(state, params, batch):
+        mean = lambda params: jax.vmap(loss, (None, 0))(params, batch).mean()
+        return jax.grad(mean)(params), state, None
+
+    private = privacy.dp_grad(
+        loss, max_norm=1.0, noise_multiplier=1.0, expected_batch_size=128, key=KEY
+    )
+
+    def size(grad, state):
+        def step(params, opt_state, state, batch):
+            grads, state, _ = grad(state, params, batch)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state, state
+
+        args = params, tx.init(params), state, batch
+        with jax.numpy_dtype_promotion("standard"):  # for Optax
+            program = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*args).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    with_noise = functools.partial(private, where=None)
+    assert size(with_noise, private.init(params)) < 1.5 * size(ordinary, ())
 
 
 def test_schedule_and_accumulation():
