@@ -17,7 +17,7 @@ the distribution to be farther out.
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,63 +35,66 @@ OPTIMIZERS = {"sgd": optax.sgd(1e-3), "adam": optax.adam(1e-3)}
 _OPTIMIZER = flags.DEFINE_enum("optimizer", "sgd", list(OPTIMIZERS), "Of the steps.")
 
 
-def ordinary(work: Workload) -> Callable:
+class Variant(NamedTuple):
+    """`run(state, params, batch) -> gradient, state`, and the first state."""
+
+    run: Callable
+    state: Any = ()
+
+
+def ordinary(work: Workload) -> Variant:
     """The gradient of the mean loss."""
     losses = jax.vmap(work.loss, (None, 0))
-    return jax.grad(lambda params, batch: losses(params, batch).mean())
+    grad = jax.grad(lambda params, batch: losses(params, batch).mean())
+    return Variant(lambda state, params, batch: (grad(params, batch), state))
 
 
 def private(
-    work: Workload, noise: float, max_norm: Any = 1.0, ord: int = 2
-) -> Callable:
-    """`clipfx.privacy.dp_grad`, its state but for the step thrown away."""
+    work: Workload, noise: float, max_norm: Any = 1.0, **settings: Any
+) -> Variant:
+    """`clipfx.privacy.dp_grad`."""
     size = len(jax.tree.leaves(work.batch)[0])
+    key = jax.random.key(0)
     grad = privacy.dp_grad(
-        work.loss,
-        max_norm=max_norm,
-        ord=ord,
-        noise_multiplier=noise,
-        expected_batch_size=size,
-        key=jax.random.key(0),
-    )
-    state = grad.init(work.params)
-
-    def run(params, batch, step):
-        return grad(state._replace(step=step), params, batch, where=None)[0]
-
-    return run
+        work.loss, max_norm=max_norm, noise_multiplier=noise, expected_batch_size=size,
+        key=key, **settings,
+    )  # fmt: skip
+    run = lambda state, params, batch: grad(state, params, batch, where=None)[:2]
+    return Variant(run, grad.init(work.params))
 
 
-def noise(kind: Callable, implementation: str) -> Callable:
+def noise(kind: Callable, implementation: str) -> Callable[[Workload], Variant]:
     """The draw alone."""
 
-    def make(work: Workload) -> Callable:
+    def make(work: Workload) -> Variant:
         tx = kind(1.0, jax.random.key(0, impl=implementation))
 
-        def run(params, batch, step):
-            zeros = jax.tree.map(jnp.zeros_like, params)
-            return tx.update(zeros, privacy.NoiseState(step))[0]
+        def run(state, params, batch):
+            return tx.update(jax.tree.map(jnp.zeros_like, params), state)
 
-        return run
+        return Variant(run, tx.init(work.params))
 
     return make
 
 
-def fair(work: Workload, count: int) -> Callable:
+def fair(work: Workload, count: int) -> Variant:
     """`clipfx.per_example.fair_grad`."""
     grad = per_example.fair_grad(work.loss, count, 2.0)
-    group = jnp.arange(len(jax.tree.leaves(work.batch)[0])) % count
-    return lambda params, batch, step: grad(params, batch, population_ids=group)[0]
+    ids = jnp.arange(len(jax.tree.leaves(work.batch)[0])) % count
+    return Variant(lambda state, *args: (grad(*args, population_ids=ids)[0], state))
 
 
-VARIANTS: dict[str, Callable] = {
-    "ordinary": lambda work: lambda p, b, _: ordinary(work)(p, b),
+VARIANTS: dict[str, Callable[[Workload], Variant]] = {
+    "ordinary": ordinary,
     "dp_grad": lambda work: private(work, 1.1),
     "dp_grad, z = 0": lambda work: private(work, 0.0),
     "dp_grad, quantile": lambda work: private(
         work, 1.1, max_norm=privacy.quantile(1.0, count_stddev=12.8)
     ),
     "dp_grad, 1-norm": lambda work: private(work, 1.1, ord=1),
+    "dp_grad, second_moment": lambda work: private(
+        work, 1.1, scale=privacy.second_moment(eps_root=1e-4)
+    ),
     "noise": noise(privacy.add_gaussian_noise, "threefry2x32"),
     "noise, Laplace": noise(privacy.add_laplace_noise, "threefry2x32"),
     "noise, rbg": noise(privacy.add_gaussian_noise, "rbg"),
@@ -100,16 +103,18 @@ VARIANTS: dict[str, Callable] = {
 }
 
 
-def compiled(work: Workload, make: Callable, tx: Any) -> Any:
-    """A training step."""
-    grad = make(work)
+def compiled(work: Workload, make: Callable, tx: Any) -> tuple[Any, Any]:
+    """A training step from learner to learner, and the first one."""
+    run, state = make(work)
 
-    def step(params, state, batch, number):
-        updates, state = tx.update(grad(params, batch, number), state, params)
-        return optax.apply_updates(params, updates), state
+    def step(learner, batch):
+        params, opt_state, state = learner
+        grads, state = run(state, params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, state
 
-    args = work.params, tx.init(work.params), work.batch, jnp.zeros([], jnp.int32)
-    return jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
+    first = jax.tree.map(jnp.copy, (work.params, tx.init(work.params), state))
+    return jax.jit(step, donate_argnums=0).lower(first, work.batch).compile(), first
 
 
 COUNT = 10_000_000
@@ -137,10 +142,10 @@ def compare_draws(turns: int) -> None:
             jax.block_until_ready(program(key, x))
             best[name] = min(best[name], time.perf_counter() - start)
     print(f"\n{COUNT / 1e6:g}M draws")
-    print(f"{'':22} {'ms':>8} {'MB':>8} {'end':>7} {'beyond':>9}")
+    print(f"{'':24} {'ms':>8} {'MB':>8} {'end':>7} {'beyond':>9}")
     for name, program in programs.items():
         memory = program.memory_analysis().temp_size_in_bytes / 1e6
-        text = f"{name:22} {1e3 * best[name]:8.1f} {memory:8.1f}"
+        text = f"{name:24} {1e3 * best[name]:8.1f} {memory:8.1f}"
         if name in DRAWS:
             inverse, _, law = DRAWS[name]
             none = jnp.zeros([], jnp.uint32)
@@ -153,27 +158,26 @@ def main(argv: list[str]) -> None:
     """Prints two tables."""
     del argv
     work, tx = mlp(), OPTIMIZERS[_OPTIMIZER.value]
-    steps = {name: compiled(work, make, tx) for name, make in VARIANTS.items()}
-    start = lambda: jax.tree.map(jnp.copy, (work.params, tx.init(work.params)))
-    learners = {name: start() for name in steps}
+    steps, learners = {}, {}
+    for name, make in VARIANTS.items():
+        steps[name], learners[name] = compiled(work, make, tx)
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(_STEPS.value + 2):
-        counter = jnp.asarray(number, jnp.int32)
+    for _ in range(_STEPS.value + 2):
         for name, step in steps.items():
-            begin = time.perf_counter()
-            learners[name] = step(*learners[name], work.batch, counter)
+            start = time.perf_counter()
+            learners[name] = step(learners[name], work.batch)
             jax.block_until_ready(learners[name])
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(time.perf_counter() - start)
     rows = {name: np.array(row[2:]) for name, row in times.items()}
     rows["dp_grad less noise"] = rows["dp_grad"] - rows["noise"]
     count = sum(x.size for x in jax.tree.leaves(work.params))
     print(f"{count / 1e6:.2f}M parameters, {len(work.batch[0])} examples")
-    print(f"{'':22} {'ms':>8} {'ratio':>7} {'MB':>8}")
+    print(f"{'':24} {'ms':>8} {'ratio':>7} {'MB':>8}")
     for name, row in rows.items():
         ratio = np.median(row / rows["ordinary"])
         analysis: Any = steps[name].memory_analysis() if name in steps else None
         memory = f"{analysis.temp_size_in_bytes / 1e6:8.1f}" if analysis else ""
-        print(f"{name:22} {1e3 * np.median(row):8.1f} {ratio:7.2f} {memory}")
+        print(f"{name:24} {1e3 * np.median(row):8.1f} {ratio:7.2f} {memory}")
     compare_draws(10)
 
 
