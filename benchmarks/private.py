@@ -2,12 +2,14 @@
 
     python -m benchmarks.private
     python -m benchmarks.private --optimizer=adam
+    python -m benchmarks.private --optimizer=adam --workload=transformer
 
-A step is gradient, optimizer, new parameters, donated, on the multilayer perceptron of
-`benchmarks.per_example`. Ratios are within one run: the variants take turns, step by
-step, and each time is divided by that of the ordinary step of the same turn; medians.
-`noise` draws for all parameters and does nothing else. What a private step costs
-without it is `dp_grad` less `noise`, and `dp_grad, z = 0`.
+A step is gradient, optimizer, new parameters, donated, on a workload of
+`benchmarks.per_example`, by default the multilayer perceptron. Ratios are within one
+run: the variants take turns, step by step, and each time is divided by that of the
+ordinary step of the same turn; medians. `noise` draws for all parameters and does
+nothing else. What a private step costs without it is `dp_grad` less `noise`, and
+`dp_grad, z = 0`.
 
 A second table compares draws with those of `jax.random`: ten million float32, added to
 as many, minima of alternating turns; where ours end, and the chance of a variable of
@@ -26,13 +28,14 @@ import optax
 import scipy.stats
 from absl import app, flags
 
-from benchmarks.per_example import Workload, mlp
+from benchmarks.per_example import WORKLOADS, Workload
 from clipfx import per_example, privacy
 from clipfx.privacy import draws
 
 _STEPS = flags.DEFINE_integer("steps", 40, "Timed steps of each variant.")
 OPTIMIZERS = {"sgd": optax.sgd(1e-3), "adam": optax.adam(1e-3)}
 _OPTIMIZER = flags.DEFINE_enum("optimizer", "sgd", list(OPTIMIZERS), "Of the steps.")
+_WORKLOAD = flags.DEFINE_enum("workload", "mlp", [*WORKLOADS], "What is trained.")
 
 
 class Variant(NamedTuple):
@@ -94,6 +97,9 @@ VARIANTS: dict[str, Callable[[Workload], Variant]] = {
     "dp_grad, 1-norm": lambda work: private(work, 1.1, ord=1),
     "dp_grad, second_moment": lambda work: private(
         work, 1.1, scale=privacy.second_moment(eps_root=1e-4)
+    ),
+    "dp_grad, every moment": lambda work: private(
+        work, 1.1, scale=privacy.second_moment(eps_root=1e-4, factored=False)
     ),
     "noise": noise(privacy.add_gaussian_noise, "threefry2x32"),
     "noise, Laplace": noise(privacy.add_laplace_noise, "threefry2x32"),
@@ -157,7 +163,7 @@ def compare_draws(turns: int) -> None:
 def main(argv: list[str]) -> None:
     """Prints two tables."""
     del argv
-    work, tx = mlp(), OPTIMIZERS[_OPTIMIZER.value]
+    work, tx = WORKLOADS[_WORKLOAD.value](), OPTIMIZERS[_OPTIMIZER.value]
     steps, learners = {}, {}
     for name, make in VARIANTS.items():
         steps[name], learners[name] = compiled(work, make, tx)
@@ -171,7 +177,9 @@ def main(argv: list[str]) -> None:
     rows = {name: np.array(row[2:]) for name, row in times.items()}
     rows["dp_grad less noise"] = rows["dp_grad"] - rows["noise"]
     count = sum(x.size for x in jax.tree.leaves(work.params))
-    print(f"{count / 1e6:.2f}M parameters, {len(work.batch[0])} examples")
+    print(
+        f"{count / 1e6:.2f}M parameters, {len(jax.tree.leaves(work.batch)[0])} examples"
+    )
     print(f"{'':24} {'ms':>8} {'ratio':>7} {'MB':>8}")
     for name, row in rows.items():
         ratio = np.median(row / rows["ordinary"])
