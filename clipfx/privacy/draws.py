@@ -7,12 +7,13 @@ compiler can draw within the addition and nothing random is ever written to memo
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+Words: TypeAlias = tuple[jax.Array, jax.Array]  # uint32, the higher first
 TURNS = (13, 15, 26, 6), (17, 29, 16, 24)
 # z / (1 - t) for a normal variable that is beyond z, in either direction, with chance
 # t: polynomials in w - 3 for w = -log(t (2 - t)) below CUT, and in sqrt(w) - 4.5 from
@@ -41,13 +42,12 @@ def draws(
 
     Args:
       inverse: `gaussian` or `laplace`.
-      key: Of any kind.
+      key: Two random words for this alone, uint32 `[2]`.
       shape: Of the result.
       dtype: float32 or float64.
       sharding: Of the result, on a mesh with Explicit axes; elsewhere None.
     """
-    words = jax.random.bits(key, (2,), jnp.uint32)
-    return of_words(inverse, *threefry(words, *_counters(shape, sharding)), dtype)
+    return of_words(inverse, *threefry(key, *_counters(shape, sharding)), dtype)
 
 
 def of_words(
@@ -85,9 +85,7 @@ def laplace(tail: jax.Array, rest: jax.Array) -> jax.Array:
     return -jnp.where(rest < 0.25, jnp.log1p(-rest), jnp.log(tail))
 
 
-def threefry(
-    key: jax.Array, high: jax.Array, low: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def threefry(key: jax.Array, high: jax.Array, low: jax.Array) -> Words:
     """Enciphers pairs of 32-bit words by Threefry-2x32 with 20 rounds.
 
     The primitive of `jax.random` has the same values; but on CPUs it is a loop over
@@ -111,7 +109,7 @@ def threefry(
     return a, b
 
 
-def _counters(shape: Sequence[int], sharding: Any) -> tuple[jax.Array, jax.Array]:
+def _counters(shape: Sequence[int], sharding: Any) -> Words:
     """A pair of words for each element, no two of them equal, whatever the mesh."""
     words = [jnp.zeros(shape, jnp.uint32, out_sharding=sharding)] * 2
     stride, word = 1, 1  # the lower word first

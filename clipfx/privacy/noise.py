@@ -1,5 +1,6 @@
 """Noise for sums of bounded gradients."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -200,34 +201,40 @@ def add(
       key: Of the step.
       axes: Mesh axes that leaves are split over, besides those they vary over.
     """
+
+    @functools.cache
+    def words(axes: tuple[str, ...]) -> jax.Array:
+        """For real and imaginary parts of all leaves at once, `[leaves, 2, 2]`."""
+        own = jax.random.fold_in(key, jax.lax.axis_index(axes)) if axes else key
+        return jax.random.bits(own, (len(leaves), 2, 2), jnp.uint32)
+
     noised = []
     for i, (x, size) in enumerate(zip(leaves, sizes, strict=True)):
         if not is_counted(x):
             noised.append(x)
             continue
         x, size = jnp.asarray(x), jnp.asarray(size)
-        wide = widen(x)
-        of_leaf = _of_part(jax.random.fold_in(key, i), x, axes)
-        to = lambda x, size, key: x + times(_like(inverse, x, key), size)
-        noised.append(_in_one(to, wide, size, of_leaf).astype(x.dtype))
+        to = lambda x, size, words: x + times(_like(inverse, x, words), size)
+        total = _in_one(to, widen(x), size, words(_split_over(x, axes))[i])
+        noised.append(total.astype(x.dtype))
     return noised
 
 
 def _in_one(
-    to: Callable[..., jax.Array], x: jax.Array, size: jax.Array, key: jax.Array
+    to: Callable[..., jax.Array], x: jax.Array, size: jax.Array, words: jax.Array
 ) -> jax.Array:
     """Calls what draws, so that it is compiled once for all who use the result.
 
     It is elementwise: the compiler would draw again for each of them, or store parts.
     """
 
-    def in_branch(x: jax.Array, size: jax.Array, key: jax.Array) -> jax.Array:
+    def in_branch(x: jax.Array, size: jax.Array, words: jax.Array) -> jax.Array:
         # Barriers are gone early on a CPU. It is always taken, which no compiler knows.
-        taken = (jax.random.bits(key, (), jnp.uint32) | 1) > 0
-        return jax.lax.cond(taken, to, lambda x, *_: x, x, size, key)
+        taken = (words[0, 0] | 1) > 0
+        return jax.lax.cond(taken, to, lambda x, *_: x, x, size, words)
 
     before = lambda *args: jax.lax.optimization_barrier(to(*args))
-    return on_one_cpu(in_branch, before, device_of_programs(), x, size, key)
+    return on_one_cpu(in_branch, before, device_of_programs(), x, size, words)
 
 
 def as_key(key: Any) -> jax.Array:
@@ -250,18 +257,17 @@ def key_of_step(key: jax.Array, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(key, step)
 
 
-def _like(inverse: Callable, x: jax.Array, key: jax.Array) -> jax.Array:
+def _like(inverse: Callable, x: jax.Array, words: jax.Array) -> jax.Array:
     """Noise of the shape, dtype and sharding of x."""
     if jnp.iscomplexobj(x):
-        parts = zip((x.real, x.imag), jax.random.split(key), strict=True)
-        return jax.lax.complex(*(_like(inverse, part, k) for part, k in parts))
+        parts = zip((x.real, x.imag), words[:, None], strict=True)
+        return jax.lax.complex(*(_like(inverse, part, two) for part, two in parts))
     explicit = _compat.explicit_spec(x) is not None
     sharding = jax.typeof(x).sharding if explicit else None
-    return draws(inverse, key, x.shape, x.dtype, sharding)
+    return draws(inverse, words[0], x.shape, x.dtype, sharding)
 
 
-def _of_part(key: jax.Array, x: jax.Array, axes: Any) -> jax.Array:
-    """Differs between the parts of what is split."""
+def _split_over(x: jax.Array, axes: Any) -> tuple[str, ...]:
+    """The mesh axes over which parts of a leaf get noise of their own."""
     axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
-    axes = tuple(sorted(_compat.varying_axes(x) | set(axes)))
-    return jax.random.fold_in(key, jax.lax.axis_index(axes)) if axes else key
+    return tuple(sorted(_compat.varying_axes(x) | set(axes)))

@@ -22,7 +22,7 @@ from clipfx.privacy.draws import draws, gaussian, laplace
 from clipfx.privacy.scales import PrivateScale, in_scale, scaled
 from clipfx.privacy.thresholds import LEAST, PrivateThreshold, plain
 
-COUNTS = 2**32 - 1  # of the keys of a step, which leaves number from 0, that of counts
+COUNTS = 2**32 - 1  # of the keys folded into a step's, that of counts
 
 
 @exportable("clipfx.privacy.DPState")
@@ -296,8 +296,8 @@ class DPGrad:
             total = jax.lax.psum(total, self.clipped.batch_axis_name)
         if not self.noisy:
             return total
-        key = jax.random.fold_in(key, COUNTS)
-        drawn = draws(gaussian, key, total.shape, total.dtype)
+        words = jax.random.bits(jax.random.fold_in(key, COUNTS), (2,), jnp.uint32)
+        drawn = draws(gaussian, words, total.shape, total.dtype)
         return total + self.rule.count_stddev * drawn
 
     def _stddev(self, bound: jax.Array) -> jax.Array:

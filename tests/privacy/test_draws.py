@@ -15,6 +15,7 @@ from trees import enable_x64
 from clipfx.privacy import draws
 
 KEY = jax.random.key(11)
+WORDS = jax.random.key_data(KEY)
 KINDS = {"gaussian": (draws.gaussian, scipy.stats.norm),
          "laplace": (draws.laplace, scipy.stats.laplace)}  # fmt: skip
 # Of even order.
@@ -24,10 +25,9 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 each_dtype = pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 
 
-def drawn(kind, shape, dtype=jnp.float32, key=KEY):
+def drawn(kind, shape, dtype=jnp.float32):
     with enable_x64(True):
-        draw = lambda key: draws.draws(KINDS[kind][0], key, shape, dtype)
-        return np.float64(jax.jit(draw)(key))
+        return np.float64(draws.draws(KINDS[kind][0], WORDS, shape, dtype))
 
 
 def of_tails(kind, numbers, dtype):
@@ -50,8 +50,7 @@ def of_tails(kind, numbers, dtype):
 def test_words_are_those_of_jax():
     with jax.threefry_partitionable(True):
         right = jax.random.key_data(jax.random.split(KEY, (6, 5, 7)))
-    words = jax.random.key_data(KEY)
-    found = draws.threefry(words, *draws._counters((6, 5, 7), None))
+    found = draws.threefry(WORDS, *draws._counters((6, 5, 7), None))
     np.testing.assert_array_equal(jnp.stack(found, -1), right)
 
 
@@ -133,15 +132,6 @@ def test_neighbours_and_halves_are_independent(kind):
         assert abs(((bits >> k) & 1).mean() - 0.5) < 4.5 * 0.5 / 1000
 
 
-@each_kind
-@pytest.mark.parametrize("kind_of_key", ["threefry2x32", "rbg", "unsafe_rbg"])
-def test_keys_of_every_kind(kind, kind_of_key):
-    make = lambda seed: jax.random.key(seed, impl=kind_of_key)
-    x, y = (drawn(kind, (20_000,), key=make(seed)) for seed in (0, 1))
-    assert x.std() == pytest.approx(KINDS[kind][1].std(), rel=0.05)
-    assert abs(np.corrcoef(x, y)[0, 1]) < 0.03
-
-
 def test_counters_differ():
     jax.eval_shape(lambda: draws._counters((7, 1, 2**31, 2), None))
     for shape in ((), (1,), (5,), (3, 4), (2, 3, 4)):
@@ -163,7 +153,7 @@ def test_counters_differ():
 def test_shapes_may_be_symbolic():
     pytest.importorskip("flatbuffers")
     shape = jax.export.symbolic_shape("n, m")
-    draw = lambda x: draws.draws(draws.gaussian, KEY, x.shape, x.dtype)
+    draw = lambda x: draws.draws(draws.gaussian, WORDS, x.shape, x.dtype)
     known = jax.ShapeDtypeStruct(shape, jnp.float32)
     call = jax.export.export(jax.jit(draw))(known).call
     right = drawn("gaussian", (3, 5))
@@ -171,9 +161,9 @@ def test_shapes_may_be_symbolic():
 
 
 ERRORS = [
-    (lambda: draws.draws(draws.gaussian, KEY, (2**32 + 1,), jnp.float32), ValueError,
+    (lambda: draws.draws(draws.gaussian, WORDS, (2**32 + 1,), jnp.float32), ValueError,
      "leaf"),
-    (lambda: draws.draws(draws.gaussian, KEY, (3, 2**31, 4), jnp.float32), ValueError,
+    (lambda: draws.draws(draws.gaussian, WORDS, (3, 2**31, 4), jnp.float32), ValueError,
      "leaf"),
 ]  # fmt: skip
 
