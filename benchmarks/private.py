@@ -133,9 +133,9 @@ DRAWS: dict[str, tuple] = {
 
 def compare_draws(turns: int) -> None:
     """Prints the second table."""
-    programs, key = {}, jax.random.key(0)
+    programs, key, data = {}, jax.random.key(0), jax.random.key_data
     for name, (inverse, usual, _) in DRAWS.items():
-        ours = lambda key, f=inverse: draws.draws(f, key, (COUNT,), jnp.float32)
+        ours = lambda key, f=inverse: draws.draws(f, data(key), (COUNT,), jnp.float32)
         theirs = lambda key, f=usual: f(key, (COUNT,), jnp.float32)
         for text, draw in ((name, ours), (f"{name}, jax.random", theirs)):
             add = jax.jit(lambda key, x, draw=draw: x + draw(key), donate_argnums=1)
