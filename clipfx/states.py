@@ -14,6 +14,7 @@ from clipfx.methods.spam_clip import SpamClipState
 from clipfx.methods.spamp import SpampState
 from clipfx.methods.zclip import ZClipState
 from clipfx.privacy.noise import NoiseState
+from clipfx.privacy.scales import SecondMomentState
 from clipfx.privacy.step import DPState
 from clipfx.wrappers.error_feedback import ErrorFeedbackState
 from clipfx.wrappers.skip_spikes import SkipState
@@ -28,6 +29,7 @@ __all__ = [
     "FairGroupsState",
     "NoiseState",
     "NormStabilizerState",
+    "SecondMomentState",
     "SkipState",
     "SpamClipState",
     "SpampState",

@@ -18,6 +18,7 @@ affair; both come with the extra `privacy`.
 from clipfx.privacy.accounting import epsilon, event, noise_multiplier_for
 from clipfx.privacy.dp_grad import dp_grad
 from clipfx.privacy.noise import NoiseState, add_gaussian_noise, add_laplace_noise
+from clipfx.privacy.scales import PrivateScale, SecondMomentState, second_moment
 from clipfx.privacy.step import DPGrad, DPState
 from clipfx.privacy.thresholds import (
     PrivateThreshold,
@@ -31,7 +32,9 @@ __all__ = [
     "DPGrad",
     "DPState",
     "NoiseState",
+    "PrivateScale",
     "PrivateThreshold",
+    "SecondMomentState",
     "add_gaussian_noise",
     "add_laplace_noise",
     "dp_grad",
@@ -42,4 +45,5 @@ __all__ = [
     "event",
     "noise_multiplier_for",
     "quantile",
+    "second_moment",
 ]

@@ -9,6 +9,7 @@ from clipfx._core.checks import check_choice, check_number, helpful
 from clipfx._types import AxisName, GroupSpec, Limit, LossFn, Positions
 from clipfx.per_example.clipped_grad import check_bounded, clipped_grad
 from clipfx.privacy import noise
+from clipfx.privacy.scales import PrivateScale, check_scale
 from clipfx.privacy.step import DPGrad
 from clipfx.privacy.thresholds import PrivateThreshold, check_finite, check_start, fixed
 
@@ -31,6 +32,7 @@ def dp_grad(
     allocation: str = "global",
     microbatch_size: int | None = None,
     batch_axis_name: AxisName | None = None,
+    scale: PrivateScale | None = None,
 ) -> DPGrad:
     r"""Makes the gradient of differentially private training, DP-SGD in one call.
 
@@ -70,6 +72,9 @@ def dp_grad(
       microbatch_size: How many examples at a time, by a scan; None takes all. Static.
       batch_axis_name: Mesh axes that batches are split over, for `pmap` and
         `shard_map(check_vma=False)`; elsewhere this happens by itself. Static.
+      scale: What gradients are multiplied by before they are clipped, s > 0, computed
+        from what was released: `second_moment`, for Adam. Thresholds, norms and noise
+        are then those of :math:`s g`, and the noised sum is divided by s; None for 1.
 
     Returns:
       A function `grad(state, *args, where=, population_ids=None)` of the state, from
@@ -119,6 +124,7 @@ def dp_grad(
             "noise; that and Laplace noise have no joint multiplier."
         )
     check_start(rule.max_norm)
+    check_scale(scale)
     clipped = clipped_grad(
         fun,
         rule.max_norm,
@@ -140,7 +146,7 @@ def dp_grad(
         )
     grad = DPGrad(
         clipped, rule, noise_multiplier, expected_batch_size, noise.Secret(key),
-        allocation,
+        allocation, scale,
     )  # fmt: skip
     if grad.noisy:
         check_finite(rule.max_norm)

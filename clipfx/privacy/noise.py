@@ -1,5 +1,6 @@
 """Noise for sums of bounded gradients."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,9 @@ from clipfx._core.checks import check_number, helpful
 from clipfx._core.export import exportable
 from clipfx._core.groups import is_counted
 from clipfx._core.leaves import times, widen
+from clipfx._core.reductions import device_of_programs, on_one_cpu
 from clipfx._types import AxisName
+from clipfx.privacy.draws import draws, gaussian, laplace
 
 
 class Secret:
@@ -67,6 +70,12 @@ def add_gaussian_noise(
     the undisturbed run would have drawn. Drawn in float32, for float64 leaves in
     float64, and added there, whatever the dtype of the leaf.
 
+    Up to rounding :math:`z = \Phi^{-1}(u)`, with u the middle of one of :math:`2^{63}`
+    cells, which Threefry-2x32 chooses: :math:`|z| \le 9.08`, and a normal variable is
+    farther out with probability :math:`2^{-63} = 1.1 \cdot 10^{-19}`. That such numbers
+    are never drawn adds at most :math:`(1 + e^\epsilon)\, n T\, 2^{-63}` to the
+    :math:`\delta` of T steps with n coordinates.
+
     It is the noise of clipped *sums*: divide afterwards. Add it once per logical batch,
     *inside* of `optax.MultiSteps(..., use_grad_mean=False)`. By default MultiSteps
     passes on the mean over k microbatches, for which noise of a sum is k times too
@@ -76,8 +85,9 @@ def add_gaussian_noise(
       stddev: :math:`\sigma` >= 0, or an Optax schedule.
       key: From `jax.random.key`, of a seed that nobody can guess, for this alone: two
         transforms, runs or `dp_grad` of one key draw the same noise, which anybody
-        can subtract. Nothing prints it, and what holds it cannot be pickled. Under
-        `optax.inject_hyperparams` pass `static_args="key"`, or the state holds it.
+        can subtract. It may be of any implementation; all draw alike. Nothing prints
+        it, and what holds it cannot be pickled. Under `optax.inject_hyperparams` pass
+        `static_args="key"`, or the state holds it.
       axis_name: Mesh axes that *all* updates are split over, for `pmap` and
         `shard_map(check_vma=False)`: each part draws its own noise. Under `jit`, and
         in `shard_map`, which knows what varies, this happens by itself; in `shard_map`
@@ -89,7 +99,8 @@ def add_gaussian_noise(
 
     Raises:
       TypeError: If `stddev` is no number, or `key` no key.
-      ValueError: If `stddev` is negative or not finite.
+      ValueError: If `stddev` is negative or not finite; at updates, if a leaf has more
+        than 2^32 elements, unless dimensions fall into two groups of at most that.
 
     Example:
       >>> import clipfx, jax, jax.numpy as jnp, optax
@@ -99,12 +110,13 @@ def add_gaussian_noise(
       >>> params = {"w": jnp.zeros(3)}
       >>> updates, state = tx.update(params, tx.init(params), params)
 
-    Differs from the source: floating-point numbers are not real numbers. Draws end
-    where float32 does, at 5.4 standard deviations, and low bits can tell something
-    about what was added to; see the page on what is promised.
+    Differs from the source: floating-point numbers are not real numbers. Draws end, and
+    low bits can tell something about what was added to; see the page on what is
+    promised.
 
     Reference: Abadi et al., `Deep learning with differential privacy
-    <https://arxiv.org/abs/1607.00133>`_, 2016.
+    <https://arxiv.org/abs/1607.00133>`_, 2016; Salmon et al., `Parallel random numbers:
+    as easy as 1, 2, 3 <https://doi.org/10.1145/2063384.2063405>`_, 2011.
     """
     return _transform("stddev", stddev, gaussian, key, axis_name)
 
@@ -134,7 +146,7 @@ def add_laplace_noise(
 
     Raises:
       TypeError: If `scale` is no number, or `key` no key.
-      ValueError: If `scale` is negative or not finite.
+      ValueError: If `scale` is negative or not finite; see `add_gaussian_noise`.
 
     Example:
       >>> import clipfx, jax, optax
@@ -142,7 +154,8 @@ def add_laplace_noise(
       ...     clipfx.privacy.add_laplace_noise(2.0, jax.random.key(0)),
       ...     optax.scale(1 / 256), optax.sgd(0.1))
 
-    Differs from the source: see `add_gaussian_noise`; draws end at 16 scales.
+    Differs from the source: see `add_gaussian_noise`; draws end at 43.67 scales, beyond
+    which there would be one with probability :math:`2^{-63}`.
 
     Reference: Dwork et al., `Calibrating noise to sensitivity in private data analysis
     <https://doi.org/10.1007/11681878_14>`_, 2006.
@@ -151,7 +164,7 @@ def add_laplace_noise(
 
 
 def _transform(
-    name: str, size: Any, draw: Callable, key: Any, axis_name: Any
+    name: str, size: Any, inverse: Callable, key: Any, axis_name: Any
 ) -> optax.GradientTransformationExtraArgs:
     secret = Secret(key)
     if not callable(size):
@@ -169,7 +182,7 @@ def _transform(
         leaves, treedef = jax.tree.flatten(updates)
         sizes = [now] * len(leaves)
         key = key_of_step(secret.reveal(), state.step)
-        noised = add(draw, leaves, sizes, key, axis_name)
+        noised = add(inverse, leaves, sizes, key, axis_name)
         step = jnp.asarray(optax.safe_increment(state.step))
         return treedef.unflatten(noised), NoiseState(step)
 
@@ -177,27 +190,51 @@ def _transform(
 
 
 def add(
-    draw: Callable, leaves: Sequence[Any], sizes: Sequence[Any], key: Any, axes: Any
+    inverse: Callable, leaves: Sequence[Any], sizes: Sequence[Any], key: Any, axes: Any
 ) -> list[Any]:
     """Adds to every floating leaf noise of its size.
 
     Args:
-      draw: `gaussian` or `laplace`.
+      inverse: `gaussian` or `laplace`.
       leaves: `[...]`.
       sizes: One per leaf.
       key: Of the step.
       axes: Mesh axes that leaves are split over, besides those they vary over.
     """
+
+    @functools.cache
+    def words(axes: tuple[str, ...]) -> jax.Array:
+        """For real and imaginary parts of all leaves at once, `[leaves, 2, 2]`."""
+        own = jax.random.fold_in(key, jax.lax.axis_index(axes)) if axes else key
+        return jax.random.bits(own, (len(leaves), 2, 2), jnp.uint32)
+
     noised = []
     for i, (x, size) in enumerate(zip(leaves, sizes, strict=True)):
         if not is_counted(x):
             noised.append(x)
             continue
-        x = jnp.asarray(x)
-        wide = widen(x)
-        z = _like(draw, wide, _of_part(jax.random.fold_in(key, i), x, axes))
-        noised.append((wide + times(z, jnp.asarray(size))).astype(x.dtype))
+        x, size = jnp.asarray(x), jnp.asarray(size)
+        to = lambda x, size, words: x + times(_like(inverse, x, words), size)
+        total = _in_one(to, widen(x), size, words(_split_over(x, axes))[i])
+        noised.append(total.astype(x.dtype))
     return noised
+
+
+def _in_one(
+    to: Callable[..., jax.Array], x: jax.Array, size: jax.Array, words: jax.Array
+) -> jax.Array:
+    """Calls what draws, so that it is compiled once for all who use the result.
+
+    It is elementwise: the compiler would draw again for each of them, or store parts.
+    """
+
+    def in_branch(x: jax.Array, size: jax.Array, words: jax.Array) -> jax.Array:
+        # Barriers are gone early on a CPU. It is always taken, which no compiler knows.
+        taken = (words[0, 0] | 1) > 0
+        return jax.lax.cond(taken, to, lambda x, *_: x, x, size, words)
+
+    before = lambda *args: jax.lax.optimization_barrier(to(*args))
+    return on_one_cpu(in_branch, before, device_of_programs(), x, size, words)
 
 
 def as_key(key: Any) -> jax.Array:
@@ -220,30 +257,17 @@ def key_of_step(key: jax.Array, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(key, step)
 
 
-def gaussian(key: jax.Array, shape: Any, dtype: Any, **sharding: Any) -> jax.Array:
-    """Draws from the standard normal distribution."""
-    return jax.random.normal(key, shape, dtype, **sharding)
-
-
-def laplace(key: jax.Array, shape: Any, dtype: Any, **sharding: Any) -> jax.Array:
-    """Draws from the Laplace distribution of scale 1."""
-    low = -1 + jnp.finfo(dtype).epsneg
-    u = jax.random.uniform(key, shape, dtype, low, 1.0, **sharding)
-    return jnp.sign(u) * jnp.log1p(-jnp.abs(u))
-
-
-def _like(draw: Callable, x: jax.Array, key: jax.Array) -> jax.Array:
+def _like(inverse: Callable, x: jax.Array, words: jax.Array) -> jax.Array:
     """Noise of the shape, dtype and sharding of x."""
     if jnp.iscomplexobj(x):
-        parts = zip((x.real, x.imag), jax.random.split(key), strict=True)
-        return jax.lax.complex(*(_like(draw, part, k) for part, k in parts))
+        parts = zip((x.real, x.imag), words[:, None], strict=True)
+        return jax.lax.complex(*(_like(inverse, part, two) for part, two in parts))
     explicit = _compat.explicit_spec(x) is not None
-    kind = {"out_sharding": jax.typeof(x).sharding} if explicit else {}
-    return draw(key, x.shape, x.dtype, **kind)
+    sharding = jax.typeof(x).sharding if explicit else None
+    return draws(inverse, words[0], x.shape, x.dtype, sharding)
 
 
-def _of_part(key: jax.Array, x: jax.Array, axes: Any) -> jax.Array:
-    """Differs between the parts of what is split."""
+def _split_over(x: jax.Array, axes: Any) -> tuple[str, ...]:
+    """The mesh axes over which parts of a leaf get noise of their own."""
     axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
-    axes = tuple(sorted(_compat.varying_axes(x) | set(axes)))
-    return jax.random.fold_in(key, jax.lax.axis_index(axes)) if axes else key
+    return tuple(sorted(_compat.varying_axes(x) | set(axes)))

@@ -18,9 +18,11 @@ from clipfx.per_example.engine.populations import membership
 from clipfx.per_example.engine.thresholds import limits
 from clipfx.per_example.engine.trace import mask_of, params_of, size_of
 from clipfx.privacy import accounting, noise
+from clipfx.privacy.draws import draws, gaussian, laplace
+from clipfx.privacy.scales import PrivateScale, in_scale, scaled
 from clipfx.privacy.thresholds import LEAST, PrivateThreshold, plain
 
-COUNTS = 2**32 - 1  # of the keys of a step, which leaves number from 0, that of counts
+COUNTS = 2**32 - 1  # of the keys folded into a step's, that of counts
 
 
 @exportable("clipfx.privacy.DPState")
@@ -33,6 +35,7 @@ class DPState(NamedTuple):
       threshold: float32 `[G]`, of the last step, the largest of all populations.
       stddev: float32 `[G]`, of the last step's noise on the sum, for Laplace its scale.
       counts: float32 `[Q]`, the noised counts of the last step.
+      scale: What the rule of the scale needs for the next step.
 
     Reference: none.
     """
@@ -42,6 +45,7 @@ class DPState(NamedTuple):
     threshold: jax.Array
     stddev: jax.Array
     counts: jax.Array
+    scale: Any = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,6 +59,8 @@ class DPGrad:
       expected_batch_size: What sums are divided by.
       key: Of all draws; `reveal()` returns it, nothing prints or pickles it.
       allocation: How noise is divided between groups.
+      scale: The coordinates that gradients are clipped and noised in, None for their
+        own.
 
     Reference: none.
     """
@@ -65,6 +71,7 @@ class DPGrad:
     expected_batch_size: float
     key: noise.Secret
     allocation: str
+    scale: PrivateScale | None = None
 
     __name__ = "dp_grad"  # of the compiled function
 
@@ -110,6 +117,7 @@ class DPGrad:
             threshold=jnp.copy(start),
             stddev=jnp.zeros(count, jnp.float32),
             counts=jnp.zeros(answers.shape[1], jnp.float32),
+            scale=() if self.scale is None else self.scale.init(params),
         )
 
     def _start(self, members: Groups) -> jax.Array:
@@ -233,6 +241,11 @@ class DPGrad:
             released.append((noised, thresholds(noised if rule.at_once else last)))
             return of_examples(released[-1][1])
 
+        factors = None
+        if self.scale is not None:
+            scales = self.scale.scale(state.scale, params)
+            factors = jax.tree.structure(params).flatten_up_to(scales)
+            clip, args = in_scale(clip, args, params, factors)
         last = state.counts
         limit = ask if rule.at_once else of_examples(thresholds(last))
         sums, info = clip(*args, where=keep, max_norm=limit, **kwargs)
@@ -241,6 +254,7 @@ class DPGrad:
         noised, table = released[-1]
         bound = table.max(0)
         stddev = self._stddev(bound)
+        mean = self._noised(sums, members, stddev, key, factors)
         new = DPState(
             step=jnp.asarray(optax.safe_increment(state.step)),
             rule=jax.tree.map(
@@ -251,8 +265,11 @@ class DPGrad:
             threshold=bound,
             stddev=stddev,
             counts=noised,
+            scale=() if self.scale is None else self.scale.update(state.scale, mean),
         )
-        return self._noised(sums, params, members, stddev, key), new, info
+        # What is released may be rounded.
+        cast = lambda x, p: x.astype(jnp.result_type(p))
+        return jax.tree.map(cast, mean, params), new, info
 
     def _member(self, population_ids: Any, size: int) -> Any:
         count = self.rule.num_populations
@@ -279,8 +296,8 @@ class DPGrad:
             total = jax.lax.psum(total, self.clipped.batch_axis_name)
         if not self.noisy:
             return total
-        key = jax.random.fold_in(key, COUNTS)
-        drawn = noise.gaussian(key, total.shape, total.dtype)
+        words = jax.random.bits(jax.random.fold_in(key, COUNTS), (2,), jnp.uint32)
+        drawn = draws(gaussian, words, total.shape, total.dtype)
         return total + self.rule.count_stddev * drawn
 
     def _stddev(self, bound: jax.Array) -> jax.Array:
@@ -297,17 +314,16 @@ class DPGrad:
         return jnp.broadcast_to(z * whole, bound.shape)
 
     def _noised(
-        self, sums: Any, params: Any, members: Groups, stddev: jax.Array, key: Any
+        self, sums: Any, members: Groups, stddev: jax.Array, key: Any, factors: Any
     ) -> Any:
-        draw = noise.laplace if self.clipped.ord == 1 else noise.gaussian
+        """The noised mean, in coordinates of the parameters."""
+        inverse = laplace if self.clipped.ord == 1 else gaussian
         leaves, treedef = jax.tree.flatten(sums)
         if self.noisy:
             pairs = zip(members.index, leaves, strict=True)
             sizes = [entry(stddev, i, x) for i, x in pairs]
-            leaves = noise.add(draw, leaves, sizes, key, None)
-        mean = [x / self.expected_batch_size for x in leaves]
-        # What is released may be rounded.
-        like = [jnp.result_type(x) for x in jax.tree.leaves(params)]
-        return treedef.unflatten(
-            [x.astype(dtype) for x, dtype in zip(mean, like, strict=True)]
-        )
+            leaves = noise.add(inverse, leaves, sizes, key, None)
+        if factors is not None:
+            leaves = [scaled(x, [1 / c for c in f])
+                      for x, f in zip(leaves, factors, strict=True)]  # fmt: skip
+        return treedef.unflatten([x / self.expected_batch_size for x in leaves])

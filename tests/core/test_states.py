@@ -36,6 +36,7 @@ def all_states():
         noise_multiplier=1.0,
         expected_batch_size=2,
         key=key,
+        scale=privacy.second_moment(eps_root=1.0),
     )
     made["dp_grad"] = jax.eval_shape(grad.init, {"w": shape(3)})
     return made

@@ -10,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -70,6 +71,28 @@ def assert_close(one, other, rtol=1e-5):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6), one, other
     )
+
+
+@pytest.mark.parametrize("optimizer", private_digits.OPTIMIZERS)
+def test_optimizers_cost_alike_and_move(optimizer):
+    settings = dataclasses.replace(SMALL, optimizer=optimizer, steps=3)
+    plans = {p.name: p for p in private_digits.list_plans(settings, COUNT)}
+    plan = plans["hard"]._replace(batch=64)
+    usual = private_digits.list_plans(dataclasses.replace(SMALL, steps=3), COUNT)
+    assert [p.noise_multiplier for p in plans.values()] == [
+        p.noise_multiplier for p in usual
+    ]
+    batch = next(private_digits.draw_batches(DATA, plan, 0))
+    with jax.numpy_dtype_promotion("standard"):  # for Optax
+        params, _, private = start_and_step(plan)(batch)
+    first, _ = private_digits.start(plan, DATA, 0)
+    assert float(optax.tree.norm(optax.tree.sub(params, first[0]))) > 1e-3
+    scaled = plan.scale is not None
+    assert (
+        scaled == (optimizer == "private_adam") == bool(jax.tree.leaves(private.scale))
+    )
+    limit = 10.0 if scaled else 1.0
+    assert float(private.threshold[0]) == pytest.approx(limit, rel=1e-5)
 
 
 @pytest.mark.full

@@ -1,5 +1,6 @@
 """Noise: its level, its independence, and that it never comes twice."""
 
+import functools
 import itertools
 import math
 
@@ -17,6 +18,7 @@ from tiers import in_tiers
 from trees import enable_x64
 
 from clipfx import privacy
+from clipfx._core import reductions
 
 KEY = jax.random.key(7)
 KINDS = {
@@ -168,6 +170,68 @@ def test_resumed_run_goes_on_with_the_same_noise_and_repeats_none(kind, tmp_path
     assert len({float(x[0]) for x in whole}) == 6
 
 
+@each_kind
+def test_is_drawn_once_for_all_who_use_it(kind, monkeypatch):
+    """On one CPU without memory for anything random, and equal to that of a mesh."""
+    tx, x = KINDS[kind][0](1.0, KEY), jnp.zeros((300, 1000))
+
+    def moments(m, v, x, step):
+        x, _ = tx.update(x, privacy.NoiseState(step))
+        return m + x, v + x * x
+
+    def compiled():
+        jax.clear_caches()
+        args = [jnp.copy(x) for _ in range(3)] + [jnp.zeros([], jnp.int32)]
+        program = jax.jit(moments, donate_argnums=(0, 1)).lower(*args).compile()
+        return program.memory_analysis().temp_size_in_bytes, program(*args)
+
+    _, right = compiled()
+    monkeypatch.setattr(reductions, "forced_device", "cpu")
+    size, found = compiled()
+    assert size < 1.1 * x.nbytes  # the result
+    chex.assert_trees_all_close(found, right, rtol=1e-6)
+
+
+ADAM = optax.adam(0.1)
+
+
+@pytest.mark.parametrize("tx", [optax.sgd(0.1), ADAM], ids=["sgd", "adam"])
+def test_private_step_takes_little_more_memory_than_an_ordinary_one(tx, monkeypatch):
+    monkeypatch.setattr(reductions, "forced_device", "cpu")
+    params = [jnp.ones((500, 500)), jnp.ones((500, 500)), jnp.ones((500, 1))]
+    batch = jnp.ones((128, 500))
+
+    def loss(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return x.sum()
+
+    def ordinary(state, params, batch):
+        mean = lambda params: jax.vmap(loss, (None, 0))(params, batch).mean()
+        return jax.grad(mean)(params), state, None
+
+    def private(noise):
+        grad = privacy.dp_grad(
+            loss, max_norm=1.0, noise_multiplier=noise, expected_batch_size=128, key=KEY
+        )
+        return size(functools.partial(grad, where=None), grad.init(params))
+
+    def size(grad, state):
+        def step(params, opt_state, state, batch):
+            grads, state, _ = grad(state, params, batch)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state, state
+
+        args = params, tx.init(params), state, batch
+        with jax.numpy_dtype_promotion("standard"):  # for Optax
+            program = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*args).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert private(1.0) < 1.01 * private(0.0)
+    if tx is ADAM:  # SGD adds up where the gradient is, not on every version
+        assert private(1.0) < 1.5 * size(ordinary, ())
+
+
 def test_schedule_and_accumulation():
     tx = privacy.add_gaussian_noise(lambda step: jnp.where(step < 1, 0.0, 2.0), KEY)
     params = jnp.zeros(1000)
@@ -190,6 +254,17 @@ def test_schedule_and_accumulation():
             last = place % 4 == 3
             assert middle == pytest.approx(size if last else 0, abs=0.3)
             assert spread == pytest.approx(2 if last else 0, abs=0.2)
+
+
+@each_kind
+@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_keys_of_every_implementation(kind, implementation):
+    tree = [jnp.zeros(20_000), jnp.zeros(20_000)]
+    keys = [jax.random.key(seed, impl=implementation) for seed in (0, 1)]
+    rows = [x for key in keys for x in drawn(kind, tree, 1, key)[0]]
+    for x, y in itertools.combinations(rows, 2):
+        assert float(x.std()) == pytest.approx(KINDS[kind][1], rel=0.05)
+        assert abs(np.corrcoef(x, y)[0, 1]) < 0.03
 
 
 def test_old_and_new_keys_are_the_same():

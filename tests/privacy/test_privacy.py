@@ -482,7 +482,7 @@ def test_noise_follows_the_threshold_as_it_adapts(case):
     tx = privacy.add_gaussian_noise(1.0, KEY)
     nothing = jax.tree.map(jnp.zeros_like, params)
     state, limits, limit = grad.init(params), [], np.full((SIZE, 1), 0.05, np.float32)
-    for turn in range(5):
+    for turn in range(8):
         found, state, info = step(state, params, batch)
         counts = np.float64(state.counts)
         if rule == "dpsgd_f":

@@ -52,10 +52,11 @@ def scale(site: Site, part: LeafSlice, c: jax.Array | None, size: int) -> Scale 
     _, rows, free = site.rule.dims(site, part)
     differs = frozenset().union(*part.scaled)
     numbers = table(site, part, c)
-    largest = jnp.argmax(jnp.abs(numbers).reshape(size, -1), axis=1)
     pick = lambda x, k, axis: jax.vmap(lambda x, k: jnp.take(x, k, axis))(x, k)
-    i, j = largest // numbers.shape[2], largest % numbers.shape[2]
-    left, right = pick(numbers, j, 1), pick(numbers, i, 0)
+    # The largest, by its row first: `argmax` is slow on CPUs, `max` is not.
+    i = jnp.argmax(jnp.max(jnp.abs(numbers), axis=2), axis=1)
+    right = pick(numbers, i, 0)
+    left = pick(numbers, jnp.argmax(jnp.abs(right), axis=1), 1)
     number = pick(left, i, 0)
     share = lambda x: x / jnp.where(number == 0, 1, number)[:, None]
     return Scale(
