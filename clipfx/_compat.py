@@ -174,8 +174,18 @@ def as_like(x: jax.Array, like: jax.Array) -> jax.Array:
     if spec is None or explicit_spec(x) == spec:
         return x
     if explicit_spec(x) is None:  # no mesh in its type: it takes that of another
-        return jnp.where(jnp.ones_like(like, bool), x, x)
+        return _beside(x, _false(like))
     return reshard(x, spec)
+
+
+def _false(like: jax.Array) -> jax.Array:
+    """False, with the mesh in the type of `like`, which zeros like it need not have."""
+    return (like != like) & False
+
+
+def _beside(x: jax.Array, false: jax.Array) -> jax.Array:
+    """`x`; a sum takes the mesh of the operand that has one in its type."""
+    return x | false if x.dtype == bool else x + false.astype(x.dtype)
 
 
 def rows_of(like: jax.Array, x: jax.Array) -> jax.Array:
@@ -186,9 +196,9 @@ def rows_of(like: jax.Array, x: jax.Array) -> jax.Array:
         return out
     if explicit_spec(out) is not None:
         return reshard(out, (spec[0], *(explicit_spec(x) or (None,) * x.ndim)))
-    row = jnp.zeros_like(like, bool)  # no mesh in its type: it takes that of another
-    row = row.any(tuple(range(1, row.ndim))).reshape(-1, *[1] * x.ndim)
-    return jnp.where(row, out, out)
+    # No mesh in its type: it takes that of another.
+    row = _false(like).any(tuple(range(1, like.ndim)))
+    return _beside(out, row.reshape(-1, *[1] * x.ndim))
 
 
 def stack(xs: Sequence[jax.Array]) -> jax.Array:

@@ -234,7 +234,10 @@ def matrix(x: jax.Array, *dims: list[int]) -> jax.Array:
     if any(len(merged(group)) > 1 for group in dims):
         x = _compat.whole(x)  # a merged dimension cannot say how it is split
     shape = [math.prod(x.shape[d] for d in group) for group in dims]
-    return jnp.transpose(x, [d for group in dims for d in group]).reshape(shape)
+    x = jnp.transpose(x, [d for group in dims for d in group])
+    # Merging first: with Explicit axes JAX does not do both in one reshape.
+    x = x.reshape([n for n, group in zip(shape, dims, strict=True) if group])
+    return jnp.expand_dims(x, [k for k, group in enumerate(dims) if not group])
 
 
 def floating(data: jax.Array, dtype: Any) -> jax.Array:
