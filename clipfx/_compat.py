@@ -190,15 +190,19 @@ def _beside(x: jax.Array, false: jax.Array) -> jax.Array:
 
 def rows_of(like: jax.Array, x: jax.Array) -> jax.Array:
     """`x` once for each row of `like`, split over a mesh as they are."""
-    out = jnp.broadcast_to(x, (like.shape[0], *x.shape))
-    spec = explicit_spec(like)
+    return as_rows_of(like, jnp.broadcast_to(x, (like.shape[0], *x.shape)))
+
+
+def as_rows_of(like: jax.Array, x: jax.Array) -> jax.Array:
+    """`x`, whose rows are split over a mesh as those of `like` are."""
+    spec, own = explicit_spec(like), explicit_spec(x)
     if spec is None or not spec[0]:
-        return out
-    if explicit_spec(out) is not None:
-        return reshard(out, (spec[0], *(explicit_spec(x) or (None,) * x.ndim)))
+        return x
+    if own is not None:
+        return reshard(x, (spec[0], *own[1:]))
     # No mesh in its type: it takes that of another.
     row = _false(like).any(tuple(range(1, like.ndim)))
-    return _beside(out, row.reshape(-1, *[1] * x.ndim))
+    return _beside(x, row.reshape(-1, *[1] * (x.ndim - 1)))
 
 
 def stack(xs: Sequence[jax.Array]) -> jax.Array:

@@ -10,6 +10,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import assert_all_alike, mesh_of
+from per_example_oracle import cast
+from per_example_pieces import PIECES, program
+from per_example_pieces import draw as draw_piece
 from tiers import in_tiers
 
 import clipfx
@@ -274,6 +277,31 @@ def test_sharded_equals_whole(case):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         # Of the largest, because sums over examples may cancel.
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * np.abs(y).max(initial=0))
+
+
+# --------------------------------------------------------- programs of every kind
+
+# What JAX itself cannot map over examples that Explicit axes split.
+REFUSED = {
+    "conv1", "conv2", "conv3", "embed", "indexed", "look_ups", "masked",
+    "permuted_and_padded", "scaled", "scaled_and_tied", "tied", "tied_pairs",
+}  # fmt: skip
+MAPPED = [name for name in PIECES if name not in REFUSED]
+
+
+@pytest.mark.parametrize("name", in_tiers(MAPPED, {"experts", "dead_code"}))
+def test_programs_on_a_mesh_with_explicit_axes(name):
+    """That of the arrays alone; none is set around."""
+    steps = [(kind, "plain", str(k)) for k, kind in enumerate(("dense", name, "dense"))]
+    params, batch = (cast(x, "float32") for x in draw_piece(steps))
+    batch = jax.tree.map(lambda x: jnp.concatenate([x] * 8)[:8], batch)
+    grad = per_example.clipped_grad(program(steps), 0.5, groups="leaf")
+    mesh = mesh_of(AxisType.Explicit)
+    place = lambda tree, *axes: jax.device_put(tree, NamedSharding(mesh, P(*axes)))
+    got, _ = jax.jit(grad)(place(params), place(batch, "data"))
+    want, _ = jax.jit(grad)(params, batch)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-6 * np.abs(y).max(initial=0))
 
 
 # ------------------------------------------------- gradients that are stacked already

@@ -171,14 +171,9 @@ def over_examples(one: Callable, mapped: Sequence[bool], inputs: Sequence[Any]) 
 def like_rows(program: Program, inputs: Sequence[Any]) -> Callable:
     """Splits by example as the batch is; older JAX forgets it where axes are Auto."""
     pairs = zip(inputs, program.mapped, strict=True)
-    specs = [_compat.explicit_spec(x) for x, mapped in pairs if mapped]
-    rows = next((spec[0] for spec in specs if spec), None)
-
-    def again(x: jax.Array) -> jax.Array:
-        spec = _compat.explicit_spec(x)
-        return x if rows is None or not spec else _compat.reshard(x, (rows, *spec[1:]))
-
-    return again
+    mapped = [x for x, is_mapped in pairs if is_mapped]
+    split = [x for x in mapped if (_compat.explicit_spec(x) or (None,))[0]]
+    return functools.partial(_compat.as_rows_of, (split or mapped)[0])
 
 
 def _settled(x: jax.Array) -> jax.Array:
