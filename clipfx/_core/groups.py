@@ -191,8 +191,19 @@ def entry(values: Any, index: Any, leaf: Any) -> Any:
     """Of `[G]` that of a leaf's group; `[L, 1, ...]` where it has one per slice."""
     if not isinstance(index, tuple):
         return values[index]
-    rows = jnp.concatenate([values[i : i + 1] for i in index])
-    return rows.reshape(-1, *[1] * (jnp.ndim(leaf) - 1))
+    return picked(values, index, 0).reshape(-1, *[1] * (jnp.ndim(leaf) - 1))
+
+
+def picked(values: Any, places: Sequence[int], axis: int) -> jax.Array:
+    """Entries at places along an axis: slices, because gathers are slow."""
+    runs: list[list[int]] = []
+    for i in places:
+        if runs and runs[-1][1] == i:
+            runs[-1][1] += 1
+        else:
+            runs.append([i, i + 1])
+    parts = [jax.lax.slice_in_dim(values, *run, axis=axis) for run in runs]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
 
 
 def counted_leaves(tree: Any, groups: Groups) -> list[tuple[jax.Array, int]]:

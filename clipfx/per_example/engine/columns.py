@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipfx._core.groups import Groups
+from clipfx._core.groups import Groups, picked
 from clipfx.per_example.engine.plan import Plan, Region
 from clipfx.per_example.engine.rules.site import groups_of
 
@@ -47,9 +47,7 @@ class Columns(NamedTuple):
         """`[B, N, ...]` from `[B, M, ...]` by mesh axes."""
         order = [k for which in self.by_axes().values() for k in which]
         joined = rows[0] if len(rows) == 1 else jnp.concatenate(rows, 1)
-        if order == sorted(order):
-            return joined
-        return jnp.concatenate([joined[:, k : k + 1] for k in np.argsort(order)], 1)
+        return picked(joined, np.argsort(order).tolist(), 1)
 
     def of_turn(self, values: jax.Array, ids: Any) -> jax.Array:
         """Of `[B, G]` what belongs to the columns of one turn, `[B, N]`.
@@ -59,8 +57,7 @@ class Columns(NamedTuple):
           ids: `[N]`; None where they are the same in every turn.
         """
         if ids is None:
-            columns = [values[:, i : i + 1] for i in self.ids.reshape(-1).tolist()]
-            return columns[0] if len(columns) == 1 else jnp.concatenate(columns, 1)
+            return picked(values, self.ids.reshape(-1).tolist(), 1)
         number = jnp.arange(values.shape[1], dtype=ids.dtype)
         chosen = ids[None, :, None] == number[None, None]
         return jnp.where(chosen, values[:, None], 0).sum(-1)  # thresholds are infinite

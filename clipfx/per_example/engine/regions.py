@@ -9,6 +9,7 @@ brings factors in a second one. What one of the pulls does not need XLA leaves o
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipfx import _compat
-from clipfx._core.groups import Groups
+from clipfx._core.groups import Groups, picked
 from clipfx.per_example.engine import (
     bookkeeping,
     interpreter,
@@ -187,20 +188,20 @@ def with_verdicts(
 
     All that regions did not decide is left, where anything of an example is.
     """
-    groups = range(factor.shape[1])
-    decided = {}
+    parts, places = [jnp.stack([factor, later.astype(factor.dtype)], -1)], []
     for n, x in (tape.verdicts or {}).items():
-        x = x.reshape(len(x), -1, 2)
-        for k, i in enumerate((tape.columns or {})[n].ids.reshape(-1).tolist()):
-            decided[i] = x[:, k : k + 1]
-    if decided:
-        own = lambda x, k: [decided[i][..., k] if i in decided else x[:, i : i + 1]
-                            for i in groups]  # fmt: skip
-        first, second = (jnp.concatenate(own(x, k), 1) for k, x in
-                         enumerate((factor, later.astype(factor.dtype))))  # fmt: skip
-        factor = _compat.as_like(first, factor)
-        later = _compat.as_like(second > 0, later)
-    others = np.array([i not in decided for i in groups])
+        *loops, count = (tape.columns or {})[n].ids.shape
+        by_turn = x.reshape(len(x), math.prod(loops), count, 2)
+        parts.append(by_turn.swapaxes(1, 2).reshape(len(x), -1, 2))
+        places += np.moveaxis((tape.columns or {})[n].ids, -1, 0).reshape(-1).tolist()
+    groups = factor.shape[1]
+    if places:
+        decided = dict(zip(places, range(groups, groups + len(places)), strict=True))
+        joined = jnp.concatenate([x.astype(factor.dtype) for x in parts], 1)
+        own = picked(joined, [decided.get(i, i) for i in range(groups)], 1)
+        factor = _compat.as_like(own[..., 0], factor)
+        later = _compat.as_like(own[..., 1] > 0, later)
+    others = np.array([i not in {*places} for i in range(groups)])
     return factor, later | (later.any(1, keepdims=True) & others[None])
 
 

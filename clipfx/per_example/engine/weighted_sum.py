@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipfx import _compat
+from clipfx._core.groups import picked
 from clipfx._core.leaves import widen
 from clipfx.per_example.engine import bookkeeping, interpreter, target
 from clipfx.per_example.engine.bookkeeping import Program, Tape
@@ -220,11 +221,7 @@ def _scale(x: Any, factor: jax.Array | None, groups: _Factors, axis: int | None)
         """`[B, loops...]`, the loops 1 long where it is the same in all turns."""
         if isinstance(group, int):
             return factor[:, group].reshape(-1, *[1] * len(loops))
-        low, high = group[0], group[-1] + 1
-        if group == tuple(range(low, high)):
-            return factor[:, low:high].reshape(-1, *loops)
-        columns = [factor[:, g : g + 1] for g in group]
-        return jnp.concatenate(columns, 1).reshape(-1, *loops)
+        return picked(factor, group, 1).reshape(-1, *loops)
 
     rows = [of(group) for group, _ in groups.parts]
     if len(rows) == 1:
