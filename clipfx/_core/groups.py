@@ -39,7 +39,7 @@ class Groups(NamedTuple):
 
 
 # What a label ends in that stands for one group per slice, as of stacked layers.
-_EACH = "/*"
+EACH = "/*"
 
 
 def group_leaves(groups: Any, tree: Any, *, by_slice: bool = False) -> Groups:
@@ -98,7 +98,7 @@ def group_leaves(groups: Any, tree: Any, *, by_slice: bool = False) -> Groups:
 
 def _slices(label: str | None, leaf: Any, by_slice: bool) -> Any:
     """A label, or those of all slices."""
-    if label is None or not label.endswith(_EACH):
+    if label is None or not label.endswith(EACH):
         return label
     if not by_slice:
         raise ValueError(
@@ -108,7 +108,7 @@ def _slices(label: str | None, leaf: Any, by_slice: bool) -> Any:
     if not jnp.ndim(leaf):
         raise ValueError(
             f"groups must ask for a group per slice of arrays, got {label!r} for a "
-            f"scalar; take {_EACH!r} away."
+            f"scalar; take {EACH!r} away."
         )
     return tuple(f"{label.removesuffix('*')}{k}" for k in range(jnp.shape(leaf)[0]))
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from clipfx import responses
 from clipfx._core.checks import check_choice, helpful
-from clipfx._core.groups import group_leaves
+from clipfx._core.groups import EACH, group_leaves
 from clipfx._core.leaves import widen
 from clipfx._types import AxisName, GroupSpec, Limit, LossFn, Positions
 from clipfx.per_example.engine import clip, trace
@@ -128,7 +128,8 @@ class ClippedGrad:
           relation: `"add_or_remove_one"`, `"replace_one"` or `"replace_special"`.
           max_norm: The largest threshold passed to calls, if other than the one given
             before.
-          params: Needed if one number bounds several groups: tells how many.
+          params: Needed if one number bounds several groups, or several slices: tells
+            how many.
 
         Raises:
           ValueError: If the response has no bound, the relation is unknown, or the
@@ -148,8 +149,17 @@ class ClippedGrad:
                 f"max_norm must be known to sensitivity, got the function {limit!r}; "
                 "pass the largest threshold it returns, as max_norm."
             )
-        if isinstance(limit, Mapping):
-            limit = list(limit.values())
+        many = limit if isinstance(limit, Mapping) else {}
+        if params is not None and many:
+            members = group_leaves(self.groups, params, by_slice=True)
+            limit = limits(many, members, 1)
+        elif any(str(name).endswith(EACH) for name in many):
+            raise ValueError(
+                f"params must be passed to sensitivity with {sorted(many)}, got None; "
+                "they tell how many slices there are."
+            )
+        elif many:
+            limit = list(many.values())
         limit = np.asarray(limit, np.float64)
         limit = limit.max(0) if limit.ndim == 2 else limit
         if limit.ndim == 0 and self.groups != "global":
@@ -215,9 +225,9 @@ def clipped_grad(
 
     Args:
       fun: `fun(params, example, ...)` returns the loss of one example, a scalar.
-      max_norm: :math:`c`: a number >= 0, `[G]`, a dict by group name, or a function of
-        the norms of a batch; can be given at each call, also for every example,
-        `[B, 1]` or `[B, G]`.
+      max_norm: :math:`c`: a number >= 0, `[G]`, a dict by group name (`blocks/*` for
+        all slices), or a function of the norms of a batch; can be given at each call,
+        also for every example, `[B, 1]` or `[B, G]`.
       argnums: Which arguments to differentiate, as in `jax.grad`. Static.
       batch_argnums: Which arguments have an axis of examples in front: trees of arrays
         `[B, ...]`. All others are the same for every example. Static.

@@ -273,6 +273,9 @@ CALLS = {
     "a mask": {"where": np.array([True, False, True, True])},
     "nobody": {"where": np.zeros(4, bool)},
     "a function": {"max_norm": lambda norm, where: jnp.median(norm)},
+    "a name for all slices": {
+        "max_norm": dict.fromkeys(["a", "b", "c", "rest"], 0.2) | {"stack/*": 0.1}
+    },
     "infinity": {"max_norm": np.inf},
     "nothing": {"max_norm": 0.0},
 }
@@ -331,6 +334,13 @@ def test_a_neighbour_moves_the_sum_by_at_most_the_sensitivity(
     )
     bound, run = grad.sensitivity(params=params), jax.jit(grad)
     assert bound == pytest.approx(0.1 * (7**0.5 if groups == "slices" else 1))
+    if groups == "slices":
+        named = {"a": 0.1, "stack/*": 0.1}
+        assert grad.sensitivity(max_norm=named, params=params) == pytest.approx(bound)
+        with pytest.raises(
+            ValueError, match=r"params must be passed .*how many slices"
+        ):
+            grad.sensitivity(max_norm=named)
     x = jnp.asarray(BATCH[0], dtype)
     flat = lambda sums: np.concatenate(
         [np.asarray(y, np.float64).ravel() for y in jax.tree.leaves(sums)]

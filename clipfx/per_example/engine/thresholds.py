@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipfx._core.checks import is_known
-from clipfx._core.groups import Groups
+from clipfx._core.groups import EACH, Groups
 
 
 def check_limit(max_norm: Any) -> None:
@@ -39,11 +39,24 @@ def check_limit(max_norm: Any) -> None:
             )
 
 
+def _each_slice(max_norm: Mapping, names: Sequence[str]) -> dict:
+    """With an entry for each of `blocks/0`, `blocks/1`... in place of `blocks/*`."""
+    found = dict(max_norm)
+    for key in [key for key in max_norm if str(key).endswith(EACH)]:
+        start = str(key).removesuffix("*")
+        own = [x for x in names if x.startswith(start) and x[len(start) :].isdecimal()]
+        if own:
+            limit = found.pop(key)
+            found = dict.fromkeys(own, limit) | found
+    return found
+
+
 def limits(max_norm: Any, members: Groups, size: int) -> jax.Array:
     """Thresholds as `[B, G]`, or with 1 for B."""
     check_limit(max_norm)
     names = members.names
     if isinstance(max_norm, Mapping):
+        max_norm = _each_slice(max_norm, names)
         missing = [name for name in names if name not in max_norm]
         if missing:
             raise ValueError(
