@@ -423,6 +423,16 @@ def measure(shared: Shared, kind: Kind, params: Any) -> float:
     return bits / count
 
 
+@functools.cache
+def account(target: float, tuning: Tuning, count: int) -> tuple[float, float]:
+    """The noise multiplier of a run on `count` texts, and the epsilon it spends."""
+    steps, q = tuning.steps, tuning.batch / count
+    find = privacy.noise_multiplier_for
+    z = find(target, tuning.delta, steps, sampling_probability=q)
+    event = privacy.event(z, steps, sampling_probability=q)
+    return z, privacy.epsilon(event, tuning.delta)
+
+
 def items_of(state: Tuned) -> dict[str, dict[str, Any]]:
     """What to save; Orbax takes no arrays without elements."""
     return {"model": {k: x for k, x in _training.by_name(state).items() if x.size}}
@@ -433,14 +443,7 @@ def tune(
 ) -> tuple[dict[str, Any], Tuned]:
     """A run from where its folder stands: a row of results, and what it ends with."""
     tuning, count = shared.tuning, len(shared.data.train)
-    q, steps = tuning.batch / count, tuning.steps
-    z, spent = 0.0, math.inf
-    if kind.groups:
-        z = privacy.noise_multiplier_for(
-            target, tuning.delta, steps, sampling_probability=q
-        )
-        event = privacy.event(z, steps, sampling_probability=q)
-        spent = privacy.epsilon(event, tuning.delta)
+    z, spent = account(target, tuning, count) if kind.groups else (0.0, math.inf)
     same = {**shared.about, **kind._asdict(), "epsilon": str(target)}
     about = {
         "settings": {
@@ -466,18 +469,19 @@ def tune(
             state = jax.tree.structure(state).unflatten(named.values())
             say(f"Goes on after step {first} of {folder}.")
         draws = _sampling.draw_indices(
-            count, tuning.batch, steps, shared.size, shared.secret.rng(same)
+            count, tuning.batch, tuning.steps, shared.size, shared.secret.rng(same)
         )
         key = shared.secret.key(same)
-        bar = tqdm(draws, f"{kind.name}, epsilon {target:g}", steps)
+        bar = tqdm(draws, f"{kind.name}, epsilon {target:g}", tuning.steps)
         for number, index in enumerate(bar):
             if number < first:
                 continue  # drawn, to be where it was
             batch = shared.put(shared.data.train[index], index >= 0)
             step = run.step(len(index))
             state = step(state, shared.base, *batch, key, np.float32(z))
+            jax.block_until_ready(state)
             done = number + 1
-            if done % save_every == 0 or done == steps:
+            if done % save_every == 0 or done == tuning.steps:
                 _checkpoints.save(manager, done, items_of(state), about)
     row = {
         "trained": kind.train,
@@ -593,7 +597,7 @@ def share(given: dict[str, Any], out: pathlib.Path) -> Shared:
 
 def main(argv: Sequence[str]) -> None:
     """Trains the base, tunes it at each epsilon; prints and writes."""
-    if not FLAGS["verbosity"].present:
+    if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every move
     given = FLAGS.flag_values_dict()
     targets = sorted(set(map(float, given["epsilons"])))
