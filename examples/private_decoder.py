@@ -21,16 +21,11 @@ when there is none, which whoever gets the model must not get. Nothing is logged
 training, for losses of private text are private.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import hmac
-import json
 import math
-import os
 import pathlib
-import secrets
 import time
 import warnings
 from ast import (
@@ -61,6 +56,7 @@ from tqdm import tqdm
 from clipfx import privacy
 from examples import _checkpoints, _common, _processes, _sampling, _training
 from examples import transformer_fsdp as public
+from examples._secret import Secret
 from examples._training import Settings
 
 PACKAGES = ("numpy", "scipy", "sklearn")
@@ -178,47 +174,6 @@ def load_private(path: str | None, length: int) -> Data:
     rows = np.frombuffer(b"".join(each), np.uint8).reshape(-1, length + 1)
     rows = np.random.default_rng(0).permutation(rows)
     return Data(rows[len(rows) // 10 :], rows[: len(rows) // 10])
-
-
-# ---------------------------------------------------------------------------- secrets
-
-
-class Secret:
-    """What all keys follow from; nothing prints it.
-
-    Every run has keys of its own, by all that it is, for two runs with the same noise
-    give it away. A guess at private text cannot be tested by a `mark` without it.
-    """
-
-    def __init__(self, path: pathlib.Path):
-        """Reads a file, or draws one that only its owner can read."""
-        try:
-            with contextlib.suppress(FileExistsError):
-                new = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-                with os.fdopen(new, "w") as file:
-                    file.write(secrets.token_hex(32))
-            content = path.read_bytes().strip()
-        except OSError as error:
-            raise ValueError(f"cannot read {str(path)!r}: {error.strerror}.") from None
-        if not content:
-            raise ValueError(f"{str(path)!r} is empty, and should hold a secret.")
-        self._derive = lambda *of: hmac.digest(
-            content, json.dumps(of, sort_keys=True).encode(), "sha256"
-        )
-
-    def key(self, about: Any) -> jax.Array:
-        """Of a run's noise."""
-        words = np.frombuffer(self._derive("noise", about)[:8], np.uint32)
-        return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
-
-    def rng(self, about: Any) -> np.random.Generator:
-        """Of a run's batches."""
-        number = int.from_bytes(self._derive("batches", about))
-        return np.random.default_rng(number)
-
-    def mark(self, content: bytes) -> str:
-        """By which content, and this secret, are known again."""
-        return self._derive("mark", hashlib.sha256(content).hexdigest()).hex()[:16]
 
 
 # ------------------------------------------------------------------------------ steps
@@ -494,40 +449,34 @@ def tune(
     return row, state
 
 
-def costs(shared: Shared, kinds: Iterable[Kind]) -> list[dict[str, Any]]:
+def costs(shared: Shared, kinds: Sequence[Kind]) -> list[dict[str, Any]]:
     """What a step of each kind takes: time, the median, in turns; memory; numbers."""
     texts, size = shared.data.train, shared.size
     texts = np.resize(texts[: shared.tuning.batch], (size, texts.shape[1]))
     batch = shared.put(texts, np.arange(size) < shared.tuning.batch)
     key, z = shared.secret.key("timing"), np.float32(1)
-    rows, times, states, steps = [], {}, {}, {}
-    for kind in kinds:
-        steps[kind], states[kind] = (
-            shared.of(kind).step(size),
-            shared.of(kind).start(shared.base),
-        )
-        memory = steps[kind].memory_analysis()
-        leaves = jax.tree.leaves(states[kind].params)
-        rows.append(
-            {
-                "step": kind.name,
-                "numbers": sum(x.size for x in leaves),
-                "ms": math.nan,
-                "MiB": memory.temp_size_in_bytes / 2**20 if memory else math.nan,
-            }
-        )
-        times[kind] = []
-    for kind in [*steps] * (ROUNDS + 1):  # the first warms up
+    steps = {kind: shared.of(kind).step(size) for kind in kinds}
+    states = {kind: shared.of(kind).start(shared.base) for kind in kinds}
+    times: dict[Kind, list[float]] = {kind: [] for kind in kinds}
+    for kind in [*kinds] * (ROUNDS + 1):  # the first warms up
         begin = time.perf_counter()
         states[kind] = steps[kind](states[kind], shared.base, *batch, key, z)
         jax.block_until_ready(states[kind])
         times[kind].append(1000 * (time.perf_counter() - begin))
-    for row, kind in zip(rows, times, strict=True):
-        row["ms"] = float(np.median(times[kind][1:]))
-    return rows
+    return [
+        {
+            "step": kind.name,
+            "numbers": sum(x.size for x in jax.tree.leaves(states[kind].params)),
+            "ms": float(np.median(times[kind][1:])),
+            "MiB": steps[kind].memory_analysis().temp_size_in_bytes / 2**20,
+        }
+        for kind in kinds
+    ]
 
 
-def plot(rows: Sequence[dict], spent: Sequence[dict], path: pathlib.Path) -> None:
+def plot(
+    rows: Sequence[dict], spent: Sequence[dict], delta: float, path: pathlib.Path
+) -> None:
     """Bits per byte against epsilon, and what steps cost."""
     figure = Figure((10, 4.5), layout="constrained")
     panels: Any = figure.subplots(1, 3, width_ratios=(3, 1, 1))
@@ -545,8 +494,8 @@ def plot(rows: Sequence[dict], spent: Sequence[dict], path: pathlib.Path) -> Non
         else:
             axes.plot(x, y, f"C{number}o-", ms=4, lw=1, label=name)
     targets = sorted({x["target"] for x in rows if math.isfinite(x["target"])})
-    axes.set(xlabel="epsilon", ylabel="bits per byte, private text held out")
-    axes.set(xscale="log")
+    axes.set(xlabel=f"epsilon, delta {delta:g}", xscale="log")
+    axes.set_ylabel("bits per byte, of private text held out")
     axes.set_xticks(targets, [f"{x:g}" for x in targets])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.legend()
@@ -581,7 +530,7 @@ def share(given: dict[str, Any], out: pathlib.Path) -> Shared:
     if not tuning.batch <= count < 1 / tuning.delta:
         limits = f"batch must be at most {count}, delta less than 1/{count}"
         raise ValueError(f"{limits}, got {tuning.batch} and {tuning.delta:g}.")
-    next(_sampling.draw_indices(count, tuning.batch, 1, 1, np.random.default_rng(0)))
+    _sampling.draw_indices(count, tuning.batch, 1, 1, np.random.default_rng(0))
     mesh = public.make_mesh(settings, given["data"], given["model"])
     secret = Secret(pathlib.Path(given["secret"] or out / "secret"))
     base = load_base(settings, text, out / "base", mesh, given["base_steps"])
@@ -615,7 +564,7 @@ def main(argv: Sequence[str]) -> None:
         out = _common.make_dir(FLAGS.out)
         _processes.set_up(FLAGS.cpu_devices, 1, -1, "")
         shared = share(given, out)
-        spent = costs(shared, dict.fromkeys([*plain, *(kind for kind, _ in runs)]))
+        spent = costs(shared, [*plain, *private])
         rows = [tune(shared, *run, save_every=FLAGS.save_every)[0] for run in runs]
     except (ImportError, ValueError) as error:
         raise SystemExit(f"private_decoder: {error}") from None
@@ -623,10 +572,9 @@ def main(argv: Sequence[str]) -> None:
     first = {"trained": "nothing", "groups": "", "target": 0.0, "epsilon": 0.0}
     rows = [first | {"noise multiplier": 0.0, "bits/byte": base}, *rows]
     _common.write_jsonl(out / "metrics.jsonl", [*rows, *spent])
-    plot(rows, spent, out / "private_decoder.png")
-    print(
-        f"\n{len(shared.data.train)} private texts, {len(shared.data.test)} held out:\n"
-    )
+    plot(rows, spent, shared.tuning.delta, out / "private_decoder.png")
+    train, test = map(len, shared.data)
+    print(f"\n{train} private texts, {test} held out:\n")
     print(_common.format_table(rows))
     print(f"\nSteps of {shared.size} texts, on a mesh of {dict(shared.mesh.shape)}:\n")
     print(_common.format_table(spent))

@@ -23,7 +23,8 @@ from absl.testing import flagsaver
 
 from clipfx import privacy
 from examples import _processes, _sampling, _training, private_decoder
-from examples.private_decoder import FLAGS, Kind, Secret, Tuning
+from examples._secret import Secret
+from examples.private_decoder import FLAGS, Kind, Tuning
 
 ROOT = pathlib.Path(__file__).parents[2]
 TUNING = {"rank": 2, "batch": 8, "steps": 4, "delta": 1e-3}
