@@ -60,6 +60,7 @@ from examples._secret import Secret
 from examples._training import Settings
 
 PACKAGES = ("numpy", "scipy", "sklearn")
+RATES = {"lora": 0.02, "all": 0.003}  # learning rates by what is trained
 ROUNDS = 10  # of timing, each with one step of every kind
 # Of the base, besides what flags say.
 PUBLIC: dict[str, Any] = {"batch": 64, "dropout": 0.0, "learning_rate": 4e-3}
@@ -75,7 +76,11 @@ class Tuning:
     delta: float = 1e-5
     batch: int = 256
     steps: int = 80
-    learning_rate: float = 1e-2
+    learning_rate: float | None = None
+
+    def rate(self, train: str) -> float:
+        """The first learning rate."""
+        return self.learning_rate or RATES[train]
 
 
 def _are_choices(*known: str) -> Callable[[Sequence[str]], bool]:
@@ -100,8 +105,8 @@ _string("text", None, "UTF-8 file of public text; by default Python's own manual
 _string("private", None, "UTF-8 file, a private text a line; by default docstrings.")
 _list("epsilons", ["1", "3", "8", "inf"], "Target epsilons; inf is not private.")
 _check("epsilons", _are_positive, "must be one or more numbers greater than 0, or inf")
-_list("train", ["lora"], "What is trained: lora, all.")
-_check("train", _are_choices("lora", "all"), "must be lora, all, or both")
+_list("train", ["lora"], f"What is trained: {', '.join(RATES)}.")
+_check("train", _are_choices(*RATES), "must be lora, all, or both")
 _list("groups", ["global"], "What has a norm of its own: global, layer.")
 _check("groups", _are_choices("global", "layer"), "must be global, layer, or both")
 _integer("rank", Tuning.rank, "Rank of the factors of --train=lora.", 1)
@@ -112,7 +117,7 @@ _integer("batch", Tuning.batch, "Expected batch size of private steps.", 1)
 _integer("steps", Tuning.steps, "Private steps of each run.", 1)
 _integer("base_steps", 300, "Steps of training on public text.", 1)
 _integer("save_every", 20, "Private steps between checkpoints.", 1)
-_float("learning_rate", Tuning.learning_rate, "First learning rate of private steps.")
+_float("learning_rate", None, "First learning rate; by default by what is trained.")
 _integer("width", Settings.width, "Model width.", 1)
 _integer("layers", Settings.layers, "Transformer layers.", 1)
 _integer("heads", Settings.heads, "Attention heads.", 1)
@@ -127,7 +132,7 @@ _integer("model", 1, "Tensor-parallel mesh size; must divide --heads.", 1)
 _integer("cpu_devices", 8, "Simulated devices in all, if there is only a CPU.", 1)
 _string("out", "out/private_decoder", "Output directory.")
 for _name in ("learning_rate", "max_norm"):
-    _check(_name, lambda x: x > 0, "must be greater than 0")
+    _check(_name, lambda x: x is None or x > 0, "must be greater than 0")
 
 
 # ----------------------------------------------------------------------- private text
@@ -243,7 +248,8 @@ def programs(kind: Kind, settings: Settings, tuning: Tuning, mesh: Mesh) -> Prog
     lora = kind.train == "lora"
     model = _training.make_model(settings, **({"rank": tuning.rank} if lora else {}))
     graph = nnx.graphdef(nnx.eval_shape(lambda: model(nnx.Rngs(0))))
-    tx = optax.adam(optax.linear_schedule(tuning.learning_rate, 0.0, tuning.steps))
+    rate = optax.linear_schedule(tuning.rate(kind.train), 0.0, tuning.steps)
+    tx = optax.adam(rate)
     place = functools.partial(NamedSharding, mesh)
 
     def nats(params, passage, base):
@@ -393,13 +399,20 @@ def items_of(state: Tuned) -> dict[str, dict[str, Any]]:
     return {"model": {k: x for k, x in _training.by_name(state).items() if x.size}}
 
 
+def describe(shared: Shared, kind: Kind, target: float) -> dict[str, Any]:
+    """All that a run is, but for the mesh: what its keys follow from."""
+    rate = shared.tuning.rate(kind.train)
+    run = {**kind._asdict(), "epsilon": str(target), "learning_rate": rate}
+    return {**shared.about, **run}
+
+
 def tune(
     shared: Shared, kind: Kind, target: float, save_every: int = 20
 ) -> tuple[dict[str, Any], Tuned]:
     """A run from where its folder stands: a row of results, and what it ends with."""
     tuning, count = shared.tuning, len(shared.data.train)
     z, spent = account(target, tuning, count) if kind.groups else (0.0, math.inf)
-    same = {**shared.about, **kind._asdict(), "epsilon": str(target)}
+    same = describe(shared, kind, target)
     about = {
         "settings": {
             **same,
