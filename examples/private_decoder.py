@@ -19,6 +19,14 @@ The same command resumes where it was stopped, bit for bit. A checkpoint has eve
 but the secret, from which keys of noise and of batches follow: that is a file, drawn
 when there is none, which whoever gets the model must not get. Nothing is logged while
 training, for losses of private text are private.
+
+By default: 3.53 bits per byte before, 3.04 with epsilon 1, 2.95 with 3, 2.89 with 8 and
+2.70 without privacy. At epsilon 3, where another secret changes it by 0.01, thresholds
+by layer cost nothing, 2.93 and 2.94, nor do all weights gain by being trained: 2.92,
+2.93 by layer. Without privacy they do, 2.44. A private step of factors takes as long as
+a plain one, and the memory of one; of all weights 1.4 times as long and 1.3 times the
+memory. Learning rates were chosen by the docstrings held out; epsilon does not count
+that choice.
 """
 
 import dataclasses
@@ -508,18 +516,15 @@ def plot(
             axes.plot(x, y, f"C{number}o-", ms=4, lw=1, label=name)
     targets = sorted({x["target"] for x in rows if math.isfinite(x["target"])})
     axes.set(xlabel=f"epsilon, delta {delta:g}", xscale="log")
-    axes.set_ylabel("bits per byte, of private text held out")
+    axes.set_ylabel("bits per byte of private text held out")
     axes.set_xticks(targets, [f"{x:g}" for x in targets])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.legend()
     for panel, (key, title) in zip(
         bars, (("ms", "ms a step"), ("MiB", "MiB a device")), strict=True
     ):
-        names = [row["step"].replace(", ", "\n") for row in spent]
-        colors = [
-            f"C{[*lines].index(row['step'])}" if row["step"] in lines else "0.7"
-            for row in spent
-        ]
+        names = [row["step"] for row in spent]
+        colors = [f"C{[*lines].index(x)}" if x in lines else "0.7" for x in names]
         panel.bar(names, [row[key] for row in spent], color=colors)
         panel.set_title(title)
         panel.tick_params("x", rotation=90)
@@ -577,7 +582,8 @@ def main(argv: Sequence[str]) -> None:
         out = _common.make_dir(FLAGS.out)
         _processes.set_up(FLAGS.cpu_devices, 1, -1, "")
         shared = share(given, out)
-        spent = costs(shared, [*plain, *private])
+        kinds = sorted([*plain, *private], key=lambda kind: kind.train, reverse=True)
+        spent = costs(shared, kinds)
         rows = [tune(shared, *run, save_every=FLAGS.save_every)[0] for run in runs]
     except (ImportError, ValueError) as error:
         raise SystemExit(f"private_decoder: {error}") from None
