@@ -20,11 +20,11 @@ but the secret, from which keys of noise and of batches follow: that is a file, 
 when there is none, which whoever gets the model must not get. Nothing is logged while
 training, for losses of private text are private.
 
-By default: 3.53 bits per byte before, 3.04 with epsilon 1, 2.95 with 3, 2.89 with 8 and
-2.70 without privacy. At epsilon 3, where another secret changes it by 0.01, thresholds
-by layer cost nothing, 2.93 and 2.94, nor do all weights gain by being trained: 2.92,
+By default: 3.53 bits per byte before, 3.04 with epsilon 1, 2.93 to 2.95 with 3, 2.89 to
+2.90 with 8 and 2.70 to 2.71 without privacy, by the secret. At epsilon 3 thresholds by
+layer cost nothing, 2.93 to 2.94, nor do all weights gain by being trained: 2.92, and
 2.93 by layer. Without privacy they do, 2.44. A private step of factors takes as long as
-a plain one, and the memory of one; of all weights 1.4 times as long and 1.3 times the
+a plain one, and as much memory; of all weights 1.4 times as long and 1.3 times the
 memory. Learning rates were chosen by the docstrings held out; epsilon does not count
 that choice.
 """
