@@ -1,5 +1,7 @@
 """A decoder of bytes in Flax NNX, and how its parameters are sharded."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,12 +15,10 @@ BYTES = 256
 class Attention(nnx.Module):
     """Causal attention over heads."""
 
-    def __init__(self, width: int, heads: int, dtype: Any, rngs: nnx.Rngs):
-        linear = lambda: nnx.Linear(
-            width, width, use_bias=False, dtype=dtype, rngs=rngs
-        )
+    def __init__(self, width: int, heads: int, linear: Callable):
+        layers = (linear(width, width, use_bias=False) for _ in range(4))
         self.heads = heads
-        self.query, self.key, self.value, self.out = (linear() for _ in range(4))
+        self.query, self.key, self.value, self.out = layers
 
     def __call__(self, x: jax.Array) -> jax.Array:
         cut = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
@@ -31,13 +31,19 @@ class Block(nnx.Module):
     """Attention, then two dense layers, each beside the stream."""
 
     def __init__(
-        self, width: int, heads: int, dropout: float, dtype: Any, rngs: nnx.Rngs
+        self,
+        width: int,
+        heads: int,
+        dropout: float,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        linear: Callable,
     ):
         self.before_attention = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
-        self.attention = Attention(width, heads, dtype, rngs)
+        self.attention = Attention(width, heads, linear)
         self.before_dense = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
-        self.up = nnx.Linear(width, 4 * width, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(4 * width, width, dtype=dtype, rngs=rngs)
+        self.up = linear(width, 4 * width)
+        self.down = linear(4 * width, width)
         self.dropout = nnx.Dropout(dropout)
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
@@ -47,7 +53,11 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Logits of the next byte, computed in `dtype` from parameters in float32."""
+    """Logits of the next byte, computed in `dtype` from parameters in float32.
+
+    With a `rank`, every dense matrix W of a block becomes W + A B, where A has that
+    many columns and B starts at zero: x W + (x A) B, without forming A B.
+    """
 
     def __init__(
         self,
@@ -58,11 +68,16 @@ class Decoder(nnx.Module):
         dropout: float,
         dtype: Any,
         rngs: nnx.Rngs,
+        rank: int = 0,
     ):
+        linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
+        if rank:
+            given = {"lora_rank": rank, "lora_dtype": dtype}
+            linear = functools.partial(nnx.LoRALinear, dtype=dtype, rngs=rngs, **given)
         embed = lambda number: nnx.Embed(number, width, dtype=dtype, rngs=rngs)
         self.embed, self.position = embed(BYTES), embed(length)
         self.blocks = nnx.List(
-            Block(width, heads, dropout, dtype, rngs) for _ in range(layers)
+            Block(width, heads, dropout, dtype, rngs, linear) for _ in range(layers)
         )
         self.after = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
         self.readout = nnx.Linear(width, BYTES, dtype=dtype, rngs=rngs)
@@ -83,9 +98,14 @@ BY_ROW = {"out", "down", "embed"}
 
 def spec_of(path: tuple) -> P:
     """The sharding of the leaf at a path of parameters; vectors are replicated."""
-    *_, layer, leaf = (str(key.key) for key in path)
+    words = [str(key.key) for key in path]
+    leaf = words[-1]
     if leaf in ("bias", "scale"):
         return P()
+    if leaf in ("lora_a", "lora_b"):  # the side that a factor has of its matrix
+        into, out = spec_of(path[:-1])
+        return P(into, None) if leaf == "lora_a" else P(None, out)
+    layer = words[-2]
     if layer in BY_COLUMN:
         return P("data", "model")
     return P("model", "data") if layer in BY_ROW else P(None, "data")

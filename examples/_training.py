@@ -75,19 +75,20 @@ def make_transform(
     return optax.with_extra_args_support(clipped)
 
 
+def make_model(settings: Settings, **given: Any) -> Callable[[nnx.Rngs], Decoder]:
+    """The decoder of some settings, but for its random numbers."""
+    names = ("width", "layers", "heads", "length", "dropout")
+    same = {name: getattr(settings, name) for name in names}
+    return lambda rngs: Decoder(
+        **same, dtype=jnp.dtype(settings.dtype), rngs=rngs, **given
+    )
+
+
 def make_init(
     settings: Settings, tx: optax.GradientTransformation
 ) -> tuple[nnx.GraphDef, Callable[[], TrainState]]:
     """The model without its parameters, and a function that makes the first state."""
-    model = functools.partial(
-        Decoder,
-        settings.width,
-        settings.layers,
-        settings.heads,
-        settings.length,
-        settings.dropout,
-        jnp.dtype(settings.dtype),
-    )
+    model = make_model(settings)
 
     def init() -> TrainState:
         weights, dropout = jax.random.split(jax.random.key(settings.seed))
@@ -99,22 +100,29 @@ def make_init(
     return graph, init
 
 
-def shardings_of(
-    state: TrainState, tx: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
-    """Parameters by their layer, what belongs to one like it, all else everywhere."""
-    place = functools.partial(NamedSharding, mesh)
-    specs = jax.tree_util.tree_map_with_path(
-        lambda path, _: place(spec_of(path)), state.params
+def places_of(params: Any, mesh: Mesh) -> Any:
+    """Where parameters lie, by their layer."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: NamedSharding(mesh, spec_of(path)), params
     )
+
+
+def shardings_of(state: Any, tx: optax.GradientTransformation, mesh: Mesh) -> Any:
+    """Parameters by their layer, what belongs to one like it, all else everywhere.
+
+    Of any NamedTuple with `params`, and the state of `tx` as `opt_state`.
+    """
+    everywhere = NamedSharding(mesh, P())
+    specs = places_of(state.params, mesh)
     around = optax.tree_map_params(
         tx.init,
         lambda _, spec: spec,
         state.opt_state,
         specs,
-        transform_non_params=lambda _: place(P()),
+        transform_non_params=lambda _: everywhere,
     )
-    return TrainState(place(P()), place(P()), specs, around)
+    same = jax.tree.map(lambda _: everywhere, state)
+    return same._replace(params=specs, opt_state=around)
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
@@ -127,27 +135,31 @@ def placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(place, shardings, shapes)
 
 
-def _named(state: TrainState) -> list[tuple[str, str, Any]]:
-    """Every leaf, whether it is the model's or the clipper's, and its name."""
-    found = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        words = [jax.tree_util.keystr((key,), simple=True) for key in path]
-        clip = words[0] == "opt_state" and "adamw" not in words
-        found.append(("clip" if clip else "model", ".".join(words), leaf))
-    return found
+def by_name(tree: Any) -> dict[str, Any]:
+    """Every leaf by its path, with dots."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+    return {name(path): leaf for path, leaf in leaves}
+
+
+def _kind(name: str) -> str:
+    """Whether a leaf of a state is the model's or the clipper's."""
+    words = name.split(".")
+    clip = words[0] == "opt_state" and "adamw" not in words
+    return "clip" if clip else "model"
 
 
 def items_of(state: TrainState) -> dict[str, dict[str, Any]]:
     """What to save: the leaves of a state by name, those of the clipper apart."""
     items: dict[str, dict[str, Any]] = {"model": {}, "clip": {"step": state.step}}
-    for kind, name, leaf in _named(state):
-        items[kind][name] = leaf
+    for name, leaf in by_name(state).items():
+        items[_kind(name)][name] = leaf
     return items
 
 
 def from_items(like: TrainState, items: dict[str, dict[str, Any]]) -> TrainState:
     """The other way round; an item that is missing is taken from `like`."""
-    leaves = [items.get(kind, {}).get(name, x) for kind, name, x in _named(like)]
+    leaves = [items.get(_kind(k), {}).get(k, x) for k, x in by_name(like).items()]
     return jax.tree.structure(like).unflatten(leaves)
 
 

@@ -49,7 +49,7 @@ from matplotlib.ticker import NullLocator
 from tqdm import tqdm
 
 from clipfx import privacy, responses
-from examples import _common
+from examples import _common, _sampling
 
 CLASSES = 10
 # And the scale that gradients are clipped and noised in, by what was released before.
@@ -296,14 +296,9 @@ def draw_batches(data: Data, plan: Plan, seed: int) -> Iterator[tuple]:
     Gives images, labels, and False for padding. Batches differ in size; padded to one
     that hardly any exceeds, they need one compiled step, and twice that size another.
     """
-    from jax_privacy import batch_selection
-
-    count = len(data.labels)
-    q = plan.batch / count
-    sampling = batch_selection.CyclicPoissonSampling(q, iterations=plan.steps)
-    size = math.ceil(plan.batch + 5 * math.sqrt(plan.batch * (1 - q)))
-    for index in sampling.batch_iterator(count, np.random.default_rng((seed, 1))):
-        index = batch_selection.pad_to_multiple_of(index, size)
+    count, rng = len(data.labels), np.random.default_rng((seed, 1))
+    size = _sampling.size_for(count, plan.batch)
+    for index in _sampling.draw_indices(count, plan.batch, plan.steps, size, rng):
         yield data.images[index], data.labels[index], index >= 0
 
 

@@ -49,7 +49,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from clipfx import privacy
-from examples import _common
+from examples import _common, _sampling
 
 CLASSES = 10
 RARE, USUAL = 8, 2  # the digits compared
@@ -149,15 +149,10 @@ def split_digits(kept: float, seed: int) -> Data:
 
 def draw_batches(count: int, settings: Settings, seed: int) -> np.ndarray:
     """Places `[steps, size]` of Poisson-sampled batches, -1 for padding."""
-    try:
-        from jax_privacy import batch_selection
-    except ImportError:
-        raise ValueError("batches need jax_privacy: pip install jax-privacy.") from None
-    strategy = batch_selection.CyclicPoissonSampling(
-        settings.batch / count, iterations=settings.steps
+    rng = np.random.default_rng((seed, 1))
+    batches = list(
+        _sampling.draw_indices(count, settings.batch, settings.steps, MULTIPLE, rng)
     )
-    draws = strategy.batch_iterator(count, rng=np.random.default_rng((seed, 1)))
-    batches = [batch_selection.pad_to_multiple_of(x, MULTIPLE) for x in draws]
     longest = max(map(len, batches))  # compiled once
     return np.stack(
         [np.pad(x, (0, longest - len(x)), constant_values=-1) for x in batches]

@@ -154,24 +154,28 @@ def make_mesh(settings: Settings, data: int, model: int) -> Mesh:
 # ------------------------------------------------------------------------------ runs
 
 
+def difference(saved: dict, now: dict, part: str) -> str:
+    """What a checkpoint and this run disagree on, in a part of what is told of them."""
+    names = [k for k, v in now[part].items() if saved[part].get(k) != v]
+    flags_of = lambda about: " ".join(f"--{k}={about[part].get(k)}" for k in names)
+    told = (
+        f"the checkpoint was trained with {flags_of(saved)}, and this run has "
+        f"{flags_of(now)}: give the same"
+    )
+    return told if names else ""
+
+
 def items_to_read(saved: dict, now: dict, reset: bool) -> list[str]:
     """Of a checkpoint; `ValueError` if this run does not go on from there."""
-    flags_of = lambda about, names: " ".join(f"--{k}={about.get(k)}" for k in names)
-    difference = lambda part: (
-        names := [k for k, v in now[part].items() if saved[part].get(k) != v],
-        f"the checkpoint was trained with {flags_of(saved[part], names)}, and this run "
-        f"has {flags_of(now[part], names)}: give the same",
-    )
-    names, text = difference("settings")
-    if names:
-        raise ValueError(f"{text}, or another --out.")
-    names, text = difference("clip")
-    if names and not reset:
+    if told := difference(saved, now, "settings"):
+        raise ValueError(f"{told}, or another --out.")
+    told = difference(saved, now, "clip")
+    if told and not reset:
         raise ValueError(
-            f"{text} clipper, or --reset_clip_state to go on with the new one, whose "
+            f"{told} clipper, or --reset_clip_state to go on with the new one, whose "
             "state then starts afresh."
         )
-    return ["model"] if names else ["model", "clip"]
+    return ["model"] if told else ["model", "clip"]
 
 
 def train(

@@ -5,7 +5,6 @@ import json
 import pathlib
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import psutil
 import pytest
-import xla
+from runs import assert_same_numbers, environment, kill_when, numbers_of
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tiers import in_tiers
 
@@ -33,15 +32,6 @@ def command(out, **given):
     given = {**TINY, "clip": "zclip", "out": out, **given}
     flags = [f"--{name}={value}" for name, value in given.items()]
     return [sys.executable, "-m", "examples.transformer_fsdp", *flags]
-
-
-def environment(cache):
-    """Own devices; what one run compiled the next one finds."""
-    return {
-        **xla.own_devices(),
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
 
 
 def run(cache, out, **given):
@@ -79,40 +69,12 @@ def shown(out):
     return found
 
 
-def numbers_of(out, step):
-    """All arrays of a checkpoint by name, as they lie on disk."""
-    found = {}
-    with ocp.StandardCheckpointer() as checkpointer:
-        for item in ("model", "clip"):
-            path = out.absolute() / "checkpoints" / str(step) / item
-            about = checkpointer.metadata(path).item_metadata
-            like = {name: np.zeros(x.shape, x.dtype) for name, x in about.items()}
-            tree = checkpointer.restore(path, like)
-            found |= {f"{item}/{name}": x for name, x in tree.items()}
-    return found
-
-
 def assert_same_run(out, other, step):
     """The same metrics, byte for byte, and the same numbers, bit for bit."""
     assert rows_of(out) == rows_of(other)
     assert [json.loads(row)["step"] for row in rows_of(out)] == list(range(step))
     assert shown(out) == shown(other)
-    got, want = numbers_of(out, step), numbers_of(other, step)
-    assert got.keys() == want.keys()
-    for name, x in want.items():
-        assert got[name].dtype == x.dtype
-        np.testing.assert_array_equal(got[name], x, err_msg=name)
-
-
-def kill_when(condition, process):
-    """SIGKILL as soon as a condition holds, which it does before the run ends."""
-    until = time.monotonic() + 240
-    while not condition():
-        assert process.poll() is None, "the run ended before it was killed"
-        assert time.monotonic() < until
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert_same_numbers(*(numbers_of(x / "checkpoints", step) for x in (out, other)))
 
 
 @pytest.mark.full
@@ -240,7 +202,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, out, capsys, da
 def test_numbers_that_orbax_takes_for_good_are_compared(whole, out, capsys):
     path = out / "checkpoints"
     with _checkpoints.manager(path) as manager:
-        saved = numbers_of(out, 4)
+        saved = numbers_of(out / "checkpoints", 4)
         items = {"model": {}, "clip": {}}
         for name, x in saved.items():
             items[name.split("/")[0]][name.split("/", 1)[1]] = x
@@ -298,14 +260,14 @@ def test_another_clipper_is_an_error(out, given, message):
 @pytest.mark.full
 def test_another_clipper_starts_afresh_if_told_to(out, capsys):
     given = {**HOW, "steps": 6, "clip": "layer", "reset_clip_state": True}
-    before = numbers_of(out, 4)
+    before = numbers_of(out / "checkpoints", 4)
     train(SMALL, TEXT, out, **given)
     assert "Goes on after step 4" in (said := capsys.readouterr().out)
     assert "with a fresh clip state" in said
     rows = [json.loads(row) for row in rows_of(out)]
     assert [row["step"] for row in rows] == list(range(6))
     assert rows[4]["clip0/steps/embed"] == 1  # the clip has seen one step
-    after = numbers_of(out, 6)
+    after = numbers_of(out / "checkpoints", 6)
     count = next(name for name in after if "adamw" in name and name.endswith("count"))
     assert (before[count], after[count]) == (4, 6)  # AdamW has seen six
     # Told once more, the run has no other clipper any more, and keeps its state.

@@ -1,0 +1,50 @@
+"""Programs that are killed, what they had saved by then, and whether it is the same."""
+
+import signal
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import xla
+
+
+def environment(cache):
+    """Own devices; what one run compiled the next one finds."""
+    return {
+        **xla.own_devices(),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def numbers_of(checkpoints, step):
+    """All arrays of a checkpoint by name, as they lie on disk."""
+    found = {}
+    with ocp.StandardCheckpointer() as checkpointer:
+        for path in sorted((checkpoints.absolute() / str(step)).iterdir()):
+            if not (path / "d").exists():
+                continue
+            about = checkpointer.metadata(path).item_metadata
+            like = {name: np.zeros(x.shape, x.dtype) for name, x in about.items()}
+            tree = checkpointer.restore(path, like)
+            found |= {f"{path.name}/{name}": x for name, x in tree.items()}
+    return found
+
+
+def assert_same_numbers(got, want):
+    """Bit for bit."""
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+        assert got[name].dtype == x.dtype
+        np.testing.assert_array_equal(got[name], x, err_msg=name)
+
+
+def kill_when(condition, process):
+    """SIGKILL as soon as a condition holds, which it does before the run ends."""
+    until = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None, "the run ended before it was killed"
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
