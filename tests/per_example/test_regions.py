@@ -411,12 +411,12 @@ SLICES = {"up": "up/*", "down": "down/*"}
 
 @pytest.mark.parametrize("loss", [unrolled, in_a_loop])
 def test_a_group_in_each_region_takes_one_pass(loss, monkeypatch):
-    """And no more memory than its gradient."""
+    """And hardly more memory than its gradient: 0.8 to 1.3, by XLA:CPU's scheduler."""
     monkeypatch.setattr(target, "forced", "tpu")
     size = lambda compiled: compiled.memory_analysis().temp_size_in_bytes
     flops = lambda compiled: compiled.cost_analysis()["flops"]
-    assert ratio_to_gradient(loss, flops, SLICES) < 1.3
-    assert ratio_to_gradient(loss, size, SLICES) < 1.2
+    assert ratio_to_gradient(loss, flops, SLICES) < 1.15
+    assert ratio_to_gradient(loss, size, SLICES) < 1.3
 
 
 @pytest.mark.parametrize("loss", [unrolled, in_a_loop])
