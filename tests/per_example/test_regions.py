@@ -210,9 +210,18 @@ USUAL = {
 }
 
 
-@pytest.mark.parametrize("program", in_tiers(CASES, USUAL))
-@pytest.mark.parametrize("groups", in_tiers(GROUPS, {"leaf", "layers"}))
-def test_norms_and_sums(program, groups):
+STACKED = {"layers", "unrolled_layers", "nested", "inside_a_branch", "whole"}
+PAIRS = {
+    f"{name}-{groups}": (name, groups)
+    for name in CASES
+    for groups in (GROUPS if name in STACKED else ("leaf", "global"))
+}
+USUAL = {f"{name}-{groups}" for name in USUAL for groups in ("leaf", "layers")}
+
+
+@pytest.mark.parametrize("pair", in_tiers(PAIRS, USUAL))
+def test_norms_and_sums(pair):
+    program, groups = CASES[pair[0]], GROUPS[pair[1]]
     loss = lambda p, e: program(p, *e)
     for platform in ("cpu", "tpu"):  # with and without a loop over examples
         target.forced = platform
