@@ -14,6 +14,7 @@ from per_example_oracle import cast
 from per_example_pieces import PIECES, program
 from per_example_pieces import draw as draw_piece
 from tiers import in_tiers
+from trees import enable_x64
 
 import clipfx
 from clipfx import per_example, privacy
@@ -293,15 +294,16 @@ MAPPED = [name for name in PIECES if name not in REFUSED]
 def test_programs_on_a_mesh_with_explicit_axes(name):
     """That of the arrays alone; none is set around."""
     steps = [(kind, "plain", str(k)) for k, kind in enumerate(("dense", name, "dense"))]
-    params, batch = (cast(x, "float32") for x in draw_piece(steps))
-    batch = jax.tree.map(lambda x: jnp.concatenate([x] * 8)[:8], batch)
     grad = per_example.clipped_grad(program(steps), 0.5, groups="leaf")
     mesh = mesh_of(AxisType.Explicit)
     place = lambda tree, *axes: jax.device_put(tree, NamedSharding(mesh, P(*axes)))
-    got, _ = jax.jit(grad)(place(params), place(batch, "data"))
-    want, _ = jax.jit(grad)(params, batch)
+    with enable_x64(True):
+        params, batch = (cast(x, "float64") for x in draw_piece(steps))
+        batch = jax.tree.map(lambda x: jnp.concatenate([x] * 8)[:8], batch)
+        got, _ = jax.jit(grad)(place(params), place(batch, "data"))
+        want, _ = jax.jit(grad)(params, batch)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=2e-6 * np.abs(y).max(initial=0))
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-9 * np.abs(y).max(initial=0))
 
 
 # ------------------------------------------------- gradients that are stacked already
