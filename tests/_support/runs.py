@@ -1,11 +1,29 @@
-"""Programs that are killed, what they had saved by then, and whether it is the same."""
+"""Examples as their commands run them, also killed, and what they leave behind."""
 
+import json
+import pathlib
 import signal
 import time
 
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 import xla
+from absl.testing import flagsaver
+
+
+def run_main(example, given):
+    """As the command does, in this process; returns the lines of `metrics.jsonl`."""
+    saved = flagsaver.save_flag_values(example.FLAGS)
+    example.FLAGS.mark_as_parsed()
+    try:
+        for name, value in given.items():
+            setattr(example.FLAGS, name, value)
+        example.main([example.__name__])
+    finally:
+        flagsaver.restore_flag_values(saved, example.FLAGS)
+    lines = (pathlib.Path(given["out"]) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
 
 
 def environment(cache):

@@ -1,7 +1,6 @@
 """A decoder tuned on private text: resumed, on other meshes, by factors or whole."""
 
 import dataclasses
-import json
 import math
 import pathlib
 import shutil
@@ -12,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import runs
 from absl import flags
 from runs import assert_same_numbers, environment, kill_when, numbers_of
 from tiers import in_tiers
@@ -19,7 +19,6 @@ from tiers import in_tiers
 pytest.importorskip("jax_privacy")
 pytest.importorskip("dp_accounting")
 
-from absl.testing import flagsaver
 
 from clipfx import privacy
 from examples import _processes, _sampling, _training, private_decoder
@@ -303,16 +302,7 @@ def run_main(folder, **given):
     given = {**TINY, "out": str(folder / "out"), **given}
     names = {"private": "private.txt", "text": "public.txt", "secret": "secret"}
     given = {key: str(folder / name) for key, name in names.items()} | given
-    saved = flagsaver.save_flag_values(FLAGS)
-    FLAGS.mark_as_parsed()
-    try:
-        for name, value in given.items():
-            setattr(FLAGS, name, value)
-        private_decoder.main(["private_decoder"])
-    finally:
-        flagsaver.restore_flag_values(saved, FLAGS)
-    lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    return runs.run_main(private_decoder, given)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@ import contextlib
 import dataclasses
 import gzip
 import io
-import json
 import math
 import re
 import sys
@@ -12,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 from absl import flags
-from absl.testing import flagsaver
 
 pytest.importorskip("jax_privacy")
 pytest.importorskip("dp_accounting")
@@ -32,16 +31,7 @@ def run_main(tmp_path, **given):
     small = dataclasses.asdict(SMALL) | {"out": str(tmp_path / "out")} | given
     for name in ("epsilons", "rates"):
         small[name] = [str(x) for x in small[name]]
-    saved = flagsaver.save_flag_values(FLAGS)
-    FLAGS.mark_as_parsed()
-    try:
-        for name, value in small.items():
-            setattr(FLAGS, name, value)
-        private_digits.main(["private_digits"])
-    finally:
-        flagsaver.restore_flag_values(saved, FLAGS)
-    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    return runs.run_main(private_digits, small)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 import contextlib
 import dataclasses
 import io
-import json
 import math
 import sys
 
@@ -9,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 from absl import flags
-from absl.testing import flagsaver
 
 pytest.importorskip("jax_privacy")
 
@@ -29,16 +28,7 @@ KEYS = {
 def run_main(tmp_path, **given):
     small = dataclasses.asdict(SMALL) | {"out": str(tmp_path / "out")} | given
     small["rates"] = [str(x) for x in small["rates"]]
-    saved = flagsaver.save_flag_values(FLAGS)
-    FLAGS.mark_as_parsed()
-    try:
-        for name, value in small.items():
-            setattr(FLAGS, name, value)
-        rare_digit.main(["rare_digit"])
-    finally:
-        flagsaver.restore_flag_values(saved, FLAGS)
-    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    return runs.run_main(rare_digit, small)
 
 
 def run_small(tmp_path_factory):
