@@ -51,9 +51,14 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     for shape, kind in _LINE.findall(text):
         count, size = found.get(kind, (0, 0))
-        size += sum(_bytes(*array) for array in _ARRAY.findall(shape))
+        size += sum(sizes(shape))
         found[kind] = count + 1, size
     return found
+
+
+def sizes(shapes: str) -> list[int]:
+    """Bytes of every array in the text of a type."""
+    return [_bytes(*array) for array in _ARRAY.findall(shapes)]
 
 
 def _bytes(dtype: str, bits: str, dims: str) -> int:

@@ -1,6 +1,5 @@
 """Whole training steps compiled, for devices that need not be here, and read."""
 
-import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import clipfx
+from benchmarks._collectives import sizes
+from benchmarks._targets import computations
 from benchmarks._targets import loops as loops_of
 from benchmarks._timing import floor
 from clipfx import per_example
@@ -267,13 +268,10 @@ _COLLECTIVES = {
 
 def facts(text: str) -> Facts:
     """Reads the text of a compiled program."""
-    rows = re.findall(
-        r"^(ENTRY )?(%[\w.\-]+) \(.*?\) -> .*? \{\n(.*?)^\}", text, re.S | re.M
-    )
-    bodies = {name: body for _, name, body in rows}
+    entries, bodies = computations(text)
     cycles, loops, branches = 0, 0, 0
     found: dict[str, tuple[int, int]] = {}
-    todo = [(name, 1) for entry, name, _ in rows if entry]
+    todo = [(name, 1) for name in entries]
     while todo:
         name, times = todo.pop()
         body = bodies[name]
@@ -285,15 +283,9 @@ def facts(text: str) -> Facts:
         for kind, pattern in _COLLECTIVES.items():
             for shape, start in re.findall(rf"= (\S.*?) {pattern}", body):
                 number, size = found.get(kind, (0, 0))
-                one = max(_bytes(shape)) if start else sum(_bytes(shape))
+                one = max(sizes(shape)) if start else sum(sizes(shape))
                 found[kind] = number + times, size + times * one
     return Facts(cycles, loops, branches, found)
-
-
-def _bytes(shapes: str) -> list[int]:
-    sizes = re.findall(r"[a-z]+(\d+)\[([\d,]*)\]", shapes)
-    return [int(bits) // 8 * math.prod(map(int, filter(None, dims.split(","))))
-            for bits, dims in sizes]  # fmt: skip
 
 
 def placing(mesh: Mesh) -> Callable[[Any, bool], Any]:

@@ -4,14 +4,15 @@ TPUs by the name of their topology, with libtpu (`pip install "clipfx[accelerato
 an H100 as `h100`, with JAX's own plugin (`pip install "jax[cuda12]"`, 5 GB).
 """
 
-import math
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
+
+from benchmarks._collectives import sizes
 
 # From NVIDIA's data sheet of the H100 SXM and the limits of compute capability 9.0.
 _H100 = """
@@ -48,7 +49,6 @@ def devices(topology: str) -> Sequence[Any]:
     ).devices
 
 
-_BITS = re.compile(r"\b([a-z]+)(\d+)\w*\[([\d,]*)\]")
 _LINE = re.compile(r"\s*(?:ROOT )?(%[\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)")
 _FREE = {
     "parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "iota",
@@ -56,19 +56,31 @@ _FREE = {
 }  # fmt: skip
 
 
+class _Line(NamedTuple):
+    """An instruction: its name, type and kind, and the rest of its line."""
+
+    name: str
+    shape: str
+    kind: str
+    rest: str
+
+    @property
+    def operands(self) -> list[str]:
+        """Their names."""
+        return re.findall(r"%[\w.\-]+", self.rest.split("), ")[0])
+
+
+def computations(text: str) -> tuple[list[str], dict[str, str]]:
+    """Names of those that a compiled program starts with, and all by name."""
+    rows = re.findall(
+        r"^(ENTRY )?(%[\w.\-]+) \(.*?\) -> .*? \{\n(.*?)^\}", text, re.S | re.M
+    )
+    entries = [name for entry, name, _ in rows if entry]
+    return entries, {name: body for _, name, body in rows}
+
+
 def _size(shapes: str) -> int:
-    each = _BITS.findall(shapes)
-    sizes = [int(bits) * math.prod(map(int, filter(None, dims.split(","))))
-             for _, bits, dims in each]  # fmt: skip
-    return (sum(sizes) + 8 * shapes.count("pred[")) // 8
-
-
-class _Line:
-    """An instruction: name, shape, kind, operands, and the rest of the line."""
-
-    def __init__(self, found: re.Match):
-        self.name, self.shape, self.kind, self.rest = found.groups()
-        self.operands = re.findall(r"%[\w.\-]+", self.rest.split("), ")[0])
+    return sum(sizes(shapes))
 
 
 def loops(text: str, bodies: dict[str, str]) -> list[tuple[str, int | None]]:
@@ -90,13 +102,10 @@ def moved(text: str) -> int:
     Of what an instruction takes slices of the slices count, of what it updates in place
     the update.
     """
-    rows = re.findall(
-        r"^(ENTRY )?(%[\w.\-]+) \(.*?\) -> .*? \{\n(.*?)^\}", text, re.S | re.M
-    )
-    bodies = {name: body for _, name, body in rows}
-    lines = {name: [_Line(m) for m in map(_LINE.match, body.splitlines()) if m]
-             for name, body in bodies.items()}  # fmt: skip
-    total, todo = 0, [(name, 1) for entry, name, _ in rows if entry]
+    entries, bodies = computations(text)
+    found = {name: map(_LINE.match, body.splitlines()) for name, body in bodies.items()}
+    lines = {n: [_Line(*m.groups()) for m in some if m] for n, some in found.items()}
+    total, todo = 0, [(name, 1) for name in entries]
     while todo:
         name, times = todo.pop()
         shapes = {x.name: x.shape for x in lines[name]}
