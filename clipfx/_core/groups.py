@@ -84,8 +84,7 @@ def group_leaves(groups: Any, tree: Any, *, by_slice: bool = False) -> Groups:
     if not isinstance(groups, str):
         own = [_slices(label, leaf, by_slice) for label, (_, leaf) in
                zip(own, leaves, strict=True)]  # fmt: skip
-    each = [name for x in own for name in (x if isinstance(x, tuple) else (x,))]
-    every = [name for name in each if name is not None]
+    every = [name for x in own for name in each_of(x) if name is not None]
     names = ordered(["global"] if groups == "global" else every)
     number: dict[Any, Any] = {None: None}
     number |= dict(zip(names, range(len(names)), strict=True))
@@ -185,6 +184,11 @@ def is_counted(leaf: Any, path: KeyPath | None = None) -> bool:
             "take it out, as eqx.filter(model, eqx.is_inexact_array) does in Equinox."
         )
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def each_of(index: Any) -> tuple[Any, ...]:
+    """All that an entry of `Groups.index` stands for."""
+    return index if isinstance(index, tuple) else (index,)
 
 
 def entry(values: Any, index: Any, leaf: Any) -> Any:

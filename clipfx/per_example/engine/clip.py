@@ -32,8 +32,9 @@ class PerExample(NamedTuple):
       value: `[B]`, its loss; 0 for padding.
       norm: `[B, G]` float32 or wider, the norm of its gradient by group, not finite
         where the gradient is not, 0 for padding. None where norms were not asked for.
-      factor: `[B, G]`, what its gradient was multiplied with: 0 for padding and, in
-        all groups, for an example with a norm that is not finite.
+      factor: `[B, G]`, what its gradient was multiplied with: 0 for padding and for an
+        example with a norm that is not finite, in all groups but those that were added
+        up before, see `clipped_grad`.
       aux: The second output of the loss, `[B, ...]`.
 
     Reference: none.
@@ -101,7 +102,7 @@ def bounded_sum(
 
     def bound(gradient: list, norms: Norms, row: Callable) -> tuple[list, jax.Array]:
         finite = jnp.isfinite(norms.value / norms.scale).all() & row(counts).all()
-        fit, missing = factor_of(norms, row(limit), response), row(later)
+        fit, missing = _factor_of(norms, row(limit), response), row(later)
         alone = jnp.where(finite & missing, fit, 0)
         scaled = [times(x, entry(alone[0], i, x))
                   for x, i in zip(gradient, index, strict=True)]  # fmt: skip
@@ -116,7 +117,7 @@ def bounded_sum(
     )
 
 
-def factor_of(norms: Norms, limit: jax.Array, response: responses.Response) -> Any:
+def _factor_of(norms: Norms, limit: jax.Array, response: responses.Response) -> Any:
     """0 where a product with it would leave the range, for cuts and lifts alike."""
     before, factor = factors(norms, limit, response, "zero")
     both = before * factor
@@ -143,7 +144,7 @@ def _decide(
       apart: Whether anything can be formed alone.
     """
     counts = counts[:, None]
-    factor = jnp.where(counts, factor_of(norms, limit, response), 0)
+    factor = jnp.where(counts, _factor_of(norms, limit, response), 0)
     if not apart:
         return factor, jnp.zeros_like(trusted)
     # What is flushed to 0 of a sum may make it longer, not only shorter.

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clipfx._core.groups import Groups, picked
+from clipfx._core.groups import Groups, each_of, picked
 from clipfx.per_example.engine.plan import Plan, Region
-from clipfx.per_example.engine.rules.site import groups_of
+from clipfx.per_example.engine.rules.site import groups_of, slices_of
 
 
 class Columns(NamedTuple):
@@ -96,20 +96,20 @@ def _of_region(
                 continue
             outer = site.loops[: len(site.loops) - len(region.sites[site.number].loops)]
             shape = tuple(n for _, n in outer)
-            every = lambda group: np.full(shape, group, np.int32)  # noqa: B023
             loop, groups = groups_of(site, part, index)
-            if isinstance(groups, tuple) and loop is not None and loop < len(outer):
-                turns = [len(groups) if k == loop else 1 for k in range(len(outer))]
-                each = np.asarray(groups, np.int32).reshape(turns)
+            each = np.array(each_of(groups), np.int32)
+            if loop is not None and loop < len(outer):
+                each = each.reshape([-1 if k == loop else 1 for k in range(len(outer))])
                 local[leaf] = column(leaf, np.broadcast_to(each, shape))
-            elif isinstance(index, tuple):
-                low = (part.region or ((0, 0),))[0][0]
-                some = groups if isinstance(groups, tuple) else (groups,)
-                mine = list(local[leaf] or [None] * len(index))
-                mine[low : low + len(some)] = [column(leaf, every(g)) for g in some]
-                local[leaf] = tuple(mine)
-            else:
-                local[leaf] = column(leaf, every(groups))
+                continue
+            mine = [column(leaf, np.full(shape, g, np.int32)) for g in each]
+            found = slices_of(site, part) if isinstance(index, tuple) else None
+            if found is None:
+                (local[leaf],) = mine
+                continue
+            _, low, high = found
+            known = local[leaf] or (None,) * len(index)
+            local[leaf] = (*known[:low], *mine, *known[high:])
     ids = np.array([ids for ids, _ in numbers], np.int32).reshape(len(numbers), *shape)
     axes = tuple(axes for _, axes in numbers)
     return Columns(np.moveaxis(ids, 0, -1), axes, tuple(local))
@@ -125,8 +125,8 @@ def each_in_one_place(plan: Plan, columns: dict[int, Columns], members: Groups) 
     for leaf, index in enumerate(members.index):
         places = [(s, p) for s, p in plan.uses[leaf] if s.number in plan.sites]
         if leaf in plan.differentiated:
-            outside.update(index if isinstance(index, tuple) else [index])
+            outside.update(each_of(index))
         for site, part in places:
             _, groups = groups_of(site, part, index)
-            outside.update(groups if isinstance(groups, tuple) else [groups])
+            outside.update(each_of(groups))
     return len(set(inside)) == len(inside) and not outside.intersection(inside)

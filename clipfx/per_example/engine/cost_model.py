@@ -57,7 +57,7 @@ def unaligned(places: list[tuple[Site, LeafSlice]], outer: dict[int, int]) -> st
     return ""
 
 
-def apart(places: list[tuple[Site, LeafSlice]], outer: dict[int, int]) -> str:
+def unsliced(places: list[tuple[Site, LeafSlice]], outer: dict[int, int]) -> str:
     """Why slices of a leaf cannot be measured by themselves, empty if they can.
 
     Args:

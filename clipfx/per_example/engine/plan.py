@@ -10,11 +10,11 @@ from clipfx.per_example.engine import param_views
 from clipfx.per_example.engine.constants import Constant
 from clipfx.per_example.engine.cost_model import (
     BIAS_SUM,
-    apart,
     by_region,
     factored_cost,
     only_formed,
     unaligned,
+    unsliced,
     words,
 )
 from clipfx.per_example.engine.param_views import LeafSlice
@@ -174,7 +174,7 @@ def _decide(
             methods[leaf], costs[leaf] = "sum", 0
             continue
         why = unaligned(places, outer) or (
-            apart(places, outer) if stacked[leaf] else ""
+            unsliced(places, outer) if stacked[leaf] else ""
         )
         if why:
             methods[leaf], reasons[leaf] = INSTANTIATED, [why]

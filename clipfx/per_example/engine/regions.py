@@ -9,7 +9,6 @@ brings factors in a second one. What one of the pulls does not need XLA leaves o
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -101,8 +100,7 @@ def backward_pass(
         return bookkeeping.backward_pass(program, inputs, norms=True)
     sites = plan.everywhere()
     rows = bookkeeping.like_rows(program, inputs)
-    example = next(x for x, m in zip(inputs, program.mapped, strict=True) if m)
-    each = lambda x: rows(_compat.rows_of(example, x))
+    each = lambda x: rows(jnp.broadcast_to(x, (call.size, *x.shape)))
     leaves = {k: inputs[program.params[k]] for k in sorted(plan.differentiated)}
     columns = of_regions(plan, members, call.split)
     if spot is not None and not each_in_one_place(plan, columns, members):
@@ -188,19 +186,21 @@ def with_verdicts(
 
     All that regions did not decide is left, where anything of an example is.
     """
-    parts, places = [jnp.stack([factor, later.astype(factor.dtype)], -1)], []
+    found: list[jax.Array] = []
+    places: list[int] = []
     for n, x in (tape.verdicts or {}).items():
-        *loops, count = (tape.columns or {})[n].ids.shape
-        by_turn = x.reshape(len(x), math.prod(loops), count, 2)
-        parts.append(by_turn.swapaxes(1, 2).reshape(len(x), -1, 2))
-        places += np.moveaxis((tape.columns or {})[n].ids, -1, 0).reshape(-1).tolist()
+        ids = (tape.columns or {})[n].ids
+        by_turn = x.reshape(len(x), -1, *x.shape[-2:])
+        found.append(by_turn.swapaxes(1, 2).reshape(len(x), -1, 2))
+        places += np.moveaxis(ids, -1, 0).reshape(-1).tolist()
     groups = factor.shape[1]
-    if places:
+    if found:
         decided = dict(zip(places, range(groups, groups + len(places)), strict=True))
-        joined = jnp.concatenate([x.astype(factor.dtype) for x in parts], 1)
-        own = picked(joined, [decided.get(i, i) for i in range(groups)], 1)
-        factor = _compat.as_like(own[..., 0], factor)
-        later = _compat.as_like(own[..., 1] > 0, later)
+        own = jnp.stack([factor, later.astype(factor.dtype)], -1)
+        joined = jnp.concatenate([own, *(x.astype(own.dtype) for x in found)], 1)
+        chosen = picked(joined, [decided.get(i, i) for i in range(groups)], 1)
+        factor = _compat.as_like(chosen[..., 0], factor)
+        later = _compat.as_like(chosen[..., 1] > 0, later)
     others = np.array([i not in {*places} for i in range(groups)])
     return factor, later | (later.any(1, keepdims=True) & others[None])
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clipfx import _compat
-from clipfx._core.groups import picked
+from clipfx._core.groups import each_of, picked
 from clipfx._core.leaves import widen
 from clipfx.per_example.engine import bookkeeping, interpreter, target
 from clipfx.per_example.engine.bookkeeping import Program, Tape
@@ -40,8 +40,7 @@ def weighted_sum(
     params = [widen(inputs[k]) for k in program.params]
     sums = [jnp.zeros_like(p) for p in params]
     for leaf, x in tape.leaves.items():
-        each = index[leaf] if isinstance(index[leaf], tuple) else (index[leaf],)
-        groups = _Factors((), tuple((g, 1) for g in each))
+        groups = _Factors((), tuple((g, 1) for g in each_of(index[leaf])))
         x = mask(_scale(x, factor, groups, 1), good)
         sums[leaf] = x.sum(0, dtype=params[leaf].dtype)
     sites = plan.sites | plan.doors()
