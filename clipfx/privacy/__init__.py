@@ -17,6 +17,7 @@ affair; both come with the extra `privacy`.
 
 from clipfx.privacy.accounting import epsilon, event, noise_multiplier_for
 from clipfx.privacy.dp_grad import dp_grad
+from clipfx.privacy.histogram import histogram_threshold
 from clipfx.privacy.noise import NoiseState, add_gaussian_noise, add_laplace_noise
 from clipfx.privacy.scales import PrivateScale, SecondMomentState, second_moment
 from clipfx.privacy.step import DPGrad, DPState
@@ -43,6 +44,7 @@ __all__ = [
     "dpsgd_global_adapt",
     "epsilon",
     "event",
+    "histogram_threshold",
     "noise_multiplier_for",
     "quantile",
     "second_moment",

@@ -53,7 +53,8 @@ def dp_grad(
     Args:
       fun: `fun(params, example, ...)` returns the loss of one example, a scalar.
       max_norm: C: a number >= 0, `[G]`, a dict by group name, or a rule that adapts it:
-        `quantile`, `dpsgd_f`, `dpsgd_global`, `dpsgd_global_adapt`.
+        `quantile`, `histogram_threshold`, `dpsgd_f`, `dpsgd_global`,
+        `dpsgd_global_adapt`.
       noise_multiplier: z >= 0 of the whole step; with a rule, counts and gradient share
         it. 0 adds no noise, to see what clipping alone does. May be traced, to compile
         once for several.

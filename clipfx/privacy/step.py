@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from clipfx import _compat
 from clipfx._core.checks import check_keywords, helpful, is_known
 from clipfx._core.export import exportable
-from clipfx._core.groups import Groups, entry, group_leaves
+from clipfx._core.groups import Groups, each_of, entry, group_leaves
 from clipfx.per_example.clipped_grad import ClippedGrad, check_bounded
 from clipfx.per_example.engine.bookkeeping import over
 from clipfx.per_example.engine.clip import PerExample
@@ -260,7 +261,12 @@ class DPGrad:
             rule=jax.tree.map(
                 lambda old, x: jnp.asarray(x, old.dtype),
                 state.rule,
-                rule.update(state.rule, noised, self.expected_batch_size),
+                rule.update(
+                    state.rule,
+                    noised,
+                    self.expected_batch_size,
+                    self._noise(params, members),
+                ),
             ),
             threshold=bound,
             stddev=stddev,
@@ -312,6 +318,18 @@ class DPGrad:
         most = jnp.maximum(bound.max(), LEAST)
         whole = most * jnp.linalg.norm(bound / most, p)
         return jnp.broadcast_to(z * whole, bound.shape)
+
+    def _noise(self, params: Any, members: Groups) -> jax.Array:
+        """Expected squared norm of the mean's noise, over squared thresholds `[G]`."""
+        sizes = np.zeros(len(members.names))
+        for x, index in zip(jax.tree.leaves(params), members.index, strict=True):
+            parts = each_of(index)
+            numbers = jnp.size(x) * (2 if jnp.iscomplexobj(x) else 1)
+            np.add.at(sizes, [*parts], numbers / len(parts))
+        shared = self.allocation == "global"
+        drawn = np.full_like(sizes, sizes.sum()) if shared else len(sizes) * sizes
+        z = self.gradient_noise_multiplier(len(sizes))
+        return (z / self.expected_batch_size) ** 2 * jnp.asarray(drawn, jnp.float32)
 
     def _noised(
         self, sums: Any, members: Groups, stddev: jax.Array, key: Any, factors: Any

@@ -37,9 +37,10 @@ class PrivateThreshold(NamedTuple):
       limit: `limit(start, state, counts) -> thresholds`, from `max_norm` `[G]` and
         noised sums `[Q]`, of this batch with `at_once`, else of the last one, to
         `[P, G]`, P populations or 1.
-      update: `update(state, counts, size) -> state`, with the expected batch size.
-        Shapes and dtypes stay those of `init`; norms, thresholds and counts are
-        float32.
+      update: `update(state, counts, size, noise) -> state`, with the expected batch
+        size, and `[G]`: the expected squared 2-norm of the Gaussian noise on the mean
+        is `(noise * thresholds**2).sum()`. Shapes and dtypes stay those of `init`;
+        norms, thresholds and counts are float32.
       reach: s from G: how far one example moves the sums, in the 2-norm.
       count_stddev: :math:`\sigma_b`.
       response: `response(state) -> response`, with an attribute `bounded = True`; None
@@ -54,7 +55,7 @@ class PrivateThreshold(NamedTuple):
     init: Callable[[jax.Array], Any]
     ask: Callable[[Any, jax.Array, Any], jax.Array]
     limit: Callable[[jax.Array, Any, jax.Array], jax.Array]
-    update: Callable[[Any, jax.Array, float], Any]
+    update: Callable[[Any, jax.Array, float, jax.Array], Any]
     reach: Callable[[int], float]
     count_stddev: float
     response: Callable[[Any], Response] | None = None
@@ -69,7 +70,7 @@ def fixed(max_norm: Limit) -> PrivateThreshold:
         init=lambda start: (),
         ask=lambda state, norm, member: norm[:, :0],
         limit=lambda start, state, counts: start[None],
-        update=lambda state, counts, size: state,
+        update=lambda state, counts, size, noise: state,
         reach=lambda groups: 0.0,
         count_stddev=0.0,
     )
@@ -120,13 +121,15 @@ def quantile(
     <https://arxiv.org/abs/2506.01396>`_, 2025.
     """
     check_limit(max_norm)
-    _check_stddev(count_stddev)
+    check_stddev(count_stddev)
     check_number("quantile", quantile, "[0, 1]", "0.5 follows the median")
     check_number("step_size", step_size, "(0, inf)", "0.2 is usual")
     check_number("min_norm", min_norm, "[0, inf)", "0 bounds nothing")
     share_below, step_size, min_norm = map(plain, (quantile, step_size, min_norm))
 
-    def update(limit: jax.Array, counts: jax.Array, size: float) -> jax.Array:
+    def update(
+        limit: jax.Array, counts: jax.Array, size: float, noise: jax.Array
+    ) -> jax.Array:
         share = counts / size + 0.5
         return jnp.maximum(_grown(limit, -step_size * (share - share_below)), min_norm)
 
@@ -186,7 +189,7 @@ def dpsgd_f(
     count = check_count(
         "num_populations", num_populations, 1, "it is how many there are"
     )
-    _check_stddev(count_stddev)
+    check_stddev(count_stddev)
     bound = plain(max_norm)
 
     def ask(_: Any, norm: jax.Array, member: jax.Array) -> jax.Array:
@@ -207,7 +210,7 @@ def dpsgd_f(
         init=lambda start: (),
         ask=ask,
         limit=limit,
-        update=lambda state, counts, size: state,
+        update=lambda state, counts, size, noise: state,
         reach=lambda groups: 1.0,
         count_stddev=float(count_stddev),
         num_populations=count,
@@ -293,7 +296,7 @@ def dpsgd_global_adapt(
     misalignment <https://arxiv.org/abs/2206.07737>`_, 2023.
     """
     _check_upper(max_norm, upper)
-    _check_stddev(count_stddev)
+    check_stddev(count_stddev)
     check_number("step_size", step_size, "(0, inf)", "0.1 is usual")
     check_number("tolerance", tolerance, "(0, inf)", "0.7 and 1 are usual")
     first, step_size, tolerance = map(plain, (upper, step_size, tolerance))
@@ -313,7 +316,9 @@ def dpsgd_global_adapt(
         init=lambda start: jnp.full_like(start, first),
         ask=lambda upper, norm, _: jnp.where(norm > tolerance * upper[None], 1.0, 0.0),
         limit=lambda start, upper, counts: start[None],
-        update=lambda upper, counts, size: _grown(upper, counts / size - step_size),
+        update=lambda upper, counts, size, noise: _grown(
+            upper, counts / size - step_size
+        ),
         reach=lambda groups: math.sqrt(groups),
         count_stddev=float(count_stddev),
         response=respond,
@@ -336,7 +341,8 @@ def _share(norm: jax.Array, limit: jax.Array, upper: Any) -> jax.Array:
     return norm / upper * limit
 
 
-def _check_stddev(count_stddev: Any) -> None:
+def check_stddev(count_stddev: Any) -> None:
+    """Checks the standard deviation of the noise on counts."""
     check_number(
         "count_stddev", count_stddev, "(0, inf)",
         "a twentieth of the batch size is usual", static=True,

@@ -218,7 +218,7 @@ def test_limits():
         grad = rare_digit.make_grad(variant, settings, jax.random.key(0))
         state = grad.rule.init(jnp.ones(1))
         every = jnp.full(1, SMALL.batch / 2)  # all below the threshold
-        limit = grad.rule.update(state, every, float(SMALL.batch))
+        limit = grad.rule.update(state, every, float(SMALL.batch), jnp.zeros(1))
         assert limit[0] == pytest.approx(expected)
 
 

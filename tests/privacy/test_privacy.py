@@ -58,6 +58,9 @@ RULES = {
     "dpsgd_global_adapt": lambda: privacy.dpsgd_global_adapt(
         0.7, 5.0, count_stddev=3.0
     ),
+    "histogram": lambda: privacy.histogram_threshold(
+        0.7, edges=(0.1, 0.3, 1.0, 3.0, 10.0), count_stddev=3.0
+    ),
 }
 
 
@@ -311,6 +314,10 @@ BY_NUMPY = {  # numbers as configurations hold them
         np.float64(0.7), np.float64(5), count_stddev=np.int32(3),
         step_size=np.float64(0.1), tolerance=np.float64(0.7),
     ),
+    "histogram": lambda: privacy.histogram_threshold(
+        np.float64(0.7), edges=np.geomspace(0.1, 10, 5), count_stddev=np.int64(3),
+        quantile=np.float64(0.5), decay=np.float64(0.9),
+    ),
 }  # fmt: skip
 
 
@@ -363,7 +370,7 @@ def test_step_can_be_exported():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("rule", ["quantile", "dpsgd_f"])
+@pytest.mark.parametrize("rule", ["quantile", "dpsgd_f", "histogram"])
 def test_meshes_give_the_same(rule):
     params, batch = params_of(), batch_of(8)
     grad = dp(max_norm=RULES[rule]())
@@ -518,7 +525,7 @@ def test_rule_of_the_last_counts_is_one_rule():
         ask=ask,
         limit=lambda start, state, counts: start[None] * (1 + counts[None] ** 2),
         reach=lambda groups: math.sqrt(groups),
-        update=lambda state, counts, size: state,
+        update=lambda state, counts, size, noise: state,
     )
     grad = dp(max_norm=rule)
     _, first, info = once(grad)
@@ -616,7 +623,8 @@ def adapt(rule, norms, steps, m=None, state=None, noise=0.0):
     for _ in range(steps):
         counts = np.asarray(rule.ask(state, jnp.asarray(norms)[:, None], None)).sum(0)
         counts = counts + noise * rng.normal(size=counts.shape)
-        state = rule.update(state, jnp.asarray(counts, jnp.float32), m)
+        counts = jnp.asarray(counts, jnp.float32)
+        state = rule.update(state, counts, m, jnp.zeros(1))
         seen.append(float(state[0]))
     return seen
 
