@@ -141,7 +141,7 @@ def test_epsilon_is_that_of_the_event(small):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["quantile", "laplace"])
+@pytest.mark.parametrize("name", ["quantile", "histogram", "laplace"])
 def test_noise_is_what_is_accounted(name):
     """Laplace noise by its scale, Gaussian noise with counts as one release."""
     plan = plan_of(name, noise_multiplier=2.0)
@@ -153,7 +153,7 @@ def test_noise_is_what_is_accounted(name):
     jitted = jax.jit(grad)
     _, state, _ = jitted(before, params, images, labels, where=where)
     if VARIANTS[name].adapts:
-        counts = (0.5 / grad.rule.count_stddev) ** 2
+        counts = (grad.rule.reach(1) / grad.rule.count_stddev) ** 2
         own = (float(state.stddev[0]) / float(state.threshold[0])) ** -2
         np.testing.assert_allclose(counts + own, 2.0**-2, rtol=1e-5)
     else:
