@@ -32,6 +32,7 @@ from clipfx.methods.clip_by_value import clip_by_value
 from clipfx.methods.clip_fair_groups import clip_fair_groups
 from clipfx.methods.clip_group_ratio import clip_group_ratio
 from clipfx.methods.clip_per_layer import clip_per_layer
+from clipfx.methods.clip_spectrum import clip_spectrum
 from clipfx.methods.clip_spikes import clip_spikes
 from clipfx.methods.grad_power import grad_power
 from clipfx.methods.norm_stabilizer import norm_stabilizer
@@ -68,6 +69,7 @@ __all__ = [
     "clip_fair_groups",
     "clip_group_ratio",
     "clip_per_layer",
+    "clip_spectrum",
     "clip_spikes",
     "clip_with_norm",
     "error_feedback",

@@ -6,7 +6,7 @@ Features are detected, never inferred from a version string.
 import contextlib
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -166,6 +166,23 @@ def reshard(x: jax.Array, spec: tuple | None) -> jax.Array:
 def sharding(x: jax.Array, spec: Sequence) -> jax.sharding.NamedSharding:
     """These mesh axes, on the mesh in the type of `x`: there may be none around."""
     return jax.sharding.NamedSharding(mesh_of(x), jax.sharding.PartitionSpec(*spec))
+
+
+def left_to_xla(fun: Callable[..., Any], x: jax.Array, *rest: Any, like: bool) -> Any:
+    """`fun(x, *rest)`, on a mesh with Explicit axes with those of `x` made Auto.
+
+    Args:
+      fun: From arrays to arrays.
+      x: Split in any way.
+      *rest: Whole.
+      like: Whether what comes out is split as `x`; else it is whole.
+    """
+    spec = explicit_spec(x)
+    if spec is None or not any(spec) or is_manual(mesh_of(x)):
+        return fun(x, *rest)
+    axes = tuple(sorted(explicit_axes(mesh_of(x))))
+    out = sharding(x, spec if like else ())
+    return jax.sharding.auto_axes(fun, axes=axes, out_sharding=out)(x, *rest)
 
 
 def as_like(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from clipfx._core.running_stats import UsualNorm, Window
 from clipfx._core.state import ClipMetrics, ClipState
 from clipfx.methods.clip_by_curvature import CurvatureState
 from clipfx.methods.clip_fair_groups import FairGroupsState
+from clipfx.methods.clip_spectrum import SpectrumState
 from clipfx.methods.clip_spikes import ClipSpikesState
 from clipfx.methods.norm_stabilizer import NormStabilizerState
 from clipfx.methods.spam_clip import SpamClipState
@@ -33,6 +34,7 @@ __all__ = [
     "SkipState",
     "SpamClipState",
     "SpampState",
+    "SpectrumState",
     "UsualNorm",
     "Window",
     "ZClipState",

@@ -120,7 +120,9 @@ def as_threshold(threshold: Any) -> Threshold:
     """Makes a rule from whatever a user may pass as a threshold.
 
     Args:
-      threshold: A `Threshold`, an Optax schedule, or what `constant` takes.
+      threshold: A `Threshold`, an Optax schedule, what `constant` takes, or a clip by
+        norm of this library, such as `clipfx.quantile_clip(0.9)`, of which the rule is
+        taken, and not its groups and response.
 
     Returns:
       A rule.
@@ -137,6 +139,14 @@ def as_threshold(threshold: Any) -> Threshold:
     """
     if isinstance(threshold, Threshold):
         return threshold
+    if isinstance(threshold, optax.GradientTransformation):
+        rule = getattr(threshold.update, "rule", None)
+        if rule is None:
+            raise TypeError(
+                "a threshold must be a rule, such as that of a clip by norm of clipfx, "
+                f"got the transform {threshold!r}; pass a number, or chain the two."
+            )
+        return rule
     return schedule(threshold) if callable(threshold) else constant(threshold)
 
 

@@ -141,6 +141,9 @@ def by_norm(
         total = facts["total"] if "total" in facts else joint_norm(norm, ord)
         return changed, next_state(state, learned, norm, limit, factor, total)
 
+    if measure is None:
+        known: Any = update
+        known.rule = rule  # for whom `clipfx.thresholds.as_threshold` is asked
     return optax.GradientTransformationExtraArgs(init, update)
 
 

@@ -126,7 +126,7 @@ def prefix_lookup(
 def ranks(params: Any) -> Any:
     """The number of dimensions of each leaf as structure of a state."""
     places = by_place(params)
-    named = zip(_places(places), places.values(), strict=True)
+    named = zip(place_names(places), places.values(), strict=True)
     return structure_of(params, [f"{name}:{jnp.ndim(x)}" for name, x in named])
 
 
@@ -150,7 +150,7 @@ def check_stacked(
     wanted = {} if params is None else by_place(params)
     rank = dict(key.rsplit(":", 1) for key in known) if isinstance(known, dict) else {}
     places = by_place(updates)
-    for name, (place, leaf) in zip(_places(places), places.items(), strict=True):
+    for name, (place, leaf) in zip(place_names(places), places.items(), strict=True):
         shape = jnp.shape(leaf)
         if place in wanted:
             right = shape[1:] == jnp.shape(wanted[place])
@@ -177,7 +177,8 @@ def structure_of(params: Any, names: Iterable[str]) -> Any:
     return jnp.zeros(0, jnp.float32)
 
 
-def _places(places: Iterable[Place]) -> list[str]:
+def place_names(places: Iterable[Place]) -> list[str]:
+    """A name for each place, of `by_place`."""
     return names_of([(*keys, *([str(k)] if k else [])) for keys, k in places])
 
 

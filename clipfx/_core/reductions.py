@@ -80,14 +80,15 @@ def apart(fun: Callable[..., Any], axes: Iterable[Any]) -> Callable[..., Any]:
 
 def stacked_axes_of_trees(axes: Iterable[Any]) -> frozenset[Any]:
     """Those of the mesh axes that are `apart` around this trace."""
-    return frozenset(axis for axis in axes if _is_bound(_mark(axis)))
+    return frozenset(axis for axis in axes if is_bound(_mark(axis)))
 
 
 def _mark(axis: Any) -> str:
     return f"clipfx: trees apart over {axis}"
 
 
-def _is_bound(name: str) -> bool:
+def is_bound(name: str) -> bool:
+    """Whether a `shard_map`, `pmap` or `vmap` around this trace has that axis."""
     try:
         jax.lax.psum(1, name)  # nothing is computed
     except NameError:

@@ -30,6 +30,7 @@ class Method(NamedTuple):
         has to be said in `shard_map`.
       elements: The state has numbers for every element.
       drops: What exceeds the threshold becomes zero, not as long as the threshold.
+      whole_matrices: What it takes on meshes is tested in test_spectrum.py.
     """
 
     make: Callable[..., optax.GradientTransformationExtraArgs]
@@ -45,6 +46,7 @@ class Method(NamedTuple):
     unit_axis: int | None = None
     elements: bool = False
     drops: bool = False
+    whole_matrices: bool = False
 
 
 LABELS = {"decoder": "second", "encoder": {"bias": "second", "kernel": "first"}}
@@ -60,6 +62,12 @@ def by_norm(**kwargs: Any) -> Callable:
 def by_value(response: Callable) -> Callable:
     return lambda max_abs, axis_name=None: clipfx.clip_by_value(
         max_abs, response=response, axis_name=axis_name
+    )
+
+
+def by_spectrum(response: str) -> Callable:
+    return lambda max_sv, axis_name=None: clipfx.clip_spectrum(
+        max_sv, response=response, axis_name=axis_name
     )
 
 
@@ -135,6 +143,17 @@ METHODS: dict[str, Method] = {
         }.items()
     },
     "clip_by_value": Method(clipfx.clip_by_value, {"max_abs": 0.1}, groups=None),
+    **{
+        f"clip_spectrum_{response}": Method(
+            by_spectrum(response),
+            {"max_sv": 0.5},
+            hard=False,
+            groups="leaf",
+            by_norm=False,
+            whole_matrices=True,
+        )
+        for response in ("soft", "rescale")
+    },
     "tanh_by_value": Method(
         by_value(responses.tanh), {"max_abs": 0.1}, hard=False, groups=None
     ),
@@ -216,6 +235,9 @@ METHODS: dict[str, Method] = {
         error_feedback, {"max_ratio": 0.5}, groups=None, hard=False, elements=True
     ),
 }
+
+# What a mesh costs at most one all-reduce, and nothing is gathered.
+BY_REDUCTIONS = {name: row for name, row in METHODS.items() if not row.whole_matrices}
 
 # Public functions that are no transforms to be clipped with, and where they are tested.
 ELSEWHERE = {

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import NUMBER, OTHERS
-from methods import FEWEST, METHODS
+from methods import BY_REDUCTIONS, FEWEST
 from tiers import in_tiers
 from xla import number_of
 
@@ -36,7 +36,7 @@ def tree_of(leaves):
 
 
 def method_of(name, tree):
-    row = METHODS[name]
+    row = BY_REDUCTIONS[name]
     if isinstance(row.groups, dict):
         labels = {layer: "odd" if i % 2 else "even" for i, layer in enumerate(tree)}
         return clipfx.clip_by_norm(row.args["threshold"], groups=labels)
@@ -46,7 +46,7 @@ def method_of(name, tree):
 def lowered(name, leaves):
     tx, extra, grads = (
         method_of(name, tree_of(leaves)),
-        METHODS[name].extra,
+        BY_REDUCTIONS[name].extra,
         tree_of(leaves),
     )
     state = tx.init(grads)
@@ -54,7 +54,7 @@ def lowered(name, leaves):
     return step.lower(grads, state, grads), state
 
 
-@pytest.mark.parametrize("name", in_tiers(list(METHODS), FEWEST))
+@pytest.mark.parametrize("name", in_tiers(list(BY_REDUCTIONS), FEWEST))
 def test_one_program_with_few_reductions_serves_all_steps(name):
     grads = tree_of(12)
     with jax.set_mesh(mesh()):
@@ -73,7 +73,7 @@ def test_one_program_with_few_reductions_serves_all_steps(name):
     assert " infeed" not in text and " outfeed" not in text
 
 
-@pytest.mark.parametrize("name", in_tiers(list(METHODS), FEWEST))
+@pytest.mark.parametrize("name", in_tiers(list(BY_REDUCTIONS), FEWEST))
 def test_reductions_do_not_grow_with_leaves(name):
     with jax.set_mesh(mesh()):
         text = lowered(name, 48)[0].as_text()

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import AXES, NUMBER, OTHERS, assert_all_alike, mesh_of
-from methods import FEWEST, METHODS, Method
+from methods import BY_REDUCTIONS, FEWEST, METHODS, Method
 from tiers import in_tiers
 from xla import number_of
 
@@ -70,7 +70,7 @@ def balance(weight_decay, learning_rate, axis_name=None):
 
 
 DIAGNOSTIC = Method(balance, {"weight_decay": 0.1, "learning_rate": 0.01})
-ROWS = {**METHODS, "weight_decay_balance": DIAGNOSTIC}
+ROWS = {**BY_REDUCTIONS, "weight_decay_balance": DIAGNOSTIC}
 
 
 def draw(seed, size=1.0):
@@ -303,7 +303,7 @@ def assert_trees_are_equal(got, want, of_largest):
 # ------------------------------------------------------------------- fully sharded
 
 
-@pytest.mark.parametrize("name", in_tiers(list(METHODS), FEWEST))
+@pytest.mark.parametrize("name", in_tiers(list(BY_REDUCTIONS), FEWEST))
 def test_fully_sharded_steps_equal_whole_ones_and_gather_nothing(name):
     batches = placed(AxisType.Auto, "along")
     init, step = before_adam(name)
