@@ -7,6 +7,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiers import in_tiers
 from trees import assert_close, enable_x64, norm, sample
 
 import clipfx
@@ -74,7 +75,7 @@ def stable_adam(grads, beta1, beta2, eps, together):
 
 
 @STANDARD
-@pytest.mark.parametrize("groups", ["leaf", "global"])
+@pytest.mark.parametrize("groups", in_tiers(["leaf", "global"], {"leaf"}))
 def test_clip_update_rms_is_stable_adamw(groups):
     rng = np.random.default_rng(0)
     grads = [
@@ -275,7 +276,7 @@ WRAPPERS = {
 
 
 @STANDARD
-@pytest.mark.parametrize("make", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("make", in_tiers(WRAPPERS, {"clip_update_rms"}))
 def test_ratios_of_parts_are_those_of_the_whole(make):
     mesh = jax.make_mesh((8,), ("x",))
     specs = {"decoder": {"kernel": P("x")}, "encoder": {"bias": P(), "kernel": P()}}
