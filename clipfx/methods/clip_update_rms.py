@@ -34,8 +34,9 @@ def clip_update_rms(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shortens Adam's step where gradients outgrow their second moment: StableAdamW.
 
-    With :math:`\hat v_t` the second moment that Adam inside has just updated by
-    :math:`g_t`, corrected for its start at zero, and :math:`d_k` elements in group k,
+    With :math:`\hat v_t` the second moment of the Adam inside, just updated by
+    :math:`g_t` and corrected for its start at zero, and :math:`d_k` elements in group
+    k,
 
     .. math:: R_k = \sqrt{\frac{1}{d_k} \sum_{i \in k}
         \frac{g_{t,i}^2}{\max(\hat v_{t,i}, \epsilon^2)}}, \qquad

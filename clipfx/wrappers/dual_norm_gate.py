@@ -73,7 +73,8 @@ def dual_norm_gate(
     wrapped = optax.with_extra_args_support(inner)
 
     def respond(norm, limit):
-        return norm * jnp.minimum(1, divide(norm, limit))
+        short = norm < limit  # a traced rho may be 0
+        return norm * jnp.where(short, divide(norm, jnp.where(short, limit, 1)), 1)
 
     def gate(measure: builder.Measure | None = None) -> Any:
         rule = as_threshold(rho)
