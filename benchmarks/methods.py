@@ -47,6 +47,7 @@ METHODS: dict[str, Make] = {
     # The same with a norm for every leaf.
     "clip_per_layer": before(clipfx.clip_per_layer, 1.0),
     "adagc": before(clipfx.adagc),
+    "limit_norm_growth": before(clipfx.limit_norm_growth),
     "band_by_history": before(clipfx.band_by_history),
     "norm_stabilizer": before(clipfx.norm_stabilizer),
     "clip_group_ratio": before(clipfx.clip_group_ratio, 2.0, groups="leaf"),
@@ -58,6 +59,8 @@ METHODS: dict[str, Make] = {
     "clip_spikes": before(clipfx.clip_spikes),
     "agc": before(clipfx.agc),
     "clip_by_params": lambda tx: optax.chain(tx, clipfx.clip_by_params()),
+    "clip_update_rms": lambda tx: clipfx.clip_update_rms(tx, b2=0.999),
+    "dual_norm_gate": lambda tx: clipfx.dual_norm_gate(tx, 1.0),
     # State for every element.
     "spam_clip": before(clipfx.spam_clip),
     "error_feedback": before(clipfx.error_feedback, clipfx.clip_by_global_norm(1.0)),

@@ -34,7 +34,9 @@ from clipfx.methods.clip_group_ratio import clip_group_ratio
 from clipfx.methods.clip_per_layer import clip_per_layer
 from clipfx.methods.clip_spectrum import clip_spectrum
 from clipfx.methods.clip_spikes import clip_spikes
+from clipfx.methods.clip_update_rms import clip_update_rms
 from clipfx.methods.grad_power import grad_power
+from clipfx.methods.limit_norm_growth import limit_norm_growth
 from clipfx.methods.norm_stabilizer import norm_stabilizer
 from clipfx.methods.normalize_by_norm import normalize_by_norm
 from clipfx.methods.quantile_clip import quantile_clip
@@ -43,6 +45,7 @@ from clipfx.methods.spam_clip import spam_clip
 from clipfx.methods.spamp import spamp
 from clipfx.methods.weight_decay_balance import WeightDecayBalance, weight_decay_balance
 from clipfx.methods.zclip import zclip
+from clipfx.wrappers.dual_norm_gate import dual_norm_gate
 from clipfx.wrappers.error_feedback import ErrorFeedbackState, error_feedback
 from clipfx.wrappers.per_stacked_layer import per_stacked_layer
 from clipfx.wrappers.skip_spikes import SkipState, skip_spikes
@@ -71,10 +74,13 @@ __all__ = [
     "clip_per_layer",
     "clip_spectrum",
     "clip_spikes",
+    "clip_update_rms",
     "clip_with_norm",
+    "dual_norm_gate",
     "error_feedback",
     "global_norm",
     "grad_power",
+    "limit_norm_growth",
     "metrics",
     "norm_stabilizer",
     "normalize_by_norm",

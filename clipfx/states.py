@@ -5,7 +5,7 @@ Each is a NamedTuple of arrays whose structure, shapes and dtypes never change f
 """
 
 from clipfx._core.running_stats import UsualNorm, Window
-from clipfx._core.state import ClipMetrics, ClipState
+from clipfx._core.state import ClipAroundState, ClipMetrics, ClipState
 from clipfx.methods.clip_by_curvature import CurvatureState
 from clipfx.methods.clip_fair_groups import FairGroupsState
 from clipfx.methods.clip_spectrum import SpectrumState
@@ -21,6 +21,7 @@ from clipfx.wrappers.error_feedback import ErrorFeedbackState
 from clipfx.wrappers.skip_spikes import SkipState
 
 __all__ = [
+    "ClipAroundState",
     "ClipMetrics",
     "ClipSpikesState",
     "ClipState",

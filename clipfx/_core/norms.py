@@ -217,14 +217,26 @@ def cosines(
         size = jnp.where(n.value[i] > 0, n.value[i], 1)
         return times(times(widen(x, n.value.dtype), n.scale[i]), 1 / size)
 
+    def units(tree: Any, n: Norms) -> list[jax.Array]:
+        return [unit(x, n, i) for x, i in counted_leaves(tree, groups)]
+
+    counted = Groups(groups.names, tuple(i for i in groups.index if i is not None))
+    return inner_products(units(a, norms[0]), units(b, norms[1]), counted, axis_name)
+
+
+def inner_products(a: Any, b: Any, groups: Groups, axis_name: Any = None) -> jax.Array:
+    """The real inner product `[G]` of two trees, float32 or wider, in one reduction."""
     pairs = zip(counted_leaves(a, groups), counted_leaves(b, groups), strict=True)
-    dots = [
-        _inner(unit(x, norms[0], i), unit(y, norms[1], i)) for (x, i), (y, _) in pairs
-    ]
-    index = tuple(i for i in groups.index if i is not None)
-    dtype = norms[0].value.dtype
-    layout = layout_of(dots, index, len(groups.names), dtype, axis_name)
-    return combine(jnp.add, dots, layout)
+    rows = [(x, y, i) for (x, i), (y, _) in pairs]
+    leaves = [x for x, _, _ in rows] + [y for _, y, _ in rows]
+    dtype, index = widest(x.dtype for x in leaves), tuple(i for _, _, i in rows)
+    layout = layout_of(leaves, index, len(groups.names), dtype, axis_name)
+
+    def dots(leaves: list[jax.Array]) -> jax.Array:
+        wide, half = [widen(x, dtype) for x in leaves], len(leaves) // 2
+        return combine(jnp.add, [*map(_inner, wide[:half], wide[half:])], layout)
+
+    return per_shard(dots, leaves)
 
 
 def group_sizes(tree: Any, groups: Groups, axis_name: Any = None) -> jax.Array:

@@ -75,6 +75,21 @@ class ClipState(NamedTuple):
     metrics: ClipMetrics
 
 
+@exportable("clipfx.ClipAroundState")
+class ClipAroundState(NamedTuple):
+    """State of a clip around a transform.
+
+    Attributes:
+      clip: `ClipState`.
+      inner: State of the transform inside.
+
+    Reference: none.
+    """
+
+    clip: ClipState
+    inner: Any
+
+
 def fresh_metrics(params: Any, members: Groups) -> ClipMetrics:
     """Metrics before the first step, each an array of its own: states are donated."""
     shape = (len(members.names),)

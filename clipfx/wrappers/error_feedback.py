@@ -76,7 +76,9 @@ def error_feedback(
     gradient.
 
     Reference: Zhang et al., `DiceSGD <https://arxiv.org/abs/2311.14632>`_, 2024; for
-    many workers Khirirat et al., `Clip21 <https://arxiv.org/abs/2305.18929>`_, 2023.
+    many workers Khirirat et al., `Clip21 <https://arxiv.org/abs/2305.18929>`_, 2023;
+    with `max_ratio=math.inf` Elesedy and Hutter, `U-Clip
+    <https://arxiv.org/abs/2302.02971>`_, 2023.
     """
     check_transform("inner", inner)
     check_number("max_ratio", max_ratio, "[0, inf]", "1 carries at most one step")

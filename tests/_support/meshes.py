@@ -11,6 +11,7 @@ OTHERS = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 NUMBER = {
     "spamp": 2,  # then of what the power made of the updates, which depends on the norm
     "spamp_rms": 2,
+    "dual_norm_gate": 2,  # its own, after that of the direction inside
     "error_feedback": 2,  # its own, after that of the clip inside
     "skip_spikes": 2,  # its own, before that of the clip inside
     **dict.fromkeys(  # the largest, and how many exceed their bound

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import optax
+from jax import export
 
 import clipfx
 from clipfx import responses
@@ -98,6 +99,31 @@ def error_feedback(
     return clipfx.error_feedback(clip, max_ratio=max_ratio, axis_name=axis_name)
 
 
+class Moment(NamedTuple):
+    """State of what keeps a second moment."""
+
+    nu: Any
+
+
+export.register_namedtuple_serialization(Moment, serialized_name="methods.Moment")
+
+
+def clip_update_rms(
+    max_rms: Any, axis_name: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """Of updates against a moment of 1."""
+    ones = lambda params: Moment(optax.tree.ones_like(params))
+    inner = optax.GradientTransformation(ones, lambda u, state, params: (u, state))
+    return clipfx.clip_update_rms(inner, max_rms, axis_name=axis_name)
+
+
+def dual_norm_gate(
+    rho: float, axis_name: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    unit = clipfx.normalize_by_norm(1.0, axis_name=axis_name)
+    return clipfx.dual_norm_gate(unit, rho, axis_name=axis_name)
+
+
 def clip_group_ratio(
     max_ratio: float, axis_name: Any = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -171,6 +197,9 @@ METHODS: dict[str, Method] = {
     "adagc_after_warm_up": rule(
         clipfx.adagc, {"max_ratio": 1.5, "warmup_steps": 0}, groups="leaf"
     ),
+    "limit_norm_growth": rule(
+        clipfx.limit_norm_growth, {"max_ratio": 1.01}, groups="leaf"
+    ),
     "band_by_history": rule(
         clipfx.band_by_history, {"low": 0.9, "high": 1.1}, groups="layer", hard=False
     ),
@@ -215,6 +244,9 @@ METHODS: dict[str, Method] = {
         groups=None,
         hard=False,
     ),
+    "clip_update_rms": Method(
+        clip_update_rms, {"max_rms": 0.1}, hard=False, groups=None, elements=True
+    ),
     "agc": Method(
         clipfx.agc,
         {"max_ratio": 0.1, "eps": 1e-3},
@@ -231,6 +263,7 @@ METHODS: dict[str, Method] = {
         elements=True,
     ),
     "skip_spikes": rule(skip_spikes, {"num_std": 2.0}, groups=None, hard=False),
+    "dual_norm_gate": rule(dual_norm_gate, {"rho": 10.0}, groups=None, hard=False),
     "error_feedback": rule(
         error_feedback, {"max_ratio": 0.5}, groups=None, hard=False, elements=True
     ),

@@ -517,6 +517,10 @@ def test_map_params_over_the_state_of_a_chain():
 
 
 STATEFUL = {
+    "clip_update_rms": (
+        clipfx.clip_update_rms(optax.scale_by_adam(), b2=0.999),
+        lambda state: state.inner.nu,
+    ),
     "spam_clip": (clipfx.spam_clip(), lambda state: state.rule_state.rms),
     "error_feedback": (
         clipfx.error_feedback(clipfx.clip_by_global_norm(1.0)),
@@ -606,6 +610,7 @@ PER_LEAF = {
     "clip_by_params": clipfx.clip_by_params(0.1, 1e-3),
     "clip_by_params_element": clipfx.clip_by_params(0.1, 1e-3, per="element"),
     "clip_by_curvature": clipfx.clip_by_curvature(1.0, max_factor=4.0),
+    "clip_update_rms": clipfx.clip_update_rms(optax.scale_by_rms(), 0.1),
     "error_feedback": clipfx.error_feedback(clipfx.clip_by_global_norm(0.1)),
     "spam_clip": clipfx.spam_clip(0.5, warmup_steps=1),
 }
@@ -677,8 +682,8 @@ FACTORIES = {
     **{f: {} for f in (
         clipfx.adagc, clipfx.agc, clipfx.autoclip, clipfx.band_by_history,
         clipfx.clip_by_params, clipfx.clip_spikes, clipfx.grad_power,
-        clipfx.norm_stabilizer, clipfx.normalize_by_norm, clipfx.quantile_clip,
-        clipfx.spam_clip, clipfx.spamp, clipfx.zclip,
+        clipfx.limit_norm_growth, clipfx.norm_stabilizer, clipfx.normalize_by_norm,
+        clipfx.quantile_clip, clipfx.spam_clip, clipfx.spamp, clipfx.zclip,
     )},
     clipfx.clip_by_block_rms: {"max_rms": 0.1},
     clipfx.clip_by_curvature: {"learning_rate": 0.1},
@@ -687,6 +692,8 @@ FACTORIES = {
     clipfx.clip_by_value: {"max_abs": 0.1},
     clipfx.clip_group_ratio: {"max_ratio": 1.0, "groups": "layer"},
     clipfx.clip_per_layer: {"max_norm": 0.1},
+    clipfx.clip_update_rms: {"inner": optax.scale_by_rms(), "max_rms": 0.1},
+    clipfx.dual_norm_gate: {"inner": optax.identity(), "rho": 1.0},
     clipfx.error_feedback: {"inner": clipfx.clip_by_global_norm(0.1)},
     clipfx.skip_spikes: {"inner": clipfx.clip_by_global_norm(0.1)},
     clipfx.smooth_norm: {"l0": 1.0, "l1": 1.0},

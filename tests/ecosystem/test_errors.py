@@ -12,7 +12,7 @@ from trees import sample
 
 import clipfx
 
-SGD = optax.sgd(0.1)
+SGD, ADAM = optax.sgd(0.1), optax.scale_by_adam()
 
 
 def updated(tx, params="same", **extra):
@@ -237,6 +237,32 @@ ERRORS = [
         ValueError,
         "learning_rate must be",
     ),
+    (lambda: clipfx.limit_norm_growth(-1), ValueError, "max_ratio must be"),
+    (lambda: clipfx.limit_norm_growth(min_norm=-1), ValueError, "min_norm must be"),
+    (lambda: clipfx.clip_update_rms(ADAM, -1.0), ValueError, "must be >= 0"),
+    (lambda: clipfx.clip_update_rms(ADAM, b2=1), ValueError, "b2 must be"),
+    (lambda: clipfx.clip_update_rms(ADAM, eps=0), ValueError, "eps must be"),
+    (lambda: updated(clipfx.clip_update_rms(ADAM)), TypeError, "b2 must be given"),
+    *[
+        (
+            lambda tx=tx: updated(clipfx.clip_update_rms(tx, b2=0.9)),
+            TypeError,
+            "inner must keep Adam's second moment as nu .*clip_by_block_rms",
+        )
+        for tx in (SGD, optax.adafactor(0.1))
+    ],
+    (
+        lambda: updated(clipfx.clip_update_rms(optax.chain(ADAM, ADAM), b2=0.9)),
+        ValueError,
+        "one second moment of each leaf, got two of 'decoder/kernel'",
+    ),
+    (
+        lambda: clipfx.clip_update_rms(ADAM, nonfinite="skip"),
+        ValueError,
+        "apply_if_finite",
+    ),
+    (lambda: clipfx.dual_norm_gate(SGD, 0.0), ValueError, "rho must be"),
+    (lambda: clipfx.dual_norm_gate(SGD, {"a": 1.0}), TypeError, "rho must be a number"),
     (lambda: clipfx.skip_spikes(optax.adam), TypeError, "inner must be"),
     (lambda: clipfx.skip_spikes(SGD, window=0), ValueError, "window must be"),
     (lambda: clipfx.skip_spikes(SGD, num_std=0), ValueError, "num_std must be"),
@@ -248,7 +274,12 @@ ERRORS = [
     ),
     *[
         (lambda wrap=wrap, x=x: wrap(x), TypeError, "pass the transform itself")
-        for wrap in (clipfx.error_feedback, clipfx.skip_spikes)
+        for wrap in (
+            clipfx.clip_update_rms,
+            lambda tx: clipfx.dual_norm_gate(tx, 1.0),
+            clipfx.error_feedback,
+            clipfx.skip_spikes,
+        )
         for x in (1.0, None, clipfx.clip_by_norm, optax.GradientTransformation)
     ],
     # Arguments that other libraries call otherwise.
@@ -268,6 +299,7 @@ ERRORS = [
             (clipfx.zclip, "z_thresh", "z_threshold"),
             (clipfx.autoclip, "percentil", "percentile"),
             (clipfx.adagc, "warmup", "warmup_steps"),
+            (clipfx.limit_norm_growth, "gamma", "max_ratio"),
             (clipfx.skip_spikes, "windows", "window"),
         ]
     ],
@@ -320,6 +352,8 @@ ERRORS = [
             lambda: clipfx.spam_clip().update(sample(), None),
             lambda: clipfx.error_feedback(SGD).update(sample(), None),
             lambda: clipfx.skip_spikes(SGD).update(sample(), ()),
+            lambda: clipfx.clip_update_rms(ADAM, b2=0.9).update(sample(), ()),
+            lambda: clipfx.dual_norm_gate(SGD, 1.0).update(sample(), None),
             lambda: clipfx.clip_by_curvature(0.1).update(sample(), None, sample()),
             lambda: clipfx.clip_spikes().update(sample(), None),
             lambda: clipfx.zclip().update(sample(), None),

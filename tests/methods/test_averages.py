@@ -167,3 +167,55 @@ def test_adagc_warms_up_at_every_magnitude():
     values = np.full((1, 4), 3e38)
     _, after, _, _ = run(clipfx.adagc(max_norm=1.0), values)
     np.testing.assert_allclose(after, 0.5, rtol=1e-5)
+
+
+def growth_oracle(ratio, least):
+    def update(norm, before):
+        rate = np.maximum(norm / (before + least), ratio) / ratio
+        became = np.where(np.isinf(before), norm, norm / rate)
+        limit = np.where(np.isinf(before), LARGEST, ratio * (before + least))
+        return became, limit, became
+
+    return Oracle(lambda groups: np.full(groups, np.inf), update)
+
+
+@pytest.mark.parametrize(("ratio", "least"), [(1.01, 1e-8), (1.2, 0.1), (1.0, 1e-3)])
+def test_limit_norm_growth_follows_the_recursion(ratio, least):
+    tx = clipfx.limit_norm_growth(ratio, min_norm=least)
+    assert_follows(tx, growth_oracle(ratio, least), True, rtol=1e-4)
+
+
+def test_limit_norm_growth_of_known_numbers():
+    """The direction (3, 4) with norms of 5, 10, 10, 0.5, 5."""
+    tx = clipfx.limit_norm_growth(1.01)
+    state, outs = tx.init({"w": jnp.zeros(2)}), []
+    for size in (1, 2, 2, 0.1, 1):
+        out, state = tx.update({"w": size * jnp.array([3.0, 4.0])}, state)
+        outs.append(out["w"])
+    want = [[3, 4], [3.03, 4.04], [3.0603, 4.0804], [0.3, 0.4], [0.303, 0.404]]
+    np.testing.assert_allclose(outs, want, rtol=1e-6)
+
+
+def steps_to(target, start, then, **kwargs):
+    """How many steps of a constant norm it takes until it passes."""
+    values = np.concatenate([start, np.full(1500, then)])[:, None]
+    _, after, _, _ = run(clipfx.limit_norm_growth(**kwargs), values)
+    return int(np.argmax(after[len(start) :, 0] >= target * (1 - 1e-5))) + 1
+
+
+def test_limit_norm_growth_takes_long_to_come_back():
+    assert steps_to(1.0, [1.0, 0.01], 1.0) == 463
+    assert steps_to(2.0, [1.0], 2.0) == 70
+    assert steps_to(1.0, [1.0, 0.0], 1.0) == 1388
+    assert steps_to(1.0, [1.0, 0.0], 1.0, min_norm=0.01) == 70
+
+
+@pytest.mark.parametrize("column", in_tiers(COLUMNS, {"0.6"}))
+def test_limit_norm_growth_clips_nearly_every_step(column):
+    values = np.random.default_rng(0).lognormal(0, SIGMAS[column], (30_000, 1))
+    before, after, limits, _ = run(clipfx.limit_norm_growth(), values)
+    late = slice(10_000, None)
+    rate, share = (before > limits)[late].mean(), after[late].mean()
+    share /= before[late].mean()
+    assert rate == pytest.approx([0.83, 0.93, 0.96, 0.98][column], abs=0.01)
+    assert share == pytest.approx([0.88, 0.58, 0.26, 0.08][column], abs=0.01)
