@@ -87,19 +87,20 @@ def largest(
         value, vector = _length(y, (*split.short, *split.long)), None
     else:
         u, near = start[..., None], jnp.ones(y.shape[:1], unit.dtype)
-        for k in range(rounds + 1):
-            turned = across(u)
-            value = _length(turned, split.long)
-            if k < rounds:
-                turned = jax.lax.stop_gradient(turned)
-                turned = _all_rows(_sum(times(y, turned), split.long), split.short)
-                turned = jax.lax.stop_gradient(turned)
-                left = _length(turned - _each(value, u) ** 2 * u)
-                some = jnp.isfinite(value) & (value > 0)
-                near = jnp.where(some, left / jnp.where(some, value, 1) ** 2, 0)
-                length = _each(jnp.where(some, _length(turned), 1), u)
-                u = jnp.where(some[:, None, None], turned / length, u)
-        value, vector = value * jnp.sqrt(1 + jax.lax.stop_gradient(near)), u[..., 0]
+        for _ in range(rounds):
+            back = jax.lax.stop_gradient(across(u))
+            turned = _all_rows(_sum(times(y, back), split.long), split.short)
+            square = _length(back, split.long) ** 2
+            some = jnp.isfinite(square) & (square > 0)
+            left = _length(turned - _each(square, u) * u)
+            near = jnp.where(some, left / jnp.where(some, square, 1), 0)
+            length = _each(jnp.where(some, _length(turned), 1), u)
+            u = jax.lax.stop_gradient(
+                jnp.where(some[:, None, None], turned / length, u)
+            )
+        value = _length(across(u), split.long)
+        value *= jnp.sqrt(1 + jax.lax.stop_gradient(near))
+        vector = u[..., 0]
     value = jnp.minimum(value, unit * jnp.finfo(value.dtype).max) / unit
     return jnp.where(jnp.isfinite(peak), value, peak), vector
 
