@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import clipfx
 from benchmarks._collectives import sizes
+from benchmarks._targets import branches as branches_of
 from benchmarks._targets import computations
 from benchmarks._targets import loops as loops_of
 from benchmarks._timing import floor
@@ -209,6 +210,18 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "clip_spikes": clipfx.clip_spikes,
     "spam_clip": clipfx.spam_clip,
     "clip_by_params": clipfx.clip_by_params,
+    "limit_norm_growth": clipfx.limit_norm_growth,
+    # Each around Adam beside that of every step; `adam` is one more alone.
+    "adam": optax.scale_by_adam,
+    "clip_update_rms": lambda: clipfx.clip_update_rms(optax.scale_by_adam(), b2=0.999),
+    "sign": optax.scale_by_sign,
+    "dual_norm_gate": lambda: clipfx.dual_norm_gate(optax.scale_by_sign(), 1.0),
+    # Matrix products, as many as Muon's or more.
+    "muon": lambda: optax.contrib.muon(1e-3),
+    "spectrum rescale": lambda: clipfx.clip_spectrum(1.0, response="rescale"),
+    "spectrum soft": lambda: clipfx.clip_spectrum(1.0),
+    "spectrum hard": lambda: clipfx.clip_spectrum(1.0, response="hard"),
+    "spectrum soft high": lambda: clipfx.clip_spectrum(1.0, precision="high"),
     "clip_by_curvature": lambda: clipfx.clip_by_curvature(1e-3),
     "skip_spikes": lambda: clipfx.skip_spikes(optax.identity()),
     "error_feedback": lambda: clipfx.error_feedback(clipfx.clip_by_global_norm(1.0)),
@@ -216,7 +229,10 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
 
 
 # Of these nothing is ours.
-PLAIN = [x for x in METHODS if x in ("optax", "none") or x.startswith("floor")]
+PLAIN = [x for x in METHODS if x in ("optax", "none", "adam", "sign", "muon")
+         or x.startswith("floor")]  # fmt: skip
+# These have a branch, and a loop of three turns.
+MATRICES = [x for x in METHODS if x.startswith("spectrum")]
 
 
 def compiled(model: Model, tx: Any, dtype: Any, mesh: Mesh | None) -> tuple[Any, Any]:
@@ -243,7 +259,7 @@ class Facts(NamedTuple):
     """Of a compiled program, what is in a loop as often as it turns.
 
     Attributes:
-      cycles: That XLA's cost model expects, for TPUs.
+      cycles: That XLA's cost model expects, for TPUs; of all branches.
       loops: Besides those of known length, which are the model's.
       branches: Conditionals.
       collectives: Number of each kind, and bytes of what comes out of them.
@@ -277,6 +293,7 @@ def facts(text: str) -> Facts:
         body = bodies[name]
         cycles += times * sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', body)))
         branches += len(re.findall(r" conditional\(", body))
+        todo += [(inside, times) for inside in branches_of(body)]
         for inside, turns in loops_of(body, bodies):
             loops += turns is None
             todo.append((inside, times * (turns or 1)))

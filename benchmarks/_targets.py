@@ -96,11 +96,18 @@ def loops(text: str, bodies: dict[str, str]) -> list[tuple[str, int | None]]:
     return found
 
 
+def branches(text: str) -> list[str]:
+    """What the branches of every conditional in a text compute."""
+    several = re.findall(r"branch_computations=\{(.*?)\}", text)
+    two = re.findall(r"(?:true|false)_computation=(%[\w.\-]+)", text)
+    return [x.strip() for names in several for x in names.split(",")] + two
+
+
 def moved(text: str) -> int:
     """Bytes that instructions read and write, in loops as often as these turn.
 
-    Of what an instruction takes slices of the slices count, of what it updates in place
-    the update.
+    All branches of a conditional count; of what an instruction takes slices of the
+    slices, of what it updates in place the update.
     """
     entries, bodies = computations(text)
     found = {name: map(_LINE.match, body.splitlines()) for name, body in bodies.items()}
@@ -113,6 +120,8 @@ def moved(text: str) -> int:
             if x.kind == "while":
                 ((inside, turns),) = loops(x.rest, bodies)
                 todo.append((inside, times * (turns or 1)))
+            if x.kind == "conditional":
+                todo += [(inside, times) for inside in branches(x.rest)]
             if x.kind not in _FREE:
                 called = re.search(r"calls=(%[\w.\-]+)", x.rest)
                 inner = lines[called[1]] if called else []

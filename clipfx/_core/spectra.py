@@ -13,19 +13,20 @@ Shape letters: `B` matrices, `m` <= `n` their sides, both of all devices.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from clipfx import _compat
 from clipfx._core.reductions import device_of_programs
 from clipfx._core.safe_sums import abs_power, reciprocal_power_of_two
 
 # Least value, and the odd polynomial that is closest to 1 from there to 1, divided by
 # its largest value: so values end between 1 - 2e-5 and 1.
 STEPS = (
-    (3.483565e-07, (4.2241486, -12.3491631, 9.02559945)),
     (1.471509e-06, (4.22414421, -12.3491267, 9.02556784)),
     (6.215865e-06, (4.22412565, -12.3489728, 9.02543432)),
     (2.62566e-05, (4.22404727, -12.3483227, 9.02487031)),
@@ -37,9 +38,9 @@ STEPS = (
     (0.1423268, (3.66538415, -8.27344327, 5.55446302)),
     (0.4981536, (2.60045165, -3.17668624, 1.56871252)),
     (0.9508452, (1.92291134, -1.34767666, 0.424765314)),
+    # What is left becomes 1e-14.
+    (1 - 3e-5, (1.875, -1.25, 0.375)),
 )
-# What is left after them becomes 1e-14.
-_LAST = (1.875, -1.25, 0.375)
 _TOGETHER = 3
 
 _Pair: TypeAlias = tuple[jax.Array, jax.Array]
@@ -131,9 +132,9 @@ def bounded(
 
     def change(y: jax.Array, low: jax.Array, branches: bool) -> jax.Array:
         whole, long = _whole_rows(y, split)
-        sin, cos = _sin_and_cos(whole, low, long, precision, branches)
+        cos, sin = _cos_and_sin(whole, low, long, precision, branches)
         if response == "hard":
-            sin = _least_of_tan_and_one(sin, cos, precision)
+            sin = _least_of_tan_and_one(cos, sin, precision)
         return _as_before(sin, y, split)
 
     def unless_same(y: jax.Array, low: jax.Array) -> jax.Array:
@@ -150,16 +151,15 @@ def bounded(
     return jnp.where(same[:, None, None], x, sin * _each(limit, x))
 
 
-def _sin_and_cos(
+def _cos_and_sin(
     y: jax.Array,
     limit: jax.Array,
     long: tuple[str, ...],
     precision: str,
     branches: bool,
 ) -> _Pair:
-    """`U sin V^H` `[B, m, n]` and `U cos U^H` `[B, m, m]` of the angles."""
+    """`U cos U^H` `[B, m, m]` and `U sin V^H` `[B, m, n]` of the angles."""
     times = functools.partial(jnp.matmul, precision=precision)
-    eye = jnp.eye(y.shape[1], dtype=y.dtype)[None]
 
     def gram(y: jax.Array) -> jax.Array:
         return _sum(times(y, _adjoint(y)), long)
@@ -171,32 +171,36 @@ def _sin_and_cos(
     over = jnp.hypot(top, jax.lax.stop_gradient(limit)) * (1 + 2.0**-10)
     over = jnp.where(over > 0, over, 1)
     least = jnp.maximum(limit / over, STEPS[0][0])
-    start = y / _each(over, y), _each(least, y) * eye
+    rows, eye = y.shape[1], jnp.eye(y.shape[1], dtype=y.dtype)[None]
+    # Every device has the cosines, and their squares are added up.
+    copies = jax.lax.psum(1, long) if long else 1
+    both = [_each(least / copies**0.5, y) * eye, y / _each(over, y)]
+    both = jnp.concatenate([_compat.vary(both[0], _compat.varying_axes(y)), both[1]], 2)
 
-    def stage(pair: _Pair, steps: Any) -> _Pair:
-        sin, cos = pair
-        product = _product_of(steps, times(cos, cos) + gram(sin), eye, times)
-        return times(product, sin), times(product, cos)
+    def stage(both: jax.Array, steps: Any) -> jax.Array:
+        return times(_product_of(steps, gram(both), times), both)
 
-    *first, final = [STEPS[k : k + _TOGETHER] for k in range(0, len(STEPS), _TOGETHER)]
-    table = jnp.asarray([[p for _, p in steps] for steps in first], y.dtype)
-    ends = [steps[0][0] for steps in [*first[1:], final]]
-    needed = jnp.min(least) < jnp.asarray(ends, over.dtype)
+    stages = range(0, len(STEPS), _TOGETHER)
+    table = [[p for _, p in STEPS[k : k + _TOGETHER]] for k in stages]
+    ends = [*(STEPS[k][0] for k in stages[1:]), math.inf]
+    table, ends = (jnp.asarray(x, over.dtype) for x in (table, ends))
+    needed = jnp.min(least) < ends
 
-    def turn(pair: _Pair, row: Any) -> tuple[_Pair, None]:
+    def turn(both: jax.Array, row: Any) -> tuple[jax.Array, None]:
         steps, needed = row
-        return jax.lax.cond(needed, stage, _first, pair, steps), None
+        return jax.lax.cond(needed, stage, _first, both, steps), None
 
+    table = table.astype(y.dtype)
     if branches:
-        start, _ = jax.lax.scan(turn, start, (table, needed))
+        both, _ = jax.lax.scan(turn, both, (table, needed))
     else:
-        for k in range(len(first)):
-            new = stage(start, table[k])
-            start = jax.tree.map(functools.partial(jnp.where, needed[k]), new, start)
-    return stage(start, [*(p for _, p in final), _LAST])
+        for k in range(len(table)):
+            both = jnp.where(needed[k], stage(both, table[k]), both)
+    cos = _sum(both[..., :rows], long) / copies**0.5
+    return cos, both[..., rows:]
 
 
-def _least_of_tan_and_one(sin: jax.Array, cos: jax.Array, precision: str) -> jax.Array:
+def _least_of_tan_and_one(cos: jax.Array, sin: jax.Array, precision: str) -> jax.Array:
     """`U min(tan, 1) V^H` `[B, m, n]`.
 
     With t the sign of cos^2 - sin^2 it is (1 + t)/2 sin / cos + (1 - t)/2 sin / sin;
@@ -205,31 +209,35 @@ def _least_of_tan_and_one(sin: jax.Array, cos: jax.Array, precision: str) -> jax
     times = functools.partial(jnp.matmul, precision=precision)
     eye = jnp.eye(cos.shape[1], dtype=cos.dtype)[None]
     square = times(cos, cos)
-    sign = 2 * square - eye
-    # Where the two differ by less than 0.2% it ends in between.
-    for a, b, c in [*(p for _, p in STEPS[6:]), _LAST]:
+
+    def turn(sign: jax.Array, step: Any) -> tuple[jax.Array, None]:
+        a, b, c = step
         g = times(sign, sign)
-        sign = a * sign + times(b * g + c * times(g, g), sign)
+        return a * sign + times(b * g + c * times(g, g), sign), None
 
-    def inverse_root(g: jax.Array) -> jax.Array:
-        return _product_of([*(p for _, p in STEPS[10:]), _LAST], g, eye, times)
+    # Where the two differ by less than 0.2% it ends in between.
+    steps = jnp.asarray([p for _, p in STEPS[5:]], cos.dtype)
+    sign, _ = jax.lax.scan(turn, 2 * square - eye, steps)
+    squares = jnp.concatenate([square, eye - square])
+    roots = _product_of([p for _, p in STEPS[9:]], squares, times)
+    parts = times(jnp.concatenate([eye + sign, eye - sign]), roots)
+    return times(0.5 * (parts[: len(cos)] + parts[len(cos) :]), sin)
 
-    by_cos = times(eye + sign, inverse_root(square))
-    by_sin = times(eye - sign, inverse_root(eye - square))
-    return times(0.5 * (by_cos + by_sin), sin)
 
+def _product_of(steps: Any, g: jax.Array, times: Callable[..., jax.Array]) -> jax.Array:
+    """What takes y to the end of three steps, from `y y^H`."""
+    rows, eye = g.shape[1], jnp.eye(g.shape[1], dtype=g.dtype)[None]
 
-def _product_of(
-    steps: Any, g: jax.Array, eye: jax.Array, times: Callable[..., jax.Array]
-) -> jax.Array:
-    """What takes y to the end of these steps, from `y y^H`."""
-    product = eye
-    for k, (a, b, c) in enumerate(steps):
-        z = a * eye + b * g + c * times(g, g)
-        product = times(z, product) if k else z
-        if k + 1 < len(steps):
-            g = times(times(z, g), z)
-    return product
+    def factor(step: Any, g: jax.Array) -> jax.Array:
+        a, b, c = step
+        return a * eye + b * g + c * times(g, g)
+
+    first = factor(steps[0], g)
+    g = times(times(first, g), first)
+    second = factor(steps[1], g)
+    both = times(second, jnp.concatenate([first, g], 2))  # two products in one
+    g = times(both[..., rows:], second)
+    return times(factor(steps[2], g), both[..., :rows])
 
 
 def _scaled(x: jax.Array, split: Split) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tiers import in_tiers
 
 from benchmarks._programs import (
+    MATRICES,
     METHODS,
     MODELS,
     PLAIN,
@@ -28,7 +29,7 @@ pytest.importorskip("libtpu", reason="libtpu compiles for TPUs: clipfx[accelerat
 
 # Of norms alone, and those that do more.
 BY_NORMS = ["global", "layer", "zclip", "autoclip", "quantile_clip", "adagc"]
-OTHERS = [x for x in METHODS if x not in (*BY_NORMS, *PLAIN)]
+OTHERS = [x for x in METHODS if x not in (*BY_NORMS, *MATRICES, *PLAIN)]
 USUAL = {"global", "layer", "agc"}
 
 
