@@ -221,6 +221,7 @@ METHODS: dict[str, Method] = {
 ELSEWHERE = {
     "clip_fair_groups",  # of stacked contributions, see test_fair.py
     "clip_by_norm",
+    "clip_cotangent",  # in the graph, see test_cotangent.py
     "global_norm",
     "per_stacked_layer",
     "clip_with_norm",
