@@ -18,10 +18,10 @@ from clipfx._core.norms import Norms
 from clipfx._core.paths import leaves_with_path
 from clipfx._core.reductions import Layout, as_tuple, combine
 from clipfx._core.safe_sums import (
-    abs_power,
     add_up,
     largest,
     reciprocal_power_of_two,
+    summed,
 )
 from clipfx._types import AxisName, Scalar, Tree
 from clipfx.methods.clip_by_value import bounded
@@ -212,7 +212,10 @@ def _norms(how: _How, gradient: list) -> Norms:
 
     def part(g: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         unit = times(widen(g, layout.dtype), jnp.expand_dims(scale, axes))
-        return add_up(abs_power(unit, 2), axes)
+        rows = [unit.real, unit.imag] if jnp.iscomplexobj(unit) else [unit]
+        # Hidden, or XLA would square a constant gradient and the scale one by one.
+        squares = [jnp.square(summed(row)) for row in rows]
+        return add_up(functools.reduce(jnp.add, squares), axes)
 
     total = combine(jnp.add, list(map(part, gradient, how.axes)), layout)[0]
     nothing = total == 0

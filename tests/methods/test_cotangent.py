@@ -119,6 +119,14 @@ def test_bound_holds_at_every_magnitude(dtype):
         assert_same(found, given)
 
 
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_gradient_that_xla_knows(size):
+    """It takes constants apart, and their squares leave the range."""
+    loss = lambda x: jnp.float32(size) * jnp.sum(clip_cotangent(x, size / 2, axis=0))
+    found = jax.jit(jax.grad(loss))(jnp.zeros(4))
+    np.testing.assert_allclose(found, np.full(4, size / 4), rtol=1e-6)
+
+
 def test_joint_norm_of_two_dtypes_is_taken_in_the_wider():
     with enable_x64(True):
         g = (jnp.full(3, 1e200), jnp.full(4, 300, jnp.float16), jnp.full(2, 1e200))
