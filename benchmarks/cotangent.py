@@ -78,7 +78,8 @@ def main(argv) -> None:
     print(f"jax {jax.__version__}, {jax.devices()[0]}")
     for dtype in _DTYPES.value:
         for shape in _SHAPES.value:
-            measure(*map(int, shape.split("x")), jnp.dtype(dtype))
+            examples, hidden, length = map(int, shape.split("x"))
+            measure(examples, hidden, length, jnp.dtype(dtype))
 
 
 if __name__ == "__main__":

@@ -80,5 +80,5 @@ def bounded(x: jax.Array, limit: jax.Array, response: responses.Response) -> jax
         size = jnp.abs(jnp.where(x == 0, 1, x))
         return jnp.where(x == 0, x, times(x, response(size, limit) / size))
     # Not jnp.sign: at 0 it is 0, and so would be the derivative.
-    sign = jnp.where(x < 0, -1, 1).astype(x.dtype)
-    return sign * response(sign * x, limit)
+    size = response(jnp.where(x < 0, -x, x), limit)
+    return jnp.where(x < 0, -size, size)

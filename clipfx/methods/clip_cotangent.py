@@ -11,18 +11,12 @@ import numpy as np
 
 from clipfx import _compat, responses
 from clipfx._core.checks import helpful, is_known, is_number
-from clipfx._core.clip_factors import check_nonfinite, factors
+from clipfx._core.clip_factors import SLACK, check_nonfinite
 from clipfx._core.groups import is_counted
 from clipfx._core.leaves import narrow, times, widen, widest
-from clipfx._core.norms import Norms
 from clipfx._core.paths import leaves_with_path
 from clipfx._core.reductions import Layout, as_tuple, combine
-from clipfx._core.safe_sums import (
-    add_up,
-    largest,
-    reciprocal_power_of_two,
-    summed,
-)
+from clipfx._core.safe_sums import add_up, far, largest, summed
 from clipfx._types import AxisName, Scalar, Tree
 from clipfx.methods.clip_by_value import bounded
 
@@ -185,42 +179,51 @@ def _clip_elements(how: _How, gradient: list, limit: jax.Array) -> list[jax.Arra
 
 
 def _clip_norms(how: _How, gradient: list, limit: jax.Array) -> list[jax.Array]:
-    assert how.axes is not None
-    norms = _norms(how, gradient)
-    limit = _of_rank(limit, norms.value.ndim)
-    both = factors(norms, limit, responses.hard, how.nonfinite)
-    good = jnp.isfinite(norms.value)
+    """Under `vmap` JAX forgets the mesh of constants: here none is chosen by a `where`.
 
-    def clip(g: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        again = lambda row: jnp.expand_dims(row, axes)
-        clipped = functools.reduce(times, map(again, both), g)
-        if how.nonfinite == "propagate":
-            return clipped
-        return jnp.where(again(good), clipped, jnp.zeros_like(g))
-
-    return list(map(clip, gradient, how.axes))
-
-
-def _norms(how: _How, gradient: list) -> Norms:
-    """Joint norms of the leaves along axes, which go."""
+    The gradient is divided by its largest element, in two factors that are normal
+    numbers, which are constants to derivatives: what depends on them cancels.
+    """
     assert how.axes is not None
     layout = _layout(gradient, how.axis_name)
-    # The scale is a constant to derivatives: what depends on it cancels.
     fixed = map(jax.lax.stop_gradient, gradient)
-    peaks = list(map(largest, fixed, how.axes))
-    scale = reciprocal_power_of_two(combine(jnp.maximum, peaks, layout)[0])
+    peak = combine(jnp.maximum, list(map(largest, fixed, how.axes)), layout)[0]
+    peak = jnp.where((peak > 0) & (peak < jnp.inf), peak, 1)
+    up, is_large = far(layout.dtype), (peak > 1).astype(layout.dtype)
+    first = is_large / up + (1 - is_large) * up
+    second = 1 / (peak * first)
 
-    def part(g: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        unit = times(widen(g, layout.dtype), jnp.expand_dims(scale, axes))
+    def unit(g: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        scales = (jnp.expand_dims(x, axes) for x in (first, second))
+        return functools.reduce(times, scales, widen(g, layout.dtype))
+
+    def power(unit: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         rows = [unit.real, unit.imag] if jnp.iscomplexobj(unit) else [unit]
         # Hidden, or XLA would square a constant gradient and the scale one by one.
         squares = [jnp.square(summed(row)) for row in rows]
         return add_up(functools.reduce(jnp.add, squares), axes)
 
-    total = combine(jnp.add, list(map(part, gradient, how.axes)), layout)[0]
-    nothing = total == 0
-    value = jnp.sqrt(jnp.where(nothing, 1, total))
-    return Norms(jnp.where(nothing, 0, value), scale)
+    units = list(map(unit, gradient, how.axes))
+    total = combine(jnp.add, list(map(power, units, how.axes)), layout)[0]
+    norm = jnp.sqrt(jnp.where(total == 0, 1, total))
+    limit = _of_rank(limit, norm.ndim)
+    good = jnp.isfinite(norm)
+    # A traced bound that is NaN is none that anything is within.
+    small = norm * (1 - SLACK) <= limit * first * second
+    within = good & small | (total == 0)
+    # NaN for what is not finite, even at a bound of 0.
+    factor = jnp.where(within, norm, limit) / norm + (norm - norm)
+
+    def clip(g: jax.Array, unit: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        again = lambda row: jnp.expand_dims(row, axes)
+        clipped = jnp.where(
+            again(within), g, times(unit, again(factor)).astype(g.dtype)
+        )
+        if how.nonfinite == "propagate":
+            return clipped
+        return jnp.where(again(good), clipped, jnp.zeros_like(g))
+
+    return list(map(clip, gradient, units, how.axes))
 
 
 def _layout(gradient: Sequence[jax.Array], names: tuple[Any, ...]) -> Layout:

@@ -165,6 +165,7 @@ def test_bounds_may_depend_on_what_is_traced_and_get_no_gradient(kind):
     np.testing.assert_allclose(dx, want, rtol=1e-6)
     np.testing.assert_array_equal(dc, [0, 0])
     np.testing.assert_array_equal(grads(g, jnp.array([-1.0, -1.0]))[0], [0, 0])
+    assert np.isnan(grads(g, jnp.array([jnp.nan, 0]))[0]).all()  # not unbounded
 
 
 # ------------------------------------------------- loops, derivatives, compilers
@@ -334,6 +335,10 @@ def test_on_meshes(kind):
         text = clip.lower(g).compile().as_text()
         assert number_of("all-reduce", text) == collectives
         assert "all-gather" not in text
+    for bound in ({"max_norm": 1.5, "axis": -1}, {"max_abs": 0.3}):
+        found = jax.jit(jax.vmap(functools.partial(pulled, **bound)))(g)
+        assert found.sharding.is_equivalent_to(sharding, 3)
+        np.testing.assert_allclose(found, pulled(G, **bound), rtol=1e-6)
 
 
 # ----------------------------------------------------- examples of a batch, modules
