@@ -60,8 +60,8 @@ def clip_cotangent(
     mode has no gradient that flows back: `jax.jvp(f, ...)` and `jax.jacfwd(f)` raise
     JAX's `TypeError` for a `custom_vjp`.
 
-    It keeps no state, and so no metrics. To see what it would clip, look at the
-    gradient with respect to zeros that are added to `x`, at an infinite bound.
+    It keeps no state, and so no metrics. To see what it would clip, take the gradient
+    with respect to zeros that are added to `x` in its place.
 
     Args:
       x: Any tree of arrays `[...]`. Leaves that are not floating pass through.
@@ -78,7 +78,8 @@ def clip_cotangent(
       axis_name: Mesh axes that `axis` is split over, in `shard_map` and `pmap`: a name
         or a tuple of names; `()` if each norm lies whole on one device. Needed in
         `shard_map` for what is split: whether along `axis` or across it its type does
-        not tell. Static.
+        not tell. In `pmap`, and with `check_vma=False`, types do not tell copies from
+        parts, and all of `x` counts as parts. Static.
       nonfinite: What becomes of a gradient whose norm is infinite or NaN: "propagate"
         makes all of it NaN, "zero" makes it zero. By element NaN stays, an infinite one
         is cut to the bound, and "zero" makes both zero. Static.
