@@ -14,7 +14,6 @@ from clipfx._core.checks import helpful, is_known, is_number
 from clipfx._core.clip_factors import SLACK, check_nonfinite
 from clipfx._core.groups import is_counted
 from clipfx._core.leaves import narrow, times, widen, widest
-from clipfx._core.paths import leaves_with_path
 from clipfx._core.reductions import Layout, as_tuple, combine
 from clipfx._core.safe_sums import add_up, far, largest, summed
 from clipfx._types import AxisName, Scalar, Tree
@@ -112,7 +111,8 @@ def clip_cotangent(
     """
     check_nonfinite(nonfinite)
     name, bound = _the_bound(max_norm, max_abs)
-    leaves, treedef = jax.tree.flatten(x)
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(x)
+    leaves = [leaf for _, leaf in pairs]
     floating = [k for k, leaf in enumerate(leaves) if is_counted(leaf)]
     if not floating:
         return x
@@ -124,7 +124,7 @@ def clip_cotangent(
         how = _How(None, names, nonfinite)
         shapes = [v.shape for v in some]
     else:
-        paths = [leaves_with_path(x)[k][0] for k in floating]
+        paths = [pairs[k][0] for k in floating]
         axes = tuple(map(functools.partial(_axes_of, axis), paths, some))
         how = _How(axes, names, nonfinite)
         shapes = [_one_shape(paths, some, axes)]
