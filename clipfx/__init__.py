@@ -29,6 +29,7 @@ from clipfx.methods.clip_by_norm import (
 from clipfx.methods.clip_by_params import clip_by_params
 from clipfx.methods.clip_by_snr import clip_by_snr
 from clipfx.methods.clip_by_value import clip_by_value
+from clipfx.methods.clip_cotangent import clip_cotangent
 from clipfx.methods.clip_fair_groups import clip_fair_groups
 from clipfx.methods.clip_group_ratio import clip_group_ratio
 from clipfx.methods.clip_per_layer import clip_per_layer
@@ -69,6 +70,7 @@ __all__ = [
     "clip_by_params",
     "clip_by_snr",
     "clip_by_value",
+    "clip_cotangent",
     "clip_fair_groups",
     "clip_group_ratio",
     "clip_per_layer",

@@ -1,7 +1,7 @@
 """The methods that an example can be told to train with, by name."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 import optax
@@ -84,9 +84,11 @@ CLIPPERS: dict[str, Clipper] = {
 }
 
 
-def check_clippers(names: Sequence[str]) -> None:
+def check_clippers(
+    names: Sequence[str], known: Mapping[str, Clipper] = CLIPPERS
+) -> None:
     """A `ValueError` for a clipper that is not in the table, and for none at all."""
-    unknown = [name for name in names if name not in CLIPPERS]
+    unknown = [name for name in names if name not in known]
     if unknown or not names:
         got = f"unknown clipper {unknown[0]!r}" if unknown else "no clipper given"
-        raise ValueError(f"{got}: known are {', '.join(CLIPPERS)}.")
+        raise ValueError(f"{got}: known are {', '.join(known)}.")

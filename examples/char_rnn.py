@@ -2,12 +2,16 @@
 
     python -m examples.char_rnn
     python -m examples.char_rnn --text=book.txt --clip=global,zclip,agc --steps=2000
+    python -m examples.char_rnn --cell=lstm --clip=none,global,cotangent
 
 Back through many steps of a tanh recurrence the gradient may grow exponentially, and
 one SGD step along such a gradient undoes what was learned (Pascanu et al., 2013). At
 the learning rate here the run without clipping diverges within some 30 steps and does
 not recover; a smaller learning rate would need no clipping, and learn more slowly. All
 runs start from the same weights and see the same passages in the same order.
+
+`cotangent` leaves the gradient alone, and clips what flows back through the state of
+every sequence at each step, with `clipfx.clip_cotangent`.
 """
 
 import dataclasses
@@ -44,15 +48,19 @@ class Settings:
     learning_rate: float = 0.2
     max_norm: float = 1.0
     init_scale: float = 0.9
+    cell: str = "vanilla"
     seed: int = 0
 
 
 DEFAULT = ("none", "global", "layer")
+# In the model, not in front of the optimizer, where it only records metrics.
+CLIPS = CLIPPERS | {"cotangent": CLIPPERS["none"]}
+CELLS = ("vanilla", "lstm", "gru")
 
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("text", None, "UTF-8 text file; by default Python's own manual.")
-flags.DEFINE_list("clip", list(DEFAULT), f"Methods to compare: {', '.join(CLIPPERS)}.")
+flags.DEFINE_list("clip", list(DEFAULT), f"Methods to compare: {', '.join(CLIPS)}.")
 flags.DEFINE_integer("steps", Settings.steps, "Training steps per run.", 1)
 flags.DEFINE_integer("hidden", Settings.hidden, "Hidden units.", 1)
 flags.DEFINE_integer("length", Settings.length, "Sequence length, in characters.", 1)
@@ -62,6 +70,7 @@ flags.DEFINE_float("max_norm", Settings.max_norm, "Clipping threshold.")
 flags.DEFINE_float(
     "init_scale", Settings.init_scale, "Initial singular values of the recurrence."
 )
+flags.DEFINE_enum("cell", Settings.cell, CELLS, "Kind of recurrence.")
 flags.DEFINE_integer(
     "seed", Settings.seed, "Random seed of weights, batches and samples.", 0
 )
@@ -71,26 +80,61 @@ for name in ("learning_rate", "max_norm", "init_scale"):
 
 
 Ids = jax.Array | np.ndarray  # places in the alphabet, int32
+State = Any  # `[batch, hidden]`, of an LSTM two of them
 
 
 class CharRNN(nnx.Module):
-    """One tanh recurrence between an embedding and a readout: three layers."""
+    """One recurrence between an embedding and a readout.
 
-    def __init__(self, characters: int, hidden: int, init_scale: float, rngs: nnx.Rngs):
-        recurrence = nnx.initializers.orthogonal(init_scale)
+    Args:
+      characters: Size of the alphabet.
+      hidden: Units.
+      init_scale: Singular values of the recurrence at the start.
+      cell: One of `CELLS`.
+      max_cotangent: Bound on the gradient that flows back through the state of one
+        sequence at each step; None for none.
+      rngs: For the weights.
+    """
+
+    def __init__(
+        self,
+        characters: int,
+        hidden: int,
+        init_scale: float,
+        cell: str = "vanilla",
+        max_cotangent: float | None = None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        init = nnx.initializers.orthogonal(init_scale)
         self.embed = nnx.Embed(characters, hidden, rngs=rngs)
-        self.recurrent = nnx.Linear(hidden, hidden, kernel_init=recurrence, rngs=rngs)
+        if cell == "vanilla":
+            self.recurrent = nnx.Linear(hidden, hidden, kernel_init=init, rngs=rngs)
+        else:
+            kind = nnx.OptimizedLSTMCell if cell == "lstm" else nnx.GRUCell
+            self.recurrent = kind(hidden, hidden, recurrent_kernel_init=init, rngs=rngs)
         self.readout = nnx.Linear(hidden, characters, rngs=rngs)
+        self.max_cotangent = max_cotangent
 
-    def step(self, state: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The next state `[batch, hidden]`, twice: to carry and to keep."""
+    def start(self, x: jax.Array) -> State:
+        """The first state, for inputs `[batch, hidden]`."""
+        zeros = jnp.zeros_like(x)
+        is_lstm = isinstance(self.recurrent, nnx.OptimizedLSTMCell)
+        return (zeros, zeros) if is_lstm else zeros
+
+    def step(self, state: State, x: jax.Array) -> tuple[State, jax.Array]:
+        """The next state, to carry, and what is kept of it, `[batch, hidden]`."""
+        if self.max_cotangent is not None:  # both states of an LSTM share a norm
+            state = clipfx.clip_cotangent(state, self.max_cotangent, axis=-1)
+        if not isinstance(self.recurrent, nnx.Linear):
+            return self.recurrent(state, x)
         state = jnp.tanh(x + self.recurrent(state))
         return state, state
 
     def __call__(self, ids: Ids) -> jax.Array:
         """Logits `[batch, length, characters]` of what follows `[batch, length]`."""
         x = self.embed(jnp.asarray(ids).T)
-        _, states = jax.lax.scan(self.step, jnp.zeros_like(x[0]), x)
+        _, states = jax.lax.scan(self.step, self.start(x[0]), x)
         return self.readout(states).swapaxes(0, 1)
 
 
@@ -159,17 +203,21 @@ def train_step(
 
 def train(text: str, clip: str, settings: Settings = Settings()) -> History:
     """Trains one model with one clipper; `ValueError` if that cannot be done."""
-    check_clippers([clip])
+    check_clippers([clip], CLIPS)
     check_text(text, settings.length)
     characters, ids = encode(text)
     window = settings.length + 1
     split = len(ids) - max(len(ids) // 10, window)
     ids, held_out = ids[:split], ids[split:]
 
-    rngs = nnx.Rngs(settings.seed)
-    model = CharRNN(len(characters), settings.hidden, settings.init_scale, rngs)
+    # The loss is a mean: what flows back is a share of one character's gradient.
+    share = settings.max_norm / (settings.batch * settings.length)
+    model = CharRNN(
+        len(characters), settings.hidden, settings.init_scale, settings.cell,
+        share if clip == "cotangent" else None, rngs=nnx.Rngs(settings.seed),
+    )  # fmt: skip
     sgd = optax.sgd(settings.learning_rate, momentum=0.9)
-    tx = CLIPPERS[clip](settings.max_norm, settings.learning_rate, sgd)
+    tx = CLIPS[clip](settings.max_norm, settings.learning_rate, sgd)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     order = np.random.default_rng(settings.seed)
@@ -194,12 +242,12 @@ def train(text: str, clip: str, settings: Settings = Settings()) -> History:
 def _sample(model: CharRNN, first: int, key: jax.Array, count: int) -> jax.Array:
     def step(carry, key):
         state, last = carry
-        state, _ = model.step(state, model.embed(last))
-        following = jax.random.categorical(key, model.readout(state))
+        state, kept = model.step(state, model.embed(last))
+        following = jax.random.categorical(key, model.readout(kept))
         return (state, following), following
 
     last = jnp.full(1, first)
-    start = jnp.zeros_like(model.embed(last)), last
+    start = model.start(model.embed(last)), last
     return jax.lax.scan(step, start, jax.random.split(key, count))[1][:, 0]
 
 
@@ -252,7 +300,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         if len(argv) > 1:
             raise ValueError(f"unexpected argument {argv[1]!r}: flags begin with --.")
-        check_clippers(FLAGS.clip)
+        check_clippers(FLAGS.clip, CLIPS)
         text = load_text(FLAGS.text)
         check_text(text, settings.length)
         out = _common.make_dir(FLAGS.out)
@@ -273,7 +321,8 @@ def main(argv: Sequence[str]) -> None:
         "bound no norm, and in front of params, whose momentum would keep\nan exploded "
         "gradient. Slow here, as expected: error_feedback, which replays exploded "
         "gradients,\nand curvature, which mistakes the noise of small batches for "
-        "curvature."
+        "curvature. cotangent bounds what flows back through the state of a sequence, "
+        "by\nthe threshold for the loss of one character, and no gradient of weights."
     )
     _common.write_jsonl(out / "metrics.jsonl", (r for h in histories for r in h.rows))
     plot(histories, out / "char_rnn.png")

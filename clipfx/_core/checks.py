@@ -19,7 +19,7 @@ _R = TypeVar("_R")
 # What Optax, PyTorch, jax_privacy, Opacus and others call it, and what it is here.
 _NAMES_ELSEWHERE = {
     "alpha": ("decay", "max_ratio"),
-    "axes": ("axis_name",),
+    "axes": ("axis", "axis_name"),
     "axis": ("axis_name",),
     "batch_axis_size": ("expected_batch_size",),
     "batch_size": ("expected_batch_size", "microbatch_size"),

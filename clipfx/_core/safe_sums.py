@@ -4,6 +4,7 @@ They are taken at other scales too, with the elements multiplied by a power of t
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -166,19 +167,23 @@ def abs_power(x: jax.Array, power: float) -> jax.Array:
     return jnp.abs(x) if power == 1 else jnp.abs(x) ** power
 
 
-def add_up(x: jax.Array) -> jax.Array:
-    """The sum of all elements, of small arrays too to a few roundings.
+def add_up(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
+    """The sum along axes, not negative, or all; of small arrays too to a few roundings.
 
     XLA:CPU adds in short runs along dimensions of at least 32 elements, and an array
     that has none, however many elements it has, in one: 31 x 31 equal numbers came out
     wrong by 9e-6. So those are added up dimension by dimension.
     """
-    known = all(isinstance(n, int) for n in x.shape)  # none of a symbolic shape
-    if not known or x.size <= 64 or max(x.shape) >= 32:
-        return jnp.sum(x)
-    while x.ndim > 1:
-        x = summed(jnp.sum(x, axis=-1))
-    return jnp.sum(x)
+    axes = tuple(range(x.ndim)) if axes is None else axes
+    lengths = [x.shape[k] for k in axes]
+    known = all(isinstance(n, int) for n in lengths)  # none of a symbolic shape
+    if not known or math.prod(lengths) <= 64 or max(lengths) >= 32:
+        return jnp.sum(x, axes)
+    last, *others = sorted(axes, reverse=True)
+    x = jnp.sum(x, last)
+    for k in others:
+        x = jnp.sum(summed(x), k)
+    return x
 
 
 def summed(x: jax.Array) -> jax.Array:
@@ -186,10 +191,13 @@ def summed(x: jax.Array) -> jax.Array:
     return jnp.maximum(x, 0) + jnp.minimum(x, 0)
 
 
-def largest(x: jax.Array) -> jax.Array:
-    """The largest magnitude, infinite where there is a NaN: collectives may lose it."""
+def largest(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
+    """The largest magnitude along axes, or of all.
+
+    It is infinite where there is a NaN: collectives may lose that.
+    """
     size = jnp.abs(x)
-    return jnp.max(jnp.where(jnp.isnan(size), jnp.inf, size), initial=0.0)
+    return jnp.max(jnp.where(jnp.isnan(size), jnp.inf, size), axes, initial=0.0)
 
 
 def reciprocal_power_of_two(x: jax.Array) -> jax.Array:

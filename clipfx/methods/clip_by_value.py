@@ -62,12 +62,7 @@ def clip_by_value(
 
     def bound(x: jax.Array) -> jax.Array:
         limit = jnp.maximum(jnp.asarray(max_abs).astype(jnp.finfo(x.dtype).dtype), 0)
-        if jnp.iscomplexobj(x):
-            size = jnp.abs(jnp.where(x == 0, 1, x))
-            return jnp.where(x == 0, x, times(x, shape(size, limit) / size))
-        # Not jnp.sign: at 0 it is 0, and so would be the derivative.
-        sign = jnp.where(x < 0, -1, 1).astype(x.dtype)
-        return sign * shape(sign * x, limit)
+        return bounded(x, limit, shape)
 
     def change(updates, groups, state, params):
         clipped = map_counted(bound, updates, groups)
@@ -77,3 +72,13 @@ def clip_by_value(
         return builder.Parts(clipped, state, sizes, limit, became)
 
     return builder.by_part(change, axis_name=axis_name)
+
+
+def bounded(x: jax.Array, limit: jax.Array, response: responses.Response) -> jax.Array:
+    """Every element with the magnitude that a response gives it."""
+    if jnp.iscomplexobj(x):
+        size = jnp.abs(jnp.where(x == 0, 1, x))
+        return jnp.where(x == 0, x, times(x, response(size, limit) / size))
+    # Not jnp.sign: at 0 it is 0, and so would be the derivative.
+    size = response(jnp.where(x < 0, -x, x), limit)
+    return jnp.where(x < 0, -size, size)

@@ -276,6 +276,7 @@ BY_REDUCTIONS = {name: row for name, row in METHODS.items() if not row.whole_mat
 ELSEWHERE = {
     "clip_fair_groups",  # of stacked contributions, see test_fair.py
     "clip_by_norm",
+    "clip_cotangent",  # in the graph, see test_cotangent.py
     "global_norm",
     "per_stacked_layer",
     "clip_with_norm",

@@ -13,6 +13,7 @@ from trees import sample
 import clipfx
 
 SGD, ADAM = optax.sgd(0.1), optax.scale_by_adam()
+PAIR = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 4))}
 
 
 def updated(tx, params="same", **extra):
@@ -188,6 +189,33 @@ ERRORS = [
     (lambda: updated(clipfx.agc(axis=0.5)), ValueError, "axis must name axes"),
     (lambda: updated(clipfx.agc(axis=lambda path: 2)), ValueError, "axis must name"),
     (lambda: updated(clipfx.agc(), None), TypeError, "params must be passed to agc"),
+    *[
+        (lambda call=call: clipfx.clip_cotangent(PAIR, *call[0], **call[1]), kind, text)
+        for call, kind, text in [
+            (((), {}), ValueError, "max_norm or max_abs must be given, .*got none"),
+            (((1.0, 1.0), {"axis": -1}), ValueError, "max_norm or max_abs must be"),
+            (((-1.0,), {"axis": -1}), ValueError, "max_norm must be >= 0, got -1.0"),
+            (((None, math.nan), {}), ValueError, "max_abs must be >= 0, got nan"),
+            ((("1",), {"axis": -1}), TypeError, "max_norm must be a number"),
+            (((1.0,), {}), ValueError, "axis must say .*got nothing"),
+            (((1.0,), {"axis": 0.5}), TypeError, "axis must be an int"),
+            (((1.0,), {"axis": 2}), ValueError, r"axis must name .*\['a'\].*\(2, 3\)"),
+            (((1.0,), {"axis": (0, -2)}), ValueError, "axis must name .*once"),
+            (
+                ((1.0,), {"axis": 0}),
+                ValueError,
+                r"x must have leaves of one shape .*\(3,\) .*\['a'\] and \(4,\) for",
+            ),
+            (
+                ((np.ones(3, np.float32),), {"axis": 1}),
+                ValueError,
+                r"max_norm must be .*norms of shape \(2,\), got shape \(3,\)",
+            ),
+            (((1.0,), {"axis": 1, "nonfinite": "skip"}), ValueError, "nonfinite must"),
+            (((), {"clip_value": 1.0}), TypeError, "did you mean max_abs"),
+            (((1.0,), {"axes": -1}), TypeError, "did you mean axis"),
+        ]
+    ],
     (lambda: clipfx.clip_by_params(-1), ValueError, "max_ratio must be"),
     (lambda: clipfx.clip_by_params(min_step=-1), ValueError, "min_step must be"),
     (lambda: clipfx.clip_by_params(per="leaf"), ValueError, "per must be"),

@@ -9,6 +9,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 from flax import nnx
+from tiers import in_tiers
 
 from examples import _common, char_rnn
 
@@ -95,6 +96,19 @@ def test_char_rnn_clipped_is_finite(clip):
     history = small_run(clip)
     assert np.isfinite(history.column("loss")).all()
     assert math.isfinite(history.held_out)
+
+
+@pytest.mark.parametrize("cell", in_tiers(char_rnn.CELLS, {"lstm"}))
+def test_char_rnn_bounds_what_flows_back_in_every_cell(cell):
+    settings = dataclasses.replace(SMALL, cell=cell, steps=1)
+    first, loose, tight = (
+        char_rnn.train(TEXT, clip, dataclasses.replace(settings, max_norm=limit))
+        for clip, limit in [("none", 1.0), ("cotangent", 1e30), ("cotangent", 1e-3)]
+    )
+    assert loose.rows[0]["norm"] == pytest.approx(first.rows[0]["norm"], rel=1e-6)
+    assert tight.rows[0]["loss"] == pytest.approx(first.rows[0]["loss"], rel=1e-6)
+    assert tight.rows[0]["norm"] < 0.99 * first.rows[0]["norm"]
+    assert len(char_rnn.sample(tight, 20)) == 20
 
 
 @pytest.mark.full
