@@ -34,8 +34,10 @@ from clipfx.methods.clip_group_ratio import clip_group_ratio
 from clipfx.methods.clip_per_layer import clip_per_layer
 from clipfx.methods.clip_spikes import clip_spikes
 from clipfx.methods.grad_power import grad_power
+from clipfx.methods.max_attention_logits import max_attention_logits
 from clipfx.methods.norm_stabilizer import norm_stabilizer
 from clipfx.methods.normalize_by_norm import normalize_by_norm
+from clipfx.methods.qk_clip import qk_clip
 from clipfx.methods.quantile_clip import quantile_clip
 from clipfx.methods.smooth_norm import smooth_norm
 from clipfx.methods.spam_clip import spam_clip
@@ -73,12 +75,14 @@ __all__ = [
     "error_feedback",
     "global_norm",
     "grad_power",
+    "max_attention_logits",
     "metrics",
     "norm_stabilizer",
     "normalize_by_norm",
     "per_example",
     "per_stacked_layer",
     "privacy",
+    "qk_clip",
     "quantile_clip",
     "responses",
     "skip_spikes",

@@ -222,7 +222,9 @@ ELSEWHERE = {
     "clip_fair_groups",  # of stacked contributions, see test_fair.py
     "clip_by_norm",
     "global_norm",
+    "max_attention_logits",  # of attention, see test_qk_clip.py
     "per_stacked_layer",
+    "qk_clip",  # of named leaves, see test_qk_clip.py
     "clip_with_norm",
     "tree_clip",
     "weight_decay_balance",
