@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
 from sentences import raises_one_sentence
+from tiers import in_tiers
 from trees import enable_x64
 
 import clipfx
@@ -552,7 +553,7 @@ LOGITS = {
 
 
 @pytest.mark.parametrize("block_size", [3, 256])
-@pytest.mark.parametrize("name", LOGITS)
+@pytest.mark.parametrize("name", in_tiers(LOGITS.keys(), {"causal", "both"}))
 def test_logits_are_those_of_attention(name, block_size):
     kwargs, mask = LOGITS[name]
     keys = jax.random.split(jax.random.key(0))
