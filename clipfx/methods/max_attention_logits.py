@@ -46,7 +46,8 @@ def max_attention_logits(
       key: `[B, S, K, d]`, or `[S, K, d]`, where K divides N: key head k serves query
         heads k N / K to (k + 1) N / K - 1, as in `jax.nn.dot_product_attention`.
       mask: bool, broadcastable to `[B, N, T, S]`, True where t attends to s.
-      is_causal: Whether t attends to s <= t only. Static.
+      is_causal: Whether t attends to s <= t only, both counted from the first of the
+        array: of shards of a sequence say it with a mask. Static.
       segment_ids: int `[B, T]` of packed sequences, for query and key alike, or a pair
         `[B, T]`, `[B, S]`: positions attend within their segment.
       scale: Of the logits; None for :math:`1/\sqrt d`.
