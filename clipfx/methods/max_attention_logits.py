@@ -55,7 +55,8 @@ def max_attention_logits(
       block_size: Positions of query and key in a block. Static.
 
     Returns:
-      `[N]`, float32 or wider: products of half precision are summed in float32. -inf
+      `[N]`, float32 or wider: products of half precision are summed in float32, those
+      of float32 at JAX's default precision, as by attention itself. -inf
       for a head none of whose positions attend. No gradient flows through it. Inside of
       `shard_map` and `pmap` it is that of the shard.
 

@@ -45,7 +45,7 @@ def qk_clip(
     content_dim: int | None = None,
     head_axis: int | None = None,
     layer_axis: int | None = None,
-    axis_name: AxisName | None = None,
+    batch_axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shrinks the query and key weights of heads whose attention logits are too large.
 
@@ -106,9 +106,10 @@ def qk_clip(
         matrices `[D, N d]`. 0 for `[N d, D]`, as in Equinox, and `[N, D, d]`. Biases
         are `[N, d]` or `[N d]`. Static.
       layer_axis: Where a leaf stacks layers, which axis; None where none does. Static.
-      axis_name: Mesh axes of `shard_map` and `pmap` that the batch is split over, a
-        name or a tuple of names: the largest S over them is taken. Elsewhere in
-        `shard_map` types tell. Static.
+      batch_axis_name: In `shard_map` and `pmap` the mesh axes that the batch is split
+        over, a name or a tuple of names: the largest S over them is taken. None where
+        types tell: in `shard_map`, unless it splits weights over the same axes, by
+        heads or for FSDP; `()` if heads are split and the batch is not. Static.
 
     Returns:
       A transform with `clipfx.ClipState`; `update` needs params and `max_logits`. Its
@@ -121,8 +122,8 @@ def qk_clip(
     of Flax have sown, as it is; or an array alone, if there is but one layer. Of
     several arrays of a layer, or below it, as of a module that was called twice, the
     largest count. It must be the maximum over *all* of the batch. Under `jit` it is; in
-    `shard_map` and `pmap` it becomes so, see `axis_name`; over micro-batches carry it,
-    `seen = jax.tree.map(jnp.maximum, seen, new)`, from -inf, since
+    `shard_map` and `pmap` it becomes so, see `batch_axis_name`; over micro-batches
+    carry it, `seen = jax.tree.map(jnp.maximum, seen, new)`, from -inf, since
     `optax.MultiSteps` shows the transform the last one only.
 
     An S that is not positive leaves its head alone, :math:`\gamma = 1`; so does one
@@ -195,35 +196,29 @@ def qk_clip(
         own = {name: [leaves[part.place] for part in parts] +
                      [weights[part.place] for part in parts]
                for name, parts in layers.items()}  # fmt: skip
-        seen = _over_batch(seen, own, axis_name)
+        seen = _over_batch(seen, own, batch_axis_name)
         tops, gammas, shares = [], [], []
         for name, parts in layers.items():
-            # Of a head that is not finite nobody knows by how much to shrink it.
-            logits = seen[name]
-            heads = key_heads(fixed, parts, logits.shape[-1])
-            finite = jnp.where(jnp.isfinite(logits), logits, -jnp.inf)
-            finite = finite.reshape(*logits.shape[:-1], heads, -1).max(-1)
-            limit = jnp.maximum(jnp.asarray(tau).astype(logits.dtype), 0)
-            above = finite > limit
-            gamma = jnp.where(above, limit / jnp.where(above, finite, 1), 1)
-            each = jnp.repeat(gamma, logits.shape[-1] // heads, -1)
+            heads = key_heads(fixed, parts, seen[name].shape[-1])
+            gamma, share = _gamma(seen[name], heads, tau)
+            each = jnp.repeat(gamma, seen[name].shape[-1] // heads, -1)
             for part in parts:
                 by = gamma if part.role == "key" else each
                 scaled = functools.partial(_scaled, fixed, part, by, alpha)
                 u, w = leaves[part.place], weights[part.place]
                 leaves[part.place] = _on_part(scaled, part.index, u, w)
-            tops.append(jnp.atleast_1d(logits.max(-1)).astype(jnp.float32))
-            gammas.append(jnp.atleast_1d(gamma.min(-1)).astype(jnp.float32))
-            share = exceeds(finite, limit).astype(jnp.float32).mean(-1)
-            shares.append(jnp.atleast_1d(share))
+            tops.append(seen[name].max(-1))
+            gammas.append(gamma.min(-1))
+            shares.append(share)
         if not layers:
             return updates, state
-        numbers = [jnp.concatenate(rows) for rows in (tops, gammas, shares)]
+        flat = lambda x: jnp.atleast_1d(x).astype(jnp.float32)
+        numbers = [jnp.concatenate([*map(flat, x)]) for x in (tops, gammas, shares)]
         names = names_of_groups(fixed, layers)
         order = [names.index(name) for name in ordered(names)]
-        numbers = [picked(row, order, 0) for row in _everywhere(*numbers)]
-        norm, gamma, share = numbers
-        limit = jnp.broadcast_to(jnp.asarray(tau).astype(jnp.float32), norm.shape)
+        norm, gamma, share = (picked(x, order, 0) for x in _everywhere(*numbers))
+        limit = jnp.maximum(jnp.asarray(tau).astype(jnp.float32), 0)
+        limit = jnp.broadcast_to(limit, norm.shape)
         after = next_state(state, (), norm, limit, gamma, norm.max(), share)
         # Weights of a layer that is not finite are left alone, not zero.
         metrics = after.metrics._replace(factor=gamma)
@@ -245,7 +240,7 @@ def _over_batch(
         leaves = frozenset[str]().union(*map(_compat.varying_axes, own[name]))
         if axes & leaves:
             raise ValueError(
-                f"axis_name must say whether the mesh axes {sorted(axes & leaves)}, "
+                f"batch_axis_name must say whether mesh axes {sorted(axes & leaves)}, "
                 f"over which max_logits and weights of {name!r} are split, split "
                 "batches or heads, got nothing; name those of the batch, () for none."
             )
@@ -275,6 +270,17 @@ def _everywhere(
     top = jnp.where(jnp.isnan(top), jnp.inf, top)
     top, least = jax.lax.pmax(jnp.stack([top, -gamma]), axes)
     return top, -least, jax.lax.pmean(share, axes)
+
+
+def _gamma(logits: jax.Array, heads: int, tau: Any) -> tuple[jax.Array, jax.Array]:
+    """Gamma of key heads, `[K]` or `[L, K]`, and which share of them is scaled."""
+    # Of a head that is not finite nobody knows by how much to shrink it.
+    finite = jnp.where(jnp.isfinite(logits), logits, -jnp.inf)
+    top = finite.reshape(*logits.shape[:-1], heads, -1).max(-1)
+    limit = jnp.maximum(jnp.asarray(tau).astype(logits.dtype), 0)
+    above = top > limit
+    gamma = jnp.where(above, limit / jnp.where(above, top, 1), 1)
+    return gamma, exceeds(top, limit).astype(jnp.float32).mean(-1)
 
 
 def _scaled(

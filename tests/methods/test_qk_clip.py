@@ -601,11 +601,11 @@ def test_logits_take_little_memory():
 # -------------------------------------------------------------------------- on meshes
 
 
-def attention_step(params, x, axis_name=None):
+def attention_step(params, x, batch_axis_name=None):
     """Weights after one step, whose largest logits are of all of the batch."""
     q, k = (jnp.einsum("btd,dnh->btnh", x, params[n]) for n in ("query", "key"))
     seen = clipfx.max_attention_logits(q, k, is_causal=True, block_size=4)
-    tx = clipfx.qk_clip(0.5, axis_name=axis_name)
+    tx = clipfx.qk_clip(0.5, batch_axis_name=batch_axis_name)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, state = tx.update(zeros, tx.init(params), params, max_logits=seen)
     return optax.apply_updates(params, updates), state.metrics
@@ -633,8 +633,8 @@ def in_jit(kind):
         )
 
 
-def in_shard_map(params_spec, data, axis_name, check_vma=True):
-    inside = functools.partial(attention_step, axis_name=axis_name)
+def in_shard_map(params_spec, data, batch_axis_name, check_vma=True):
+    inside = functools.partial(attention_step, batch_axis_name=batch_axis_name)
     return jax.jit(
         jax.shard_map(
             inside,
@@ -670,7 +670,7 @@ def test_the_largest_is_that_of_all_devices(way):
 
 
 def test_heads_or_batch_is_asked():
-    with pytest.raises(ValueError, match=r"axis_name must say .*\['model'\]"):
+    with pytest.raises(ValueError, match=r"batch_axis_name must say .*\['model'\]"):
         in_shard_map(SPECS, P("data"), None)
 
 
@@ -678,7 +678,7 @@ def test_heads_or_batch_is_asked():
 def test_nan_of_one_device_is_seen_by_all():
     logits = jnp.array([[1.0, 4], [math.nan, 3], [2, 20], [1, 1]])
     params = heads(2, 2, 3)
-    tx = clipfx.qk_clip(5.0, axis_name="devices")
+    tx = clipfx.qk_clip(5.0, batch_axis_name="devices")
     zeros = jax.tree.map(jnp.zeros_like, params)
     update = lambda x: tx.update(zeros, tx.init(params), params, max_logits=x)
     updates, state = jax.pmap(update, axis_name="devices")(logits)
@@ -705,6 +705,16 @@ ERRORS = [
     (lambda: clipfx.qk_clip(-1.0), ValueError, "tau must be"),
     (lambda: clipfx.qk_clip(alpha=1.5), ValueError, r"alpha must be .*\[0, 1\]"),
     (lambda: clipfx.qk_clip(threshold=1.0), TypeError, "did you mean tau?"),
+    (
+        lambda: clipfx.qk_clip(axis_name="data"),
+        TypeError,
+        "did you mean batch_axis_name?",
+    ),
+    (
+        lambda: optax.inject_hyperparams(clipfx.qk_clip)(layer_axis=0).init({}),
+        TypeError,
+        'layer_axis must be a static .*static_args="layer_axis"',
+    ),
     (lambda: clipfx.qk_clip(content_dim=0), ValueError, "content_dim must be"),
     (lambda: clipfx.qk_clip(head_axis=0.5), TypeError, "head_axis must be"),
     (lambda: clipfx.qk_clip(query=None), TypeError, "query must be a word"),
