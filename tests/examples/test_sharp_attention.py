@@ -5,21 +5,15 @@ import math
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from absl.testing import flagsaver
 
 from examples import sharp_attention
+from examples.sharp_attention import FLAGS
 
 SMALL = sharp_attention.Settings(
     steps=3, width=8, layers=1, heads=2, length=8, batch=2, tau=1e-3
 )
 TEXT = "the quick brown fox jumps over the lazy dog; \n" * 20
-
-
-@pytest.fixture(autouse=True)
-def parsed():
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,8 +28,14 @@ def run_main(tmp_path, **given):
     text.write_text(TEXT, encoding="utf-8")
     small = {f.name: getattr(SMALL, f.name) for f in dataclasses.fields(SMALL)}
     small |= {"out": str(tmp_path / "out"), "text": str(text), "rates": ["0.1"]}
-    with flagsaver.flagsaver(**(small | given)):
+    saved = flagsaver.save_flag_values(FLAGS)
+    FLAGS.mark_as_parsed()
+    try:
+        for name, value in (small | given).items():
+            setattr(FLAGS, name, value)
         sharp_attention.main(["sharp_attention"])
+    finally:
+        flagsaver.restore_flag_values(saved, FLAGS)
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line, parse_constant=pytest.fail) for line in lines]
 
