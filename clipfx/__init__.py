@@ -38,8 +38,10 @@ from clipfx.methods.clip_spikes import clip_spikes
 from clipfx.methods.clip_update_rms import clip_update_rms
 from clipfx.methods.grad_power import grad_power
 from clipfx.methods.limit_norm_growth import limit_norm_growth
+from clipfx.methods.max_attention_logits import max_attention_logits
 from clipfx.methods.norm_stabilizer import norm_stabilizer
 from clipfx.methods.normalize_by_norm import normalize_by_norm
+from clipfx.methods.qk_clip import qk_clip
 from clipfx.methods.quantile_clip import quantile_clip
 from clipfx.methods.smooth_norm import smooth_norm
 from clipfx.methods.spam_clip import spam_clip
@@ -83,12 +85,14 @@ __all__ = [
     "global_norm",
     "grad_power",
     "limit_norm_growth",
+    "max_attention_logits",
     "metrics",
     "norm_stabilizer",
     "normalize_by_norm",
     "per_example",
     "per_stacked_layer",
     "privacy",
+    "qk_clip",
     "quantile_clip",
     "responses",
     "skip_spikes",

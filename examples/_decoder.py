@@ -23,8 +23,11 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         cut = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
         parts = (cut(layer(x)) for layer in (self.query, self.key, self.value))
-        mixed = jax.nn.dot_product_attention(*parts, is_causal=True)
-        return self.out(mixed.reshape(x.shape))
+        return self.out(self.mix(*parts).reshape(x.shape))
+
+    def mix(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        """Means of values, weighted by attention; `[B, T, heads, features]` each."""
+        return jax.nn.dot_product_attention(query, key, value, is_causal=True)
 
 
 class Block(nnx.Module):
@@ -38,9 +41,10 @@ class Block(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
         linear: Callable,
+        attention: Callable,
     ):
         self.before_attention = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
-        self.attention = Attention(width, heads, linear)
+        self.attention = attention(width, heads, linear)
         self.before_dense = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
         self.up = linear(width, 4 * width)
         self.down = linear(4 * width, width)
@@ -69,6 +73,7 @@ class Decoder(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
         rank: int = 0,
+        attention: Callable = Attention,
     ):
         linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
         if rank:
@@ -77,7 +82,8 @@ class Decoder(nnx.Module):
         embed = lambda number: nnx.Embed(number, width, dtype=dtype, rngs=rngs)
         self.embed, self.position = embed(BYTES), embed(length)
         self.blocks = nnx.List(
-            Block(width, heads, dropout, dtype, rngs, linear) for _ in range(layers)
+            Block(width, heads, dropout, dtype, rngs, linear, attention)
+            for _ in range(layers)
         )
         self.after = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
         self.readout = nnx.Linear(width, BYTES, dtype=dtype, rngs=rngs)

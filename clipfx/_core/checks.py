@@ -66,7 +66,7 @@ _NAMES_ELSEWHERE = {
     "reduction": ("reduce",),
     "rescale_to_unit_norm": ("response",),
     "seed": ("key",),
-    "threshold": ("max_norm", "max_abs", "max_rms"),
+    "threshold": ("max_norm", "max_abs", "max_rms", "tau"),
     "value": ("max_abs",),
     "warmup": ("warmup_steps",),
     "window_size": ("window",),

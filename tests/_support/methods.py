@@ -278,7 +278,9 @@ ELSEWHERE = {
     "clip_by_norm",
     "clip_cotangent",  # in the graph, see test_cotangent.py
     "global_norm",
+    "max_attention_logits",  # of attention, see test_qk_clip.py
     "per_stacked_layer",
+    "qk_clip",  # of named leaves, see test_qk_clip.py
     "clip_with_norm",
     "tree_clip",
     "weight_decay_balance",
