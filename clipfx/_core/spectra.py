@@ -166,9 +166,10 @@ def _cos_and_sin(
 
     # An upper bound of the largest singular value, at most m^(1/8) times it. The polar
     # factor does not depend on the scale, so its derivative neither.
-    square = gram(jax.lax.stop_gradient(y))
-    top = jnp.sqrt(jnp.sqrt(_length(times(square, square))))
-    over = jnp.hypot(top, jax.lax.stop_gradient(limit)) * (1 + 2.0**-10)
+    fixed = jax.lax.stop_gradient(y)
+    square = _sum(fixed @ _adjoint(fixed), long)  # in bfloat16 on a TPU
+    top = jnp.sqrt(jnp.sqrt(_length(square @ square)))
+    over = jnp.hypot(top, jax.lax.stop_gradient(limit)) * (1 + 2.0**-5)
     over = jnp.where(over > 0, over, 1)
     least = jnp.maximum(limit / over, STEPS[0][0])
     rows, eye = y.shape[1], jnp.eye(y.shape[1], dtype=y.dtype)[None]
@@ -208,11 +209,12 @@ def _least_of_tan_and_one(cos: jax.Array, sin: jax.Array, precision: str) -> jax
     """
     times = functools.partial(jnp.matmul, precision=precision)
     eye = jnp.eye(cos.shape[1], dtype=cos.dtype)[None]
-    square = times(cos, cos)
+    square = times(cos, _adjoint(cos))
 
     def turn(sign: jax.Array, step: Any) -> tuple[jax.Array, None]:
         a, b, c = step
-        g = times(sign, sign)
+        # Not its square: rounding is not symmetric, and would grow.
+        g = times(sign, _adjoint(sign))
         return a * sign + times(b * g + c * times(g, g), sign), None
 
     # Where the two differ by less than 0.2% it ends in between.

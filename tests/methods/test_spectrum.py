@@ -126,7 +126,7 @@ def bounded(response, precision="highest"):
     return jax.jit(lambda x: fun(x[None], jnp.ones(1))[0])
 
 
-def worst(x, response, out=None, above=1e-4):
+def worst(x, response, out=None, above=3e-5):
     """The largest relative error of a singular value; in half precision as stored."""
     got = bounded(response)(jnp.asarray(x, jnp.float32)) if out is None else out
     got, s = (np.linalg.svd(np.float64(y), compute_uv=False) for y in (got, x))
