@@ -42,8 +42,11 @@ STEPS = (
     (1 - 3e-5, (1.875, -1.25, 0.375)),
 )
 _TOGETHER = 3
+# Elements that keep a device busy.
+_AT_ONCE = 2**22
 
 _Pair: TypeAlias = tuple[jax.Array, jax.Array]
+_Part: TypeAlias = tuple[jax.Array, ...]
 
 
 class Split(NamedTuple):
@@ -137,18 +140,40 @@ def bounded(
             sin = _least_of_tan_and_one(cos, sin, precision)
         return _as_before(sin, y, split)
 
-    def unless_same(y: jax.Array, low: jax.Array) -> jax.Array:
+    def unless_same(row: _Part) -> jax.Array:
+        y, low, same = row
         on = functools.partial(change, branches=True)
         return jax.lax.cond(same.all(), _first, on, y, low)
+
+    def by_parts(*row: jax.Array) -> jax.Array:
+        parts = _parts(y.shape)
+        if parts == 1:
+            return unless_same(row)
+        rows = tuple(x.reshape(parts, -1, *x.shape[1:]) for x in row)
+        return jax.lax.map(unless_same, rows).reshape(y.shape)
+
+    def straight(*row: jax.Array) -> jax.Array:
+        return change(*row[:2], branches=False)
 
     if device_of_programs() == "mesh":
         # Devices of XLA:CPU may wait for each other for ever if collectives are in a
         # branch or loop.
-        straight = functools.partial(change, branches=False)
-        sin = jax.lax.platform_dependent(y, low, cpu=straight, default=unless_same)
+        ways = {"cpu": straight, "default": by_parts}
+        sin = jax.lax.platform_dependent(y, low, same, **ways)
     else:
-        sin = unless_same(y, low)
+        sin = by_parts(y, low, same)
     return jnp.where(same[:, None, None], x, sin * _each(limit, x))
+
+
+def _parts(shape: tuple[int, ...]) -> int:
+    """In how many parts so many matrices are worked on, for all the memory it takes."""
+    if not all(isinstance(n, int) for n in shape):
+        return 1  # symbolic
+    number, size = shape[0], max(math.prod(shape[1:]), 1)
+    most = max(_AT_ONCE // size, 1)
+    return next(
+        n for n in range(1, number + 1) if not number % n and number // n <= most
+    )
 
 
 def _cos_and_sin(

@@ -27,12 +27,20 @@ from clipfx._core.paths import (
     structure_of,
     words,
 )
-from clipfx._core.reductions import as_tuple, combine, is_bound, layout_of
+from clipfx._core.reductions import (
+    as_tuple,
+    combine,
+    device_of_programs,
+    is_bound,
+    layout_of,
+)
 from clipfx._core.running_stats import LARGEST
 from clipfx._types import GroupSpec, Limit
 from clipfx.thresholds import Threshold, as_threshold
 
 _ROUNDS = 2
+# Elements of leaves that are stacked to be bounded by one program.
+_ALIKE = 2**26
 _RESPONSES = {
     "soft": responses.pseudo_huber,
     "hard": responses.hard,
@@ -269,12 +277,16 @@ def clip_spectrum(
 
         leaves, treedef = jax.tree.flatten(updates)
         counted = [k for k, i in enumerate(step.groups.index) if i is not None]
-        alike: dict[Any, list[Any]] = {}
+        alike, sizes = dict[Any, list[Any]](), dict[Any, Any]()
         rows = zip(counted, rows_of(updates), step.facts["found"], strict=True)
         for k, (_, x, view), found in rows:
             x, i = jnp.asarray(x), step.groups.index[k]
-            alone = is_scaled(view) or _compat.explicit_spec(x) is not None
-            key = k if alone else (view.sides, view.split, x.dtype)
+            # Leaves on a mesh may each be split in another way.
+            alone = is_scaled(view) or device_of_programs() == "mesh"
+            key = (k,) if alone else (view.sides, view.split, x.dtype)
+            if not alone:  # not more than some memory
+                sizes[key] = sizes.get(key, 0) + x.size
+                key = (*key, sizes[key] // _ALIKE)
             row = k, view, x, found, step.threshold[i], step.norm[i]
             alike.setdefault(key, []).append(row)
         for rows in alike.values():

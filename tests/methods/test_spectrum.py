@@ -16,7 +16,7 @@ from trees import enable_x64
 from xla import number_of
 
 import clipfx
-from clipfx._core import spectra
+from clipfx._core import reductions, spectra
 
 TARGETS = {
     "soft": lambda s, c: s / np.sqrt(1 + np.square(s / c)),
@@ -195,6 +195,42 @@ def test_derivative_is_that_of_the_rule(response):
         weights = jnp.asarray(np.random.default_rng(2).normal(size=(3, 4)))
         back = jax.grad(lambda x: jnp.vdot(fun(x), weights))(jnp.asarray(x))
         assert jnp.vdot(back, d) == pytest.approx(float(jnp.vdot(along, weights)))
+
+
+@pytest.mark.parametrize("response", ["soft", "hard"])
+@pytest.mark.parametrize("at_once", [2**22, 2 * 24 * 40])
+def test_one_device_takes_as_many_steps_as_it_needs(response, at_once, monkeypatch):
+    """By branches, in parts, and leaves of one shape in one program."""
+    monkeypatch.setattr(reductions, "forced_device", "one")
+    monkeypatch.setattr(spectra, "_AT_ONCE", at_once)
+    rows = [x for ratio in (0.3, 3, 1e2, 1e4) for x in far_from(ratio).values()]
+    one, *rows = map(np.float32, rows)
+    tree = {
+        "a": one,
+        "b": np.stack(rows[:8]),
+        **dict(zip("cdefghi", rows[8:], strict=True)),
+    }
+    tx = clipfx.clip_spectrum(1.0, response=response)
+    step, state = jax.jit(tx.update), tx.init(tree)
+    assert "conditional(" in step.lower(tree, state).compile().as_text()
+    out, _ = step(tree, state)
+    got = [*out.pop("b"), *list(out.values())[1:]]
+    for x, y in zip([one, *rows], [out["a"], *got], strict=True):
+        assert worst(x, response, y) < 3e-3
+
+
+@pytest.mark.parametrize("response", ["soft", "hard"])
+def test_one_device_differentiates_what_a_branch_leaves_out(response, monkeypatch):
+    monkeypatch.setattr(reductions, "forced_device", "one")
+    with enable_x64():
+        x = np.random.default_rng(0).normal(size=(3, 4))
+        tx = clipfx.clip_spectrum(0.8, response=response)
+        state = tx.init({"w": x})
+        fun = lambda x: jnp.sum(tx.update({"w": x}, state)[0]["w"] ** 3)
+        slope = jax.jit(jax.grad(fun))(x)
+        ahead, behind = (np.sum(oracle(x * (1 + h), 0.8, response) ** 3)
+                         for h in (1e-6, -1e-6))  # fmt: skip
+        assert np.vdot(slope, x) == pytest.approx((ahead - behind) / 2e-6, rel=1e-5)
 
 
 # ------------------------------------------------------------------- what a matrix is
