@@ -1,5 +1,6 @@
 """Whole training steps compiled, for devices that need not be here, and read."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -190,6 +191,13 @@ def least(more: str) -> optax.GradientTransformation:
     return optax.GradientTransformation(zeros, update)
 
 
+def given(tx: Any, **extra: float) -> optax.GradientTransformation:
+    """A transform that gets these extra arguments in every step."""
+    extra = {name: jnp.float32(value) for name, value in extra.items()}
+    update = functools.partial(tx.update, **extra)
+    return optax.GradientTransformation(tx.init, update)
+
+
 METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "optax": lambda: optax.clip_by_global_norm(1.0),
     "none": optax.identity,
@@ -210,6 +218,7 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "clip_spikes": clipfx.clip_spikes,
     "spam_clip": clipfx.spam_clip,
     "clip_by_params": clipfx.clip_by_params,
+    "clip_by_snr": lambda: given(clipfx.clip_by_snr(1.0), snr=7.0),
     "limit_norm_growth": clipfx.limit_norm_growth,
     # Each around Adam beside that of every step; `adam` is one more alone.
     "adam": optax.scale_by_adam,
@@ -221,7 +230,7 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "spectrum rescale": lambda: clipfx.clip_spectrum(1.0, response="rescale"),
     "spectrum soft": lambda: clipfx.clip_spectrum(1.0),
     "spectrum hard": lambda: clipfx.clip_spectrum(1.0, response="hard"),
-    "spectrum soft high": lambda: clipfx.clip_spectrum(1.0, precision="high"),
+    "spectrum soft in one pass": lambda: clipfx.clip_spectrum(1.0, precision="default"),
     "clip_by_curvature": lambda: clipfx.clip_by_curvature(1e-3),
     "skip_spikes": lambda: clipfx.skip_spikes(optax.identity()),
     "error_feedback": lambda: clipfx.error_feedback(clipfx.clip_by_global_norm(1.0)),
@@ -231,8 +240,8 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
 # Of these nothing is ours.
 PLAIN = [x for x in METHODS if x in ("optax", "none", "adam", "sign", "muon")
          or x.startswith("floor")]  # fmt: skip
-# These have a branch, and a loop of three turns.
-MATRICES = [x for x in METHODS if x.startswith("spectrum")]
+# Matrix products beyond the model's; the spectral clips have a branch, in a loop.
+MATRICES = [x for x in METHODS if x == "muon" or x.startswith("spectrum")]
 
 
 def compiled(model: Model, tx: Any, dtype: Any, mesh: Mesh | None) -> tuple[Any, Any]:

@@ -25,7 +25,14 @@ import optax
 from absl import app, flags
 from jax.sharding import Mesh
 
-from benchmarks._programs import METHODS, MODELS, PLAIN, compiled, facts
+from benchmarks._programs import (
+    MATRICES,
+    METHODS,
+    MODELS,
+    PLAIN,
+    compiled,
+    facts,
+)
 from benchmarks._targets import devices, moved, platform_of
 from benchmarks._timing import in_turns
 from clipfx._core import reductions
@@ -35,7 +42,9 @@ _TOPOLOGY = flags.DEFINE_string(
 )
 _MODELS = flags.DEFINE_list("models", ["mlp", "decoder"], "Of MODELS.")
 _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Of activations.")
-_METHODS = flags.DEFINE_list("methods", [], "Of METHODS; none for all.")
+_METHODS = flags.DEFINE_list(
+    "methods", [], "Of METHODS; none for all but those of MATRICES."
+)
 _AS = flags.DEFINE_list("as", [""], "Sums as on a cpu, gpu or tpu; none for its own.")
 _WIDTH = flags.DEFINE_integer("width", 0, "Of the models; 0 for 2048 and 1024.")
 _LAYERS = flags.DEFINE_integer("layers", 4, "Of the models.")
@@ -77,7 +86,7 @@ def measure(name: str, dtype: Any, mesh: Mesh | None) -> None:
     times = f"{'ms':>9}{'/optax':>8}" if mesh is None else ""
     print(head + times + ("  collectives, MB" if several else ""))
     steps, carries, rows = {}, {}, {}
-    for method in _METHODS.value or METHODS:
+    for method in _METHODS.value or [x for x in METHODS if x not in MATRICES]:
         for way in _AS.value if method not in PLAIN else [""]:
             reductions.forced_device = way
             start = time.perf_counter()

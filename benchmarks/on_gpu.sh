@@ -24,11 +24,15 @@ python3 -c "import jax, optax; print(jax.__version__, optax.__version__, jax.dev
 step "steps of training, and what the host waits for in a loop"
 run 120 benchmarks.accelerators --models=mlp --as=,cpu \
   --methods=optax,none,floor,global,layer "${less[@]}"
-run 120 benchmarks.accelerators --models=decoder --dtypes=bfloat16 \
+run 100 benchmarks.accelerators --models=decoder --dtypes=bfloat16 \
   --methods=optax,none,global,layer "${less[@]}"
 
 step "every method"
-run 100 benchmarks.accelerators --models=mlp --dtypes=bfloat16 "${less[@]}"
+run 90 benchmarks.accelerators --models=mlp --dtypes=bfloat16 "${less[@]}"
+
+step "singular values, beside Muon"
+run 50 benchmarks.accelerators --models=mlp --dtypes=float32 \
+  "--methods=optax,muon,spectrum rescale,spectrum soft,spectrum hard" "${less[@]}"
 
 step "a clip in front of AdamW"
 run 60 benchmarks.batch --trees="$trees" --leaves=10 --dtypes=float32 --steps=20

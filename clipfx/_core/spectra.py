@@ -6,9 +6,6 @@ number of steps: minimax polynomials of degree five, each of which takes [l, 1] 
 [l', 1] (Amsel et al., `The Polar Express <https://arxiv.org/abs/2505.16932>`_, 2025;
 these are other intervals). Steps for ratios beyond the s / c at hand are left out.
 
-Three steps share one Gram matrix: within them all products are of the smaller side, and
-rounding of that matrix does not yet matter. Then it is taken anew.
-
 Shape letters: `B` matrices, `m` <= `n` their sides, both of all devices.
 """
 
@@ -41,7 +38,6 @@ STEPS = (
     # What is left becomes 1e-14.
     (1 - 3e-5, (1.875, -1.25, 0.375)),
 )
-_TOGETHER = 3
 # Elements that keep a device busy.
 _AT_ONCE = 2**22
 
@@ -203,25 +199,23 @@ def _cos_and_sin(
     both = [_each(least / copies**0.5, y) * eye, y / _each(over, y)]
     both = jnp.concatenate([_compat.vary(both[0], _compat.varying_axes(y)), both[1]], 2)
 
-    def stage(both: jax.Array, steps: Any) -> jax.Array:
-        return times(_product_of(steps, gram(both), times), both)
+    def step(both: jax.Array, p: jax.Array) -> jax.Array:
+        g = gram(both)
+        return p[0] * both + times(p[1] * g + p[2] * times(g, g), both)
 
-    stages = range(0, len(STEPS), _TOGETHER)
-    table = [[p for _, p in STEPS[k : k + _TOGETHER]] for k in stages]
-    ends = [*(STEPS[k][0] for k in stages[1:]), math.inf]
-    table, ends = (jnp.asarray(x, over.dtype) for x in (table, ends))
-    needed = jnp.min(least) < ends
+    table = jnp.asarray([p for _, p in STEPS], y.dtype)
+    ends = [*(end for end, _ in STEPS[1:-1]), math.inf, math.inf]
+    needed = jnp.min(least) < jnp.asarray(ends, over.dtype)
 
     def turn(both: jax.Array, row: Any) -> tuple[jax.Array, None]:
-        steps, needed = row
-        return jax.lax.cond(needed, stage, _first, both, steps), None
+        p, needed = row
+        return jax.lax.cond(needed, step, _first, both, p), None
 
-    table = table.astype(y.dtype)
     if branches:
         both, _ = jax.lax.scan(turn, both, (table, needed))
     else:
-        for k in range(len(table)):
-            both = jnp.where(needed[k], stage(both, table[k]), both)
+        for k in range(len(STEPS)):
+            both = jnp.where(needed[k], step(both, table[k]), both)
     cos = _sum(both[..., :rows], long) / copies**0.5
     return cos, both[..., rows:]
 

@@ -105,7 +105,7 @@ def clip_spectrum(
     axis_name: Any = None,
     nonfinite: str = "propagate",
     rounds: int | None = None,
-    precision: str = "highest",
+    precision: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Bounds the singular values of every matrix of the update.
 
@@ -124,13 +124,12 @@ def clip_spectrum(
     optimizer it bounds gradients, behind it steps. A few directions that dominate are
     cut to c, and all others stay, which no factor for the whole matrix does.
 
-    The first two take matrix products alone: 13 for :math:`s_1 / c` up to 1.7, 24 up to
-    50, 35 up to 4,000 and 46 up to 300,000, of which 3, 5, 7 and 9 have the larger side
-    in them; `hard` 43 more of the smaller side. There are none where even the Frobenius
-    norm is below c (`hard`), or below c / 8192.
-    In float32 a singular value of c / 10 is right to 1e-5 at :math:`s_1 / c` = 30, to
-    3e-3 at 10,000, and `hard` never exceeds c by more than 3e-5. Smaller ones than
-    :math:`10^{-6} s_1` are not to be told from rounding.
+    The first two take matrix products alone: 14, 20, 26, 32 at :math:`s_1 / c` of 10,
+    100, 1,000, 10,000, three more where many singular values are as large, two in three
+    with the larger side in them; `hard` 43 more of the smaller side. There are none
+    where even the Frobenius norm is below c (`hard`), or below c / 8192. A singular
+    value of c / 10 is right to 1e-5 at :math:`s_1 / c` of 10, to 1e-2 at 10,000, and
+    `hard` never exceeds c by more than 3e-5; `precision` says what else there is.
 
     Args:
       max_sv: :math:`c`: a number >= 0, an array `[G]`, a dict by group, an Optax
@@ -155,9 +154,10 @@ def clip_spectrum(
       nonfinite: See `clipfx.clip_by_norm`. Static.
       rounds: Of power iteration for :math:`s_1`, each of two products with a vector,
         from where the last step ended; None takes 2. Static.
-      precision: Of matrix products, `"highest"`, or `"high"` for three passes of
-        bfloat16 on a TPU in place of six: singular values of :math:`10^{-4} s_1` are
-        then right to 1e-2. Static.
+      precision: Of matrix products on a TPU, `"highest"` for six passes of bfloat16,
+        `"high"` for three, `"default"` for one, which `hard` does not survive. With
+        three, singular values of c / 10 are right to 1e-2 at :math:`s_1 / c` = 1,000,
+        with one at 100. None is `"high"`, or `"highest"` if `hard`. Static.
 
     Returns:
       A transform with `clipfx.ClipState`; its metrics are `[G]`, the norm is
@@ -189,7 +189,9 @@ def clip_spectrum(
     """
     rule = as_threshold(max_sv)
     check_choice("response", response, tuple(_RESPONSES))
-    check_choice("precision", precision, ("highest", "high"))
+    precision = precision or ("highest" if response == "hard" else "high")
+    ways = ("highest", "high") if response == "hard" else ("high", "highest", "default")
+    check_choice("precision", precision, ways)
     check_nonfinite(nonfinite)
     rounds = check_count("rounds", rounds or _ROUNDS, 1, "None takes 2")
     axes_of, spec_of = _by_path(axes), _by_path(axis_name)

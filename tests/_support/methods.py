@@ -170,7 +170,7 @@ METHODS: dict[str, Method] = {
     },
     "clip_by_value": Method(clipfx.clip_by_value, {"max_abs": 0.1}, groups=None),
     **{
-        f"clip_spectrum_{response}": Method(
+        name: Method(
             by_spectrum(response),
             {"max_sv": 0.5},
             hard=False,
@@ -178,7 +178,10 @@ METHODS: dict[str, Method] = {
             by_norm=False,
             whole_matrices=True,
         )
-        for response in ("soft", "rescale")
+        for name, response in {
+            "clip_spectrum": "soft",
+            "clip_spectrum_rescale": "rescale",
+        }.items()
     },
     "tanh_by_value": Method(
         by_value(responses.tanh), {"max_abs": 0.1}, hard=False, groups=None

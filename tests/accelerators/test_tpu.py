@@ -28,7 +28,8 @@ from clipfx.per_example.engine import target
 pytest.importorskip("libtpu", reason="libtpu compiles for TPUs: clipfx[accelerators]")
 
 # Of norms alone, and those that do more.
-BY_NORMS = ["global", "layer", "zclip", "autoclip", "quantile_clip", "adagc"]
+BY_NORMS = ["global", "layer", "zclip", "autoclip", "quantile_clip", "adagc",
+            "clip_by_snr"]  # fmt: skip
 OTHERS = [x for x in METHODS if x not in (*BY_NORMS, *MATRICES, *PLAIN)]
 USUAL = {"global", "layer", "agc"}
 

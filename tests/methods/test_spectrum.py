@@ -139,7 +139,45 @@ def worst(x, response, out=None, above=3e-5):
 @pytest.mark.parametrize("ratio", [0.5, 3, 1e2, 1e4])
 def test_every_singular_value_is_right(response, ratio):
     for x in far_from(ratio).values():
-        assert worst(x, response) < (1e-5 if ratio < 1e2 else 3e-3)
+        assert worst(x, response) < (1e-5 if ratio < 1e2 else 1e-2)
+
+
+class Rounding:
+    """`jax.numpy` whose products are sums of products of halves, as a TPU has them."""
+
+    def __init__(self, passes):
+        self.passes = passes
+
+    def __getattr__(self, name):
+        return self._matmul if name == "matmul" else getattr(jnp, name)
+
+    def _matmul(self, x, y, precision):
+        def halves(x):
+            first = x.astype(jnp.bfloat16).astype(jnp.float32)
+            return first, (x - first).astype(jnp.bfloat16).astype(jnp.float32)
+
+        (a, b), (c, d) = halves(x), halves(y)
+        terms = [(a, c), (a, d), (b, c)][: self.passes]
+        return sum(jnp.matmul(*term, precision="highest") for term in terms)
+
+
+@pytest.mark.parametrize(
+    ("response", "passes", "ratio"),
+    [("soft", 1, 1e2), ("soft", 3, 1e3), ("hard", 3, 1e3)],
+)
+def test_products_in_bfloat16(response, passes, ratio, monkeypatch):
+    monkeypatch.setattr(spectra, "jnp", Rounding(passes))
+    fun = jax.jit(
+        lambda x: spectra.bounded(
+            x[None], jnp.ones(1), spectra.Split(), response, "highest"
+        )[0]
+    )
+    for x in far_from(ratio).values():
+        out = fun(jnp.asarray(x, jnp.float32))
+        assert worst(x, response, out, 2.0**-7 if passes == 1 else 3e-4) < 2e-2
+    x = drawn((64, 256), [ratio, *[0.1] * 63])
+    out = fun(jnp.asarray(x, jnp.float32))
+    assert worst(x, response, out, 2.0**-7 if passes == 1 else 3e-4) < 1e-2
 
 
 @pytest.mark.parametrize("response", ["soft", "hard"])
@@ -216,7 +254,7 @@ def test_one_device_takes_as_many_steps_as_it_needs(response, at_once, monkeypat
     out, _ = step(tree, state)
     got = [*out.pop("b"), *list(out.values())[1:]]
     for x, y in zip([one, *rows], [out["a"], *got], strict=True):
-        assert worst(x, response, y) < 3e-3
+        assert worst(x, response, y) < 1e-2
 
 
 @pytest.mark.parametrize("response", ["soft", "hard"])
@@ -497,6 +535,11 @@ BAD = [
         "rounds must be an int",
     ),
     (lambda: clip(ONES, 1.0, precision="low"), ValueError, "precision must"),
+    (
+        lambda: clip(ONES, 1.0, response="hard", precision="default"),
+        ValueError,
+        '"highest" or "high", got',
+    ),
     (lambda: clip(ONES, 1.0, axes=(0, 0)), ValueError, r"two .*axes"),
     (lambda: clip(ONES, 1.0, axes=(0, 2)), ValueError, r"shape \(2, 2\)"),
     (lambda: clip(ONES, 1.0, axes=1), ValueError, "got 1 for shape"),
