@@ -47,10 +47,11 @@ from examples import _common
 
 LAYERS, WIDTH, HEADS, LENGTH, BATCH = 2, 48, 4, 48, 8
 DECAY = 0.01  # of weights, beside every method
+SERIES = ("norm", "update", "measured", "loss")
 AFTER, CALM = 20, 100  # steps: of the damage, without outliers at the start
 
 _SCENARIO = flags.DEFINE_enum("scenario", "outliers", ["outliers", "rate"], "Which.")
-_STEPS = flags.DEFINE_integer("steps", None, "By default 400, for rate 800.", 200)
+_STEPS = flags.DEFINE_integer("steps", None, "By default 400, for rate 600.", 200)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each method and rate.", 1)
 _SCALE = flags.DEFINE_float("outlier_scale", 20.0, "Of the loss of an outlier.")
 _METHODS = flags.DEFINE_list("methods", None, "Names; by default the scenario's.")
@@ -85,11 +86,11 @@ SCENARIOS = {
         "muon muon_global muon_recipe muon_behind muon_gate",
     ),
     "rate": Scenario(
-        800,
-        [4e-3 * 2.0**k for k in range(3)],
+        600,
+        [8e-3 * 2.0**k for k in range(3)],
         0.999,
         "none b2_0.95 global zclip adagc skip_spikes clip_update_rms "
-        "limit_norm_growth zclip_behind muon",
+        "limit_norm_growth zclip_behind muon muon_global muon_gate",
     ),
 }
 
@@ -388,9 +389,16 @@ def summarize_outliers(
             "damage": spread(harm),
             "raised": str(sum(int(raised(loss).sum()) for loss in clean)),
             "clip rate": f"{runs.clip_rate[best].mean():.2f}",
-            "largest stable": f"{stable:.3g}",
+            "largest stable": f"{stable:.3g}".replace("nan", "-"),
         })  # fmt: skip
     return rows
+
+
+def around(series: np.ndarray, spike: int, offsets: Any) -> np.ndarray:
+    """A series around a spike by its median in the 100 steps before."""
+    return series[spike + np.asarray(offsets)] / np.median(
+        series[spike - WINDOW : spike]
+    )
 
 
 def summarize_rate(
@@ -413,12 +421,16 @@ def summarize_rate(
         })  # fmt: skip
         if name not in ("none", "b2_0.95", "muon") or not high:
             continue
-        for series in ("norm", "update", "measured"):
+        for series in SERIES:
             values = getattr(runs, series)
             each = [leads(values[:, *at], spikes[at]) for at in grid]
             early = np.array([x for found, _ in each for x in found])
-            then = [values[t, *at] / values[t - WINDOW : t, *at].mean()
-                    for at in grid for t in spikes[at]]  # fmt: skip
+            then = [
+                around(values[:, *at], t, [0])[0] for at in grid for t in spikes[at]
+            ]
+            peaks = [
+                values[t : t + APART, *at].max() for at in grid for t in spikes[at]
+            ]
             ahead = early[early > 0]
             warnings.append({
                 "method": name,
@@ -428,7 +440,9 @@ def summarize_rate(
                 "steps": f"{np.median(ahead):.0f} ({ahead.min()} to {ahead.max()})"
                 if len(ahead) else "-",
                 "false": str(sum(false for _, false in each)),
-                "then": f"{np.median(then):.1f}",
+                "then": f"{np.median(then):.2f}",
+                "peaks": f"{np.median(peaks):.2g} "
+                f"({np.min(peaks):.2g} to {np.max(peaks):.2g})",
             })  # fmt: skip
     return rows, warnings
 
@@ -479,31 +493,34 @@ def plot_outliers(
 
 
 def plot_rate(found: dict[str, Runs], rates: list[float], path: Any) -> None:
-    """Draws losses of one run of each method, and the norms around spikes."""
-    figure = Figure(figsize=(10, 9), layout="constrained")
-    losses, around = figure.subplots(2)
-    for name, runs in found.items():
-        losses.plot(runs.loss[:, -1, 0], **look(name, [*found]), markevery=(50, 100))
-    losses.set(yscale="log", xlabel=f"step, at a learning rate of {rates[-1]:g}",
-               ylabel="loss, bits")  # fmt: skip
-    handles, names = losses.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper")
-    runs = next(iter(found.values()))
+    """Draws the loss of one run of each method, and all series around spikes."""
+    rows = math.ceil(len(found) / 2)
+    figure = Figure(figsize=(10, 4 + 1.3 * rows), layout="constrained")
+    layout = figure.add_gridspec(rows + 3, 2)
+    for place, (name, runs) in enumerate(found.items()):
+        axes = figure.add_subplot(layout[place // 2, place % 2])
+        loss = runs.loss[CALM:, -1, 0]
+        axes.semilogy(np.arange(CALM, CALM + len(loss)), loss, "k", lw=0.8)
+        axes.set_title(name, fontsize="small", loc="left")
+        least = np.nanmin(loss)
+        axes.set_ylim(0.9 * least, max(1.5 * least, 1.2 * np.nanmax(loss)))
+        axes.set_ylabel("bits")
+        if place >= len(found) - 2:
+            axes.set_xlabel(f"step of one run at a learning rate of {rates[-1]:g}")
+    axes, (name, runs) = figure.add_subplot(layout[rows:, :]), next(iter(found.items()))
     offsets = np.arange(-APART, APART)
-    for key in ("loss", "norm", "update", "measured"):
-        values = getattr(runs, key)
-        curves = [
-            values[t + offsets, *at] / values[t - WINDOW : t, *at].mean()
-            for at in np.ndindex(runs.held_out.shape)
-            for t in beginnings(raised(runs.loss[:, *at]))
-            if t + APART <= len(values)
-        ]
-        if curves:
-            around.plot(offsets, np.median(curves, axis=0), label=key)
-    around.axvline(0, color="gray", lw=0.8)
-    around.set(yscale="log", xlabel="steps after the loss is raised",
-               ylabel=f"by the mean of {WINDOW} steps before")  # fmt: skip
-    around.legend(title=f"median of the spikes of {next(iter(found))}")
+    places = [(*at, t) for at in np.ndindex(runs.held_out.shape)
+              for t in beginnings(raised(runs.loss[:, *at]))
+              if t + APART <= len(runs.loss)]  # fmt: skip
+    for series in SERIES if places else ():
+        values = getattr(runs, series)
+        curves = [around(values[:, k, s], t, offsets) for k, s, t in places]
+        axes.plot(offsets, np.median(curves, axis=0), label=series)
+    axes.axvline(0, color="gray", lw=0.8)
+    axes.set(yscale="log", xlabel="steps after the loss is raised",
+             ylabel=f"by the median of {WINDOW} steps before")  # fmt: skip
+    axes.set_title(f"median of {len(places)} spikes of {name}", fontsize="small")
+    axes.legend(*axes.get_legend_handles_labels())
     figure.savefig(path, dpi=120)
 
 
@@ -549,9 +566,10 @@ largest stable: the rate at which every seed ends within 20% of the best of all.
 spikes: begin where the loss is raised, {DEVIATIONS} deviations above the mean of the
 {WINDOW} steps before, as it has not been for {APART} steps; of each rate.
 highest: the largest rise above that mean. last loss: of the last 50 steps, each rate.
-before: spikes before which the series was raised, within {APART} steps, and by how many
-steps: median (least to most). false: times it was, and no spike came.
-then: by how much it exceeds its mean when the loss is raised."""
+before: spikes before which the series was raised, within {APART} steps. steps: by how
+many, median (least to most). false: times it was, and no spike came.
+then: its ratio to its median of the {WINDOW} steps before, when the loss is raised.
+peaks: the largest of a spike, median (least to most)."""
         plot_rate(found, rates, out / "spikes.png")
     for table in tables:
         show(table)
