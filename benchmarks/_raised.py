@@ -43,9 +43,3 @@ def leads(series: np.ndarray, spikes: np.ndarray) -> tuple[list[int], int]:
         early.append(int(spike - first - places[0]) if len(places) else -1)
     false = [t for t in beginnings(up) if not (abs(spikes - t) <= APART).any()]
     return early, len(false)
-
-
-def rises(loss: np.ndarray, spikes: np.ndarray) -> list[float]:
-    """How far each spike exceeds the mean loss of the 100 steps before, relative."""
-    peaks = [loss[t : t + APART].max() / loss[t - WINDOW : t].mean() for t in spikes]
-    return [float(peak) - 1 for peak in peaks]

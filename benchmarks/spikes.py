@@ -41,7 +41,6 @@ from benchmarks._raised import (
     beginnings,
     leads,
     raised,
-    rises,
 )
 from examples import _common
 
@@ -406,20 +405,23 @@ def summarize_rate(
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """A row for each method; and for those that clip nothing one for each series."""
     rows, warnings = [], []
+    short = lambda x: f"{float(f'{x:.2g}'):g}"
+    each_rate = lambda row: ", ".join(map(short, row))
     for name, runs in found.items():
         grid = [*np.ndindex(runs.held_out.shape)]
         spikes = {at: beginnings(raised(runs.loss[:, *at])) for at in grid}
         count = [sum(len(spikes[k, s]) for s in range(runs.held_out.shape[1]))
                  for k in range(len(rates))]  # fmt: skip
-        high = [x for at in grid for x in rises(runs.loss[:, *at], spikes[at])]
+        settled = runs.loss[2 * WINDOW :]
+        ratio = (settled.max(axis=0) / settled.min(axis=0)).max(axis=1)
         rows.append({
             "method": name,
             "spikes": ", ".join(map(str, count)),
-            "highest": f"{max(high):.0%}" if high else "-",
-            "last loss": ", ".join(f"{x:.4f}" for x in runs.loss[-50:].mean((0, 2))),
+            "largest / least": each_rate(ratio),
+            "last loss": each_rate(runs.loss[-50:].mean(axis=(0, 2))),
             "clip rate": f"{runs.clip_rate.mean():.2f}",
         })  # fmt: skip
-        if name not in ("none", "b2_0.95", "muon") or not high:
+        if name not in ("none", "b2_0.95", "muon") or not sum(count):
             continue
         for series in SERIES:
             values = getattr(runs, series)
@@ -440,9 +442,9 @@ def summarize_rate(
                 "steps": f"{np.median(ahead):.0f} ({ahead.min()} to {ahead.max()})"
                 if len(ahead) else "-",
                 "false": str(sum(false for _, false in each)),
-                "then": f"{np.median(then):.2f}",
-                "peaks": f"{np.median(peaks):.2g} "
-                f"({np.min(peaks):.2g} to {np.max(peaks):.2g})",
+                "then": short(np.median(then)),
+                "peaks": f"{short(np.median(peaks))} "
+                f"({short(np.min(peaks))} to {short(np.max(peaks))})",
             })  # fmt: skip
     return rows, warnings
 
@@ -565,7 +567,8 @@ largest stable: the rate at which every seed ends within 20% of the best of all.
 {steps} steps, {_SEEDS.value} seeds, learning rates of {rates}.
 spikes: begin where the loss is raised, {DEVIATIONS} deviations above the mean of the
 {WINDOW} steps before, as it has not been for {APART} steps; of each rate.
-highest: the largest rise above that mean. last loss: of the last 50 steps, each rate.
+largest / least: loss of a run from step {2 * WINDOW} on, the largest of the seeds.
+last loss: the mean of the last 50 steps.
 before: spikes before which the series was raised, within {APART} steps. steps: by how
 many, median (least to most). false: times it was, and no spike came.
 then: its ratio to its median of the {WINDOW} steps before, when the loss is raised.

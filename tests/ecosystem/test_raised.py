@@ -1,9 +1,8 @@
 import math
 
 import numpy as np
-import pytest
 
-from benchmarks._raised import WINDOW, beginnings, leads, raised, rises
+from benchmarks._raised import WINDOW, beginnings, leads, raised
 
 
 def wave(**steps):
@@ -37,8 +36,3 @@ def test_a_series_precedes_a_spike_by_the_steps_since_it_was_first_raised():
     series = wave(t150=10.0, t119=30.0, t293=90.0)
     assert leads(series, spikes) == ([-1, -1], 1)
     assert leads(wave(), spikes[:0]) == ([], 0)
-
-
-def test_a_rise_is_the_highest_of_a_spike_by_the_mean_before():
-    loss = wave(t150=20.5, t155=25.0)
-    assert rises(loss, beginnings(raised(loss))) == pytest.approx([1.5], abs=0)
