@@ -204,7 +204,8 @@ def _cos_and_sin(
         return p[0] * both + times(p[1] * g + p[2] * times(g, g), both)
 
     table = jnp.asarray([p for _, p in STEPS], y.dtype)
-    ends = [*(end for end, _ in STEPS[1:-1]), math.inf, math.inf]
+    # The last two are always taken.
+    ends = [*(end for end, _ in STEPS[1:-1]), 2.0, 2.0]
     needed = jnp.min(least) < jnp.asarray(ends, over.dtype)
 
     def turn(both: jax.Array, row: Any) -> tuple[jax.Array, None]:

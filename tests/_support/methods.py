@@ -66,10 +66,10 @@ def by_value(response: Callable) -> Callable:
     )
 
 
-def by_spectrum(response: str) -> Callable:
-    return lambda max_sv, axis_name=None: clipfx.clip_spectrum(
-        max_sv, response=response, axis_name=axis_name
-    )
+def rescale_spectrum(
+    max_sv: float, axis_name: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    return clipfx.clip_spectrum(max_sv, response="rescale", axis_name=axis_name)
 
 
 def rule(make: Callable, args: dict[str, float], **fields: Any) -> Method:
@@ -171,16 +171,16 @@ METHODS: dict[str, Method] = {
     "clip_by_value": Method(clipfx.clip_by_value, {"max_abs": 0.1}, groups=None),
     **{
         name: Method(
-            by_spectrum(response),
+            make,
             {"max_sv": 0.5},
             hard=False,
             groups="leaf",
             by_norm=False,
             whole_matrices=True,
         )
-        for name, response in {
-            "clip_spectrum": "soft",
-            "clip_spectrum_rescale": "rescale",
+        for name, make in {
+            "clip_spectrum": clipfx.clip_spectrum,
+            "clip_spectrum_rescale": rescale_spectrum,
         }.items()
     },
     "tanh_by_value": Method(
