@@ -168,8 +168,14 @@ def sharding(x: jax.Array, spec: Sequence) -> jax.sharding.NamedSharding:
     return jax.sharding.NamedSharding(mesh_of(x), jax.sharding.PartitionSpec(*spec))
 
 
+def splits(x: jax.Array) -> tuple | None:
+    """Its mesh axes, if a mesh with Explicit axes splits it and no `shard_map` did."""
+    spec = explicit_spec(x)
+    return spec if spec and any(spec) and not is_manual(mesh_of(x)) else None
+
+
 def left_to_xla(fun: Callable[..., Any], x: jax.Array, *rest: Any, like: bool) -> Any:
-    """`fun(x, *rest)`, on a mesh with Explicit axes with those of `x` made Auto.
+    """`fun(x, *rest)` with the Explicit axes that split `x` made Auto.
 
     Args:
       fun: From arrays to arrays.
@@ -177,12 +183,22 @@ def left_to_xla(fun: Callable[..., Any], x: jax.Array, *rest: Any, like: bool) -
       *rest: Whole.
       like: Whether what comes out is split as `x`; else it is whole.
     """
-    spec = explicit_spec(x)
-    if spec is None or not any(spec) or is_manual(mesh_of(x)):
-        return fun(x, *rest)
     axes = tuple(sorted(explicit_axes(mesh_of(x))))
-    out = sharding(x, spec if like else ())
+    out = sharding(x, (splits(x) or ()) if like else ())
     return jax.sharding.auto_axes(fun, axes=axes, out_sharding=out)(x, *rest)
+
+
+def on_shards(fun: Callable[..., Any], x: jax.Array, *rest: Any, like: bool) -> Any:
+    """The same with `fun` on the parts of `x`, in a `shard_map`."""
+    spec = jax.sharding.PartitionSpec(*(splits(x) or ()))
+    whole = jax.sharding.PartitionSpec()
+    return jax.shard_map(
+        fun,
+        mesh=mesh_of(x),
+        in_specs=(spec, *[whole] * len(rest)),
+        out_specs=spec if like else whole,
+        axis_names=explicit_axes(mesh_of(x)),
+    )(x, *rest)
 
 
 def as_like(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 """Bounds on the singular values of matrices."""
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -77,6 +78,7 @@ class _View(NamedTuple):
       least: m, of all devices.
       split: The mesh axes that the sides are split over.
       across: Those that matrices are divided among.
+      path: Of the leaf.
     """
 
     order: tuple[int, ...]
@@ -87,6 +89,7 @@ class _View(NamedTuple):
     least: int
     split: spectra.Split
     across: tuple[str, ...]
+    path: Any
 
     @property
     def has_sides(self) -> bool:
@@ -157,7 +160,8 @@ def clip_spectrum(
       precision: Of matrix products on a TPU, `"highest"` for six passes of bfloat16,
         `"high"` for three, `"default"` for one, which `hard` does not survive. With
         three, singular values of c / 10 are right to 1e-2 at :math:`s_1 / c` = 1,000,
-        with one at 100. None is `"high"`, or `"highest"` if `hard`. Static.
+        with one at 100; GPUs may take TF32, in between. None is `"high"`, but for
+        `hard` `"highest"`. Static.
 
     Returns:
       A transform with `clipfx.ClipState`; its metrics are `[G]`, the norm is
@@ -205,12 +209,36 @@ def clip_spectrum(
         return [(name, x, _view(path, x, axes_of(path), spec_of(path)))
                 for name, (path, x) in named if is_counted(x)]  # fmt: skip
 
+    def on_leaf(
+        fun: Callable[..., Any], view: _View, x: Any, *rest: Any, like: bool
+    ) -> Any:
+        """`fun(view, x, *rest)`; types tell on Explicit meshes what is split."""
+        x = jnp.asarray(x)
+        spec = _compat.splits(x)
+        if spec is None:
+            return fun(view, x, *rest)
+        if any(spec[k] for k in view.order[: len(view.batch)]):
+            whole = functools.partial(fun, view)
+            return _compat.left_to_xla(whole, x, *rest, like=like)
+
+        def on_part(x: jax.Array, *rest: Any) -> Any:
+            own = _view(view.path, x, axes_of(view.path), PartitionSpec(*spec))
+            return fun(own, x, *rest)
+
+        return _compat.on_shards(on_part, x, *rest, like=like)
+
     def init(groups: Groups, params: Any) -> SpectrumState:
         if not groups.names:
             return SpectrumState(rule.init(groups, params), structure_of(params, ()))
         rows = [(name, x, view) for name, x, view in rows_of(params) if view.has_sides]
         vectors = {name: _start(view, jnp.result_type(x)) for name, x, view in rows}
         return SpectrumState(rule.init(groups, params), vectors)
+
+    def largest(view: _View, x: jax.Array, start: Any) -> Any:
+        y = _matrices(x, view)
+        if start is not None:
+            start = start.reshape(y.shape[0], view.least)
+        return spectra.largest(y, start, view.split, rounds, precision)
 
     def measure(
         updates: Any, groups: Groups, params: Any, state: Any
@@ -224,14 +252,8 @@ def clip_spectrum(
                     f"{sorted(vectors)}; give init and update trees that agree there."
                 )
 
-            def largest(x: jax.Array, start: Any, view: _View = view) -> Any:
-                y = _matrices(x, view)
-                if start is not None:
-                    start = start.reshape(y.shape[0], view.least)
-                return spectra.largest(y, start, view.split, rounds, precision)
-
             start = vectors[name] if view.has_sides else None
-            value, end = _compat.left_to_xla(largest, jnp.asarray(x), start, like=False)
+            value, end = on_leaf(largest, view, x, start, like=False)
             found.append(value)
             if end is not None:
                 vectors[name] = end.reshape(vectors[name].shape)
@@ -294,8 +316,9 @@ def clip_spectrum(
         for rows in alike.values():
             places, views, *facts = map(list, zip(*rows, strict=True))
             if len(places) == 1:
-                on = lambda *row, views=views: change(views, *([x] for x in row))[0]
-                ends = [_compat.left_to_xla(on, *(x for (x,) in facts), like=True)]
+                one = lambda view, *row: change([view], *([x] for x in row))[0]
+                row = [x for (x,) in facts]
+                ends = [on_leaf(one, views[0], *row, like=True)]
             else:
                 ends = change(views, *facts)
             for k, x in zip(places, ends, strict=True):
@@ -335,6 +358,7 @@ def _view(path: Any, x: Any, axes: Any, spec: Any) -> _View:
         whole[turned],
         spectra.Split(names[turned], names[not turned]),
         names[2],
+        path,
     )
 
 
