@@ -17,6 +17,8 @@ from absl import flags
 pytest.importorskip("jax_privacy")
 pytest.importorskip("dp_accounting")
 
+from tiers import in_tiers
+
 from clipfx import privacy
 from examples import private_digits
 from examples.private_digits import FLAGS, VARIANTS, Plan, Settings
@@ -63,7 +65,7 @@ def assert_close(one, other, rtol=1e-5):
     )
 
 
-@pytest.mark.parametrize("optimizer", private_digits.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", in_tiers(private_digits.OPTIMIZERS, {"sgd"}))
 def test_optimizers_cost_alike_and_move(optimizer):
     settings = dataclasses.replace(SMALL, optimizer=optimizer, steps=3)
     plans = {p.name: p for p in private_digits.list_plans(settings, COUNT)}

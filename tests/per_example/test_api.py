@@ -239,6 +239,7 @@ def test_sensitivity():
         per_example.clipped_grad(loss, 1.0, response=responses.log).sensitivity()
 
 
+@pytest.mark.full
 def test_responses_are_weights():
     """Abadi, AUTO-V, AUTO-S or NSGD, PSAC, global: as published, METHODS of weights."""
     _, norms, _ = oracle(loss, PARAMS, BATCH)

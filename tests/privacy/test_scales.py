@@ -107,7 +107,7 @@ CASES = {
     for size in (None, 3)
     for noise in (0.0, 0.8)
 }
-USUAL = {"factored-None-0.8", "factored-3-0.8", "full-None-0.8"}
+USUAL = {"factored-3-0.8", "full-None-0.8"}
 
 
 @pytest.mark.parametrize("case", in_tiers(CASES, USUAL))
@@ -219,6 +219,7 @@ def test_products_of_vectors_keep_gram_matrices(factored):
     assert report.count("Gram") == 2 * factored
 
 
+@pytest.mark.full
 def test_plain_steps_are_those_of_a_scale_that_is_one():
     """Also with other thresholds, norms, groups, and several arguments."""
     one = lambda params: fixed(jax.tree.map(jnp.ones_like, params))
