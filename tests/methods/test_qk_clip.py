@@ -815,3 +815,44 @@ ERRORS = [
 @pytest.mark.parametrize("case", ERRORS, ids=[case[2] for case in ERRORS])
 def test_bad_input_gets_one_sentence(case):
     raises_one_sentence(case)
+
+
+def test_logits_that_grow_stay_below_tau_in_training():
+    """Without it they grow on; with it they end at tau."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 5)), jnp.float32)
+    draw = lambda seed: jnp.asarray(np.random.default_rng(seed).normal(size=(5, 2, 3)))
+    params = {"query": {"kernel": draw(1)}, "key": {"kernel": draw(2)}}
+    params = jax.tree.map(lambda w: w.astype(jnp.float32), params)
+    project = lambda params, name: jnp.einsum(
+        "btd,dnh->btnh", x, params[name]["kernel"]
+    )
+    both = lambda params: (project(params, "query"), project(params, "key"))
+
+    def loss(params):  # each position wants to attend to itself alone
+        q, k = both(params)
+        logits = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(3)
+        return -jnp.diagonal(jax.nn.log_softmax(logits), 0, 2, 3).mean()
+
+    def train(tx):
+        def step(carry, _):
+            params, state = carry
+            seen = clipfx.max_attention_logits(*both(params))
+            grads = jax.grad(loss)(params)
+            more = {"max_logits": seen}
+            updates, state = tx.update(grads, state, params, **more)
+            params = optax.apply_updates(params, updates)
+            return (params, state), clipfx.max_attention_logits(*both(params))
+
+        start = params, tx.init(params)
+        return np.asarray(jax.jit(lambda: jax.lax.scan(step, start, None, 400)[1])())
+
+    with jax.numpy_dtype_promotion("standard"):  # for Optax
+        adam = optax.with_extra_args_support(optax.adam(0.01))
+        free = train(adam).max(-1)
+        clipped = train(optax.chain(adam, clipfx.qk_clip(8.0))).max(-1)
+    assert free[-1] > 2 * 8
+    assert np.all(np.diff(free[-50:]) > 0)
+    # It knows the logits of before a step, so they exceed tau by what one step adds.
+    growth = np.max(free[1:] / free[:-1])
+    assert growth < 1.05
+    assert 7 < clipped.max() <= 8 * growth
