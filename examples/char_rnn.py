@@ -321,8 +321,8 @@ def main(argv: Sequence[str]) -> None:
         "bound no norm, and in front of params, whose momentum would keep\nan exploded "
         "gradient. Slow here, as expected: error_feedback, which replays exploded "
         "gradients,\nand curvature, which mistakes the noise of small batches for "
-        "curvature. cotangent bounds what flows back through the state of a sequence, "
-        "by\nthe threshold for the loss of one character, and no gradient of weights."
+        "curvature.\ncotangent bounds what flows back through the state of a sequence, "
+        "by the threshold\nfor the loss of one character, and no gradient of weights."
     )
     _common.write_jsonl(out / "metrics.jsonl", (r for h in histories for r in h.rows))
     plot(histories, out / "char_rnn.png")
