@@ -65,7 +65,9 @@ def assert_close(one, other, rtol=1e-5):
     )
 
 
-@pytest.mark.parametrize("optimizer", in_tiers(private_digits.OPTIMIZERS, {"sgd"}))
+@pytest.mark.parametrize(
+    "optimizer", in_tiers(list(private_digits.OPTIMIZERS), {"sgd"})
+)
 def test_optimizers_cost_alike_and_move(optimizer):
     settings = dataclasses.replace(SMALL, optimizer=optimizer, steps=3)
     plans = {p.name: p for p in private_digits.list_plans(settings, COUNT)}

@@ -497,7 +497,7 @@ CASES = {f"{name}-{response}": (way, response)
 
 
 @pytest.mark.parametrize(
-    "case", in_tiers(CASES, {"explicit-rescale", "shard_map-hard"})
+    "case", in_tiers(CASES, {"explicit-rescale", "shard_map-rescale"})
 )
 def test_sharded_equals_whole(case):
     way, response = case

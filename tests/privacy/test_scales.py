@@ -277,6 +277,7 @@ def test_on_a_mesh(kind):
             chex.assert_trees_all_close(host(other), host(one), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full
 def test_resumed_and_exported_runs_go_on(tmp_path):
     grad = dp(max_norm=privacy.quantile(LIMIT, count_stddev=2.0))
     params, step = params_of(), jax.jit(functools.partial(grad, where=None))

@@ -4,7 +4,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from zoo import LABELS, TOKENS, VOCABULARY, WIDTH, B, T, check, cross_entropy, vectors
+
+# `.ci/run` has the zoo in an environment of its own.
+pytestmark = pytest.mark.full
 
 
 class Decoder(eqx.Module):

@@ -3,9 +3,13 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 from trees import enable_x64
 from zoo import TOKENS, VOCABULARY, WIDTH, T, check, cross_entropy, lenient
+
+# `.ci/run` has the zoo in an environment of its own.
+pytestmark = pytest.mark.full
 
 
 class Decoder(nn.Module):
