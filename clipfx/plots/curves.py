@@ -9,9 +9,11 @@ import numpy as np
 
 from clipfx.plots.arguments import as_array, as_curves, as_dots, as_limits, as_steps
 from clipfx.plots.drawing import (
+    choose_scale,
     draw,
     draw_factors,
     draw_limits,
+    drawable,
     get_axes,
     has_something,
     label_steps,
@@ -61,6 +63,7 @@ def lines(
     step = as_steps(step, curves)
     label_steps(ax, ylabel)
     if has_something(ax, curves.values(), "steps"):
+        choose_scale(ax, curves)
         draw(ax, step, curves)
         mark(ax, step, curves)
     return with_legend(ax) if legend else ax
@@ -119,6 +122,7 @@ def norms(
     factors = {} if factor is None else as_curves("factor", factor, curves)
     label_steps(ax, "norm")
     if has_something(ax, [*curves.values(), *limits.values()], "steps"):
+        choose_scale(ax, curves, limits)
         draw(ax, step, curves)
         draw_limits(ax, step, limits, curves, shared)
         mark(ax, step, curves, dots, floor=0.26 if factors else 0.0)
@@ -180,9 +184,10 @@ def compare(
     given = as_curves("after", after or {}, methods)
     label_steps(ax, "norm")
     if has_something(ax, [before, *limits.values()], "steps"):
-        style = {"color": "0.75", "lw": 0.8, "zorder": 1, "label": "before"}
-        ax.plot(*thinned(step, before), **style)
         after = least | given
+        choose_scale(ax, {"norm": before}, after, limits)
+        ax.plot(*thinned(step, drawable(ax, before)), color="0.75", lw=0.8, zorder=1,
+                label="before")  # fmt: skip
         draw(ax, step, after)
         draw_limits(ax, step, limits, methods, False)
         mark(ax, step, {"norm": before}, color="0.3")

@@ -87,6 +87,18 @@ def _medians(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (x[starts] + x[ends]) / 2, table[np.arange(len(table)), middle]
 
 
+def choose_scale(ax: "Axes", *curves: Mapping[str, np.ndarray]) -> None:
+    """Before anything is drawn, from all that will be."""
+    values = np.concatenate([y.ravel() for each in curves for y in each.values()])
+    if is_wide(values[np.isfinite(values)]):
+        ax.set_yscale("log")
+
+
+def drawable(ax: "Axes", y: np.ndarray) -> np.ndarray:
+    """NaN in place of zero on a logarithmic axis: extremes are of what is seen."""
+    return y if ax.get_yscale() == "linear" else np.where(y > 0, y, np.nan)
+
+
 def draw(
     ax: "Axes",
     step: np.ndarray,
@@ -101,11 +113,10 @@ def draw(
         zip(labels_of(curves), curves.values(), strict=True)
     ):
         style = style_of(number)
-        color = style["color"]
+        y = drawable(ax, y)
         x, drawn = thinned(step, y)
         if noisy:
-            ax.plot(x, drawn, lw=0.6, alpha=pale, color=color, zorder=1.2)
-        if noisy:
+            ax.plot(x, drawn, lw=0.6, alpha=pale, color=style["color"], zorder=1.2)
             x, drawn = _medians(step, y)
         every = max(len(x) // 10, 1)
         first = (number * every) // max(len(curves), 1)
@@ -128,8 +139,8 @@ def draw_limits(
         color = "0.3" if shared else None
         for limit in np.unique(limits[name], axis=1).T:
             if np.isfinite(limit).any():
-                ax.plot(*thinned(step, limit), lw=2.6, alpha=0.45, zorder=2.5,
-                        color=color or style_of(number)["color"],
+                ax.plot(*thinned(step, drawable(ax, limit)), lw=2.6, alpha=0.45,
+                        zorder=2.5, color=color or style_of(number)["color"],
                         marker="_" if len(step) == 1 else "", ms=14)  # fmt: skip
                 ax.plot([], [], color=color or "0.3", lw=2.6, alpha=0.45, label=label)
                 label = None
@@ -143,11 +154,8 @@ def mark(
     color: str | None = None,
     floor: float = 0.0,
 ) -> None:
-    """Chooses the scale; dots, zeros and what is not finite, one of each a column."""
-    drawn = np.concatenate([line.get_ydata() for line in ax.lines])
-    wide = is_wide(drawn[np.isfinite(drawn)])
-    if wide:
-        ax.set_yscale("log", nonpositive="mask")
+    """Dots, zeros and what is not finite, the largest of each column."""
+    wide = ax.get_yscale() != "linear"
     most = max(400 // max(len(curves), 1), 25) if len(curves) > 2 else 200
     mark_alone(ax, step, curves, color)
     said = set()
@@ -177,10 +185,9 @@ def mark_alone(
     curves: Mapping[str, np.ndarray],
     color: str | None = None,
 ) -> None:
-    """Dots for numbers to which no line leads, once the scale is chosen."""
-    least = -math.inf if ax.get_yscale() == "linear" else 0
+    """Dots for numbers to which no line leads."""
     for number, y in enumerate(curves.values()):
-        here = np.pad(np.isfinite(y) & (y > least), 1)
+        here = np.pad(np.isfinite(drawable(ax, y)), 1)
         alone = np.flatnonzero(here[1:-1] & ~here[:-2] & ~here[2:])
         if len(alone):
             alone = _chosen(alone, y, _COLUMNS)

@@ -141,6 +141,15 @@ def test_what_is_not_finite_or_zero_is_marked():
     assert [0, 2, 5, 7] in [points[:, 0].tolist() for points in drawn(ax)]
 
 
+def test_zeros_hide_no_curve_on_a_logarithmic_axis():
+    y = history(100_000)
+    y[::10], y[55_555] = 0, 1e4
+    ax = plots.lines(y)
+    raw = max(drawn(ax), key=len)
+    assert ax.get_yscale() == "log"
+    assert np.isfinite(raw).all() and raw[:, 1].max() == 1e4 and raw[:, 1].min() > 0
+
+
 def test_clipped_is_told_by_flags_or_by_the_count():
     flags = plots.norms([1.0, 2, 3], clipped=np.array([True, False, True]))
     count = plots.norms([1.0, 2, 3], clipped=[1, 1, 2])
