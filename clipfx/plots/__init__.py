@@ -5,8 +5,9 @@ Axes: `ax.figure.savefig("norms.png")`. None shows a window or changes settings 
 Matplotlib. Arrays are NumPy's or what it can convert, never traced.
 
 Curves of many steps are drawn from the smallest and the largest value of each of some
-2,000 columns, so that no spike is lost. More than 2,000 steps, or 400 of more than
-eight curves, are pale, and their median over each hundredth of the steps stands out.
+2,000 columns, so that no spike is lost. Beyond 2,000 steps, or 100 of more than eight
+curves, they are pale, and their median over each hundredth of the steps, ten or more,
+stands out.
 
 An axis is logarithmic where positive values span more than two decades; zeros are
 marked at its lower edge then. Numbers that are infinite, NaN or the largest float32, as

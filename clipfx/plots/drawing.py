@@ -79,8 +79,8 @@ def thinned(
 
 
 def _medians(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The median of what is finite in each hundredth of the steps."""
-    table = np.sort(_columns(y, 100))  # NaN last
+    """The median of what is finite in each hundredth of the steps, or each ten."""
+    table = np.sort(_columns(y, min(100, len(y) // 10)))  # NaN last
     middle = (np.isfinite(table).sum(1) - 1) // 2
     starts = table.shape[1] * np.arange(len(table))
     ends = np.minimum(starts + table.shape[1], len(y)) - 1
@@ -107,7 +107,7 @@ def draw(
     noisy: bool = True,
 ) -> None:
     """A line each; where there are many, pale, with a median that stands out."""
-    noisy = noisy and len(step) > (400 if len(curves) > len(_COLORS) else _COLUMNS)
+    noisy = noisy and len(step) > (100 if len(curves) > len(_COLORS) else _COLUMNS)
     pale = max(0.15, min(0.3, 1.2 / max(len(curves), 1)))
     for number, (label, y) in enumerate(
         zip(labels_of(curves), curves.values(), strict=True)

@@ -24,7 +24,7 @@ def history(count, seed=0):
     return np.exp(0.3 * np.random.default_rng(seed).normal(size=count))
 
 
-def many(count=500):
+def many(count=101):
     return {name: history(count, seed) for seed, name in enumerate(SIXTEEN)}
 
 
@@ -139,6 +139,16 @@ def test_what_is_not_finite_or_zero_is_marked():
     assert at == {"x": [1, 3, 6], "v": [4]}
     # No line leads to the others.
     assert [0, 2, 5, 7] in [points[:, 0].tolist() for points in drawn(ax)]
+
+
+def test_many_curves_are_pale_around_their_medians():
+    steps = np.arange(1.0, 1001.0)
+    ax = plots.lines({name: steps + i for i, name in enumerate(SIXTEEN)})
+    for i, name in enumerate(SIXTEEN):
+        (line,) = [x for x in ax.lines if x.get_label() == name]
+        np.testing.assert_array_equal(line.get_ydata(), steps[4::10] + i)
+    pale = [line for line in ax.lines if line.get_alpha()]
+    assert [len(line.get_xdata()) for line in pale] == [1000] * 16
 
 
 def test_zeros_hide_no_curve_on_a_logarithmic_axis():
