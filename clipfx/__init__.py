@@ -7,11 +7,20 @@
 norm, a *threshold* what is too large, a *response* what to do about it. The named
 methods are choices of these three. `per_example` bounds each example's gradient, for
 any loss, at about the cost of one gradient; `privacy` adds noise to such sums.
-`metrics.read` shows norms and clip rates from any optimizer state; `tree_clip` and
-`global_norm` serve those who use no chain.
+`metrics.read` shows norms and clip rates from any optimizer state, `plots` draws them;
+`tree_clip` and `global_norm` serve those who use no chain.
 """
 
-from clipfx import metrics, per_example, privacy, responses, snr, states, thresholds
+from clipfx import (
+    metrics,
+    per_example,
+    plots,
+    privacy,
+    responses,
+    snr,
+    states,
+    thresholds,
+)
 from clipfx._core.state import ClipMetrics, ClipState
 from clipfx.methods.adagc import adagc
 from clipfx.methods.agc import agc
@@ -91,6 +100,7 @@ __all__ = [
     "normalize_by_norm",
     "per_example",
     "per_stacked_layer",
+    "plots",
     "privacy",
     "qk_clip",
     "quantile_clip",

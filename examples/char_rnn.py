@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import clipfx
+from clipfx import plots
 from examples import _common
 from examples._clippers import CLIPPERS, check_clippers
 from examples._common import encode, load_text
@@ -163,10 +164,8 @@ class History:
         return np.array([row[name] for row in self.rows])
 
     def groups(self, field: str) -> dict[str, np.ndarray]:
-        """A field of the clip's metrics for each group, over the steps."""
-        prefix = f"clip0/{field}/"
-        names = [key for key in self.rows[0] if key.startswith(prefix)]
-        return {key.removeprefix(prefix): self.column(key) for key in names}
+        """A field of the first clip's metrics for each group, over the steps."""
+        return plots.by_clip(self.rows).get("clip0", {}).get(field, {})
 
 
 def check_text(text: str, length: int) -> None:
@@ -276,20 +275,15 @@ def plot(histories: Sequence[History], file: str | pathlib.Path | IO[bytes]) -> 
     """Draws loss, gradient norm and thresholds over the steps, as PNG."""
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, norms = figure.subplots(2, sharex=True)
-    for history in histories:
-        steps = history.column("step")
-        losses.plot(steps, history.column("loss"), label=history.clip, lw=1)
-        norms.plot(steps, history.column("norm"), label=history.clip, lw=1)
-    limits = [limit for h in histories for limit in h.groups("threshold").values()]
-    limits = [limit for limit in limits if (limit < 1e38).any()]  # 3e38 is none
-    for number, limit in enumerate(limits):
-        label = None if number else "threshold"  # once in the legend
-        norms.plot(limit, "k--", lw=1, label=label)
-    losses.set(ylabel="bits per character", yscale="log")
-    norms.set(ylabel="gradient norm before clipping", yscale="log", xlabel="step")
+    columns = lambda name: {h.clip: h.column(name) for h in histories}
+    limits = {h.clip: [*h.groups("threshold").values()] for h in histories}
+    limits = {clip: np.stack(x, 1) for clip, x in limits.items() if x}
+    plots.lines(columns("loss"), legend=False, ax=losses)
+    plots.norms(columns("norm"), limits, clipped={}, legend=False, ax=norms)
+    losses.set(xlabel="", ylabel="bits per character", yscale="log")
+    norms.set(ylabel="gradient norm before clipping", yscale="log")
     _common.plain_ticks(losses)
-    names = norms.get_legend_handles_labels()
-    figure.legend(*names, loc="outside upper center", ncols=len(names[0]))
+    figure.legend(*norms.get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(file, format="png", dpi=120)
 
 

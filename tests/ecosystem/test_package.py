@@ -32,9 +32,10 @@ LAYERS = [
     ("per_example",),
     ("privacy",),
     ("states",),
+    ("plots",),
 ]
-NAMESPACES = [clipfx.metrics, clipfx.per_example, clipfx.privacy, clipfx.responses,
-              clipfx.snr, clipfx.thresholds]  # fmt: skip
+NAMESPACES = [clipfx.metrics, clipfx.per_example, clipfx.plots, clipfx.privacy,
+              clipfx.responses, clipfx.snr, clipfx.thresholds]  # fmt: skip
 
 
 def modules():
@@ -100,6 +101,8 @@ def test_layers_hold():
         allowed = {"jax", "optax", "numpy", *sys.stdlib_module_names}
         if name == "privacy.accounting":  # inside of a function
             allowed.add("dp_accounting")
+        if name.startswith("plots."):
+            allowed.add("matplotlib")  # where a function needs it
         assert outside <= allowed, (name, outside)
         for other in inside:
             assert layer(other) <= layer(name), f"{name} imports {other}"
@@ -191,7 +194,8 @@ def test_doctests_of_decorated_functions_are_found():
 
 def test_import_needs_no_flax():
     """Boxes are recognised where Flax is loaded, and Flax is never loaded for it."""
-    code = "import clipfx, sys; print({'flax', 'chex', 'equinox'} & set(sys.modules))"
+    names = "{'flax', 'chex', 'equinox', 'matplotlib'}"
+    code = f"import clipfx, sys; print({names} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
