@@ -11,7 +11,16 @@ any loss, at about the cost of one gradient; `privacy` adds noise to such sums.
 `global_norm` serve those who use no chain.
 """
 
-from clipfx import metrics, per_example, privacy, responses, snr, states, thresholds
+from clipfx import (
+    diagnose,
+    metrics,
+    per_example,
+    privacy,
+    responses,
+    snr,
+    states,
+    thresholds,
+)
 from clipfx._core.state import ClipMetrics, ClipState
 from clipfx.methods.adagc import adagc
 from clipfx.methods.agc import agc
@@ -80,6 +89,7 @@ __all__ = [
     "clip_spikes",
     "clip_update_rms",
     "clip_with_norm",
+    "diagnose",
     "dual_norm_gate",
     "error_feedback",
     "global_norm",

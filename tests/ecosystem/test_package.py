@@ -27,14 +27,14 @@ LAYERS = [
     ("_core",),
     ("responses", "thresholds", "snr", "metrics"),
     ("methods",),
-    ("wrappers",),
+    ("wrappers", "diagnose"),
     ("per_example.engine",),
     ("per_example",),
     ("privacy",),
     ("states",),
 ]
-NAMESPACES = [clipfx.metrics, clipfx.per_example, clipfx.privacy, clipfx.responses,
-              clipfx.snr, clipfx.thresholds]  # fmt: skip
+NAMESPACES = [clipfx.diagnose, clipfx.metrics, clipfx.per_example, clipfx.privacy,
+              clipfx.responses, clipfx.snr, clipfx.thresholds]  # fmt: skip
 
 
 def modules():
