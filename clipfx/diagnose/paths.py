@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from clipfx import _compat
 from clipfx._core.checks import check_count, check_function, helpful
 from clipfx._core.clip_factors import finite_norms
 from clipfx._core.export import exportable
@@ -95,7 +96,7 @@ def time_flow(grads: Tree) -> TimeFlow:
             "the loss by the state, [T, ...]."
         )
     _steps("grads", leaves)
-    norms = jax.vmap(_norm)(leaves)
+    norms = jax.vmap(_norm)([*map(_compat.lead_whole, leaves)])
     value, scale = norms.value[:, 0], norms.scale[:, 0]
     log = jnp.log(value) - jnp.log(scale)
     used = value != 0
@@ -179,7 +180,7 @@ def recurrent_flow(
         return value
 
     likes = [jnp.asarray(leaves[k]) for k in at]
-    zeros = [jnp.zeros((number, *x.shape), x.dtype) for x in likes]
+    zeros = [_as_split(jnp.zeros((number, *x.shape), x.dtype), x) for x in likes]
     return time_flow(jax.grad(of)(zeros))
 
 
@@ -272,9 +273,9 @@ def jacobian_norm(
             jnp.where(norm.value[0] == 0, *pair) for pair in zip(v, new, strict=True)
         ]
 
-    v, _ = _unit(
-        [jnp.asarray(v).astype(p.dtype) for v, p in zip(start, primals, strict=True)]
-    )
+    pairs = zip(start, primals, strict=True)
+    start = [_compat.as_like(jnp.asarray(v).astype(p.dtype), p) for v, p in pairs]
+    v, _ = _unit([*map(_as_split, start, primals)])
     v = jax.lax.fori_loop(0, rounds, turn, v)
     u, norm = _unit(push(v))
     near = units(pull(u), _all(v), norm)
@@ -285,6 +286,11 @@ def jacobian_norm(
 
 def _counted(tree: Tree) -> list[jax.Array]:
     return [jnp.asarray(x) for x in jax.tree.leaves(tree) if is_counted(x)]
+
+
+def _as_split(new: jax.Array, like: jax.Array) -> jax.Array:
+    """The same, each shard's its own where `like` is, inside of `jax.shard_map`."""
+    return _compat.vary(new, _compat.varying_axes(like))
 
 
 def _all(leaves: list[jax.Array]) -> Groups:

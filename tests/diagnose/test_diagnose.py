@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 from sentences import raises_one_sentence
-from trees import enable_x64, mixed, norm, sample
+from trees import assert_close, enable_x64, mixed, norm, sample
 
 import clipfx
-from clipfx import diagnose
+from clipfx import _compat, diagnose
 
 # ----------------------------------------------------------------------- update_ratios
 
@@ -373,6 +376,54 @@ def test_noise_scale_with_padding_in_half_precision_and_far_from_one():
     assert float(noise.scale[0]) == math.inf and noise.signal[0] < 0
     for norms, keep in [(jnp.array([1.0, jnp.nan]), None), (jnp.ones(2), where[3:])]:
         assert not np.isfinite(find(norms, jnp.ones(1), where=keep).scale[0])
+
+
+# ------------------------------------------------------------------------------ meshes
+
+
+def _everything(g, xs):
+    """Every diagnostic that measures norms, of a gradient and a recurrence."""
+    cut = jnp.clip(g, -0.5, 0.5)
+    moment = optax.ScaleByRmsState(nu=cut**2)
+    flow = diagnose.recurrent_flow(
+        lambda h, x: jnp.tanh(h + x), lambda h: _sum(h[-1]), xs[0], xs
+    )
+    return (
+        diagnose.update_ratios(cut, g, groups="global"),
+        diagnose.clip_effect(g, cut, groups="global"),
+        diagnose.second_moment_lag(g, cut, moment, b2=0.9, groups="global"),
+        diagnose.noise_scale(jnp.arange(5.0, 9.0), g),
+        diagnose.time_flow(xs),
+        flow,
+        diagnose.jacobian_norm(lambda x: g * x, g)[:2],
+    )
+
+
+def _sum(x):
+    axes = tuple(_compat.varying_axes(x))
+    return jax.lax.psum(jnp.sum(x), axes) if axes else jnp.sum(x)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", ["shard_map", "explicit"])
+def test_over_a_mesh_they_measure_the_whole(way):
+    rng = np.random.default_rng(0)
+    g, xs = (jnp.asarray(rng.normal(size=(8, 4)), jnp.float32) for _ in range(2))
+    want = jax.jit(_everything)(g, xs)
+    specs = P("data", "model"), P(None, "model")
+    if way == "shard_map":
+        find = jax.shard_map(
+            _everything, mesh=mesh_of(AxisType.Auto), in_specs=specs, out_specs=P()
+        )
+        found = jax.jit(find)(g, xs)
+    else:
+        mesh = mesh_of(AxisType.Explicit)
+        parts = [NamedSharding(mesh, spec) for spec in specs]
+        with jax.set_mesh(mesh):
+            found = jax.jit(_everything)(*map(jax.device_put, (g, xs), parts))
+            split = jax.device_put(xs, NamedSharding(mesh, P("data")))
+            assert_close(diagnose.time_flow(split), want[4], rtol=1e-5)
+    assert_close(found, want, rtol=1e-4, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------ errors
