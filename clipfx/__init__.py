@@ -12,6 +12,7 @@ any loss, at about the cost of one gradient; `privacy` adds noise to such sums.
 """
 
 from clipfx import (
+    diagnose,
     metrics,
     per_example,
     plots,
@@ -89,6 +90,7 @@ __all__ = [
     "clip_spikes",
     "clip_update_rms",
     "clip_with_norm",
+    "diagnose",
     "dual_norm_gate",
     "error_feedback",
     "global_norm",

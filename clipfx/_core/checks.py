@@ -209,6 +209,14 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         )
 
 
+def check_function(name: str, value: Any, advice: str) -> None:
+    """Checks that an argument can be called."""
+    if not callable(value):
+        raise TypeError(
+            f"{name} must be a function, got a {type(value).__name__}; {advice}."
+        )
+
+
 def check_params(params: Any, method: str) -> None:
     """Checks that `params` came with the updates."""
     if params is None:

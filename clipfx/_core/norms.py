@@ -212,16 +212,19 @@ def cosines(
     a: Any, b: Any, groups: Groups, norms: tuple[Norms, Norms], axis_name: Any = None
 ) -> jax.Array:
     """The cosine `[G]` between two trees whose norms are known, 0 where one is 0."""
-
-    def unit(x: jax.Array, n: Norms, i: int) -> jax.Array:
-        size = jnp.where(n.value[i] > 0, n.value[i], 1)
-        return times(times(widen(x, n.value.dtype), n.scale[i]), 1 / size)
-
-    def units(tree: Any, n: Norms) -> list[jax.Array]:
-        return [unit(x, n, i) for x, i in counted_leaves(tree, groups)]
-
+    u, v = (units(x, groups, n) for x, n in zip((a, b), norms, strict=True))
     counted = Groups(groups.names, tuple(i for i in groups.index if i is not None))
-    return inner_products(units(a, norms[0]), units(b, norms[1]), counted, axis_name)
+    return inner_products(u, v, counted, axis_name)
+
+
+def units(tree: Any, groups: Groups, norms: Norms) -> list[jax.Array]:
+    """The counted leaves over the norm of their group, float32 or wider; 0 of 0."""
+
+    def unit(x: jax.Array, i: int) -> jax.Array:
+        size = jnp.where(norms.value[i] == 0, 1, norms.value[i])
+        return times(times(widen(x, size.dtype), norms.scale[i]), 1 / size)
+
+    return [unit(x, i) for x, i in counted_leaves(tree, groups)]
 
 
 def inner_products(a: Any, b: Any, groups: Groups, axis_name: Any = None) -> jax.Array:

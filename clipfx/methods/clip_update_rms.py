@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from clipfx import responses
-from clipfx._core import builder
+from clipfx._core import builder, second_moments
 from clipfx._core.checks import check_number, check_transform, helpful
 from clipfx._core.clip_factors import check_nonfinite
-from clipfx._core.groups import Groups, group_leaves
-from clipfx._core.leaves import widen
+from clipfx._core.groups import Groups
 from clipfx._core.matching import check_state
 from clipfx._core.norms import Norms, group_norms, group_sizes
-from clipfx._core.paths import by_place, name_of
+from clipfx._core.second_moments import parts
 from clipfx._core.state import ClipAroundState
 from clipfx._types import AxisName, GroupSpec, Limit, Scalar
 from clipfx.thresholds import as_threshold
@@ -100,6 +99,13 @@ def clip_update_rms(
     rule = as_threshold(max_rms)
     wrapped = optax.with_extra_args_support(inner)
 
+    def moments_of(state: Any, tree: Any) -> list[second_moments.Moment | None]:
+        advice = (
+            "put clip_update_rms around optax.scale_by_adam or optax.adamw, or use "
+            "clipfx.clip_by_block_rms"
+        )
+        return second_moments.find(state, tree, "inner", advice)
+
     def clip(members: Groups, measure: builder.Measure | None = None) -> Any:
         return builder.by_norm(
             rule,
@@ -112,29 +118,21 @@ def clip_update_rms(
 
     def init(params):
         state = inner.init(params)
-        moments = _moments(state, params)
+        moments = moments_of(state, params)
         _decay(b2, state, moments)
-        members = _members(groups, params, moments)
+        members = second_moments.members(groups, params, moments)
         return ClipAroundState(clip(members).init(params), state)
 
     def update(updates, state, params=None, **extra_args):
         check_state(state, ClipAroundState, "clip_update_rms")
         out, after = wrapped.update(updates, state.inner, params, **extra_args)
-        moments = _moments(after, updates)
+        moments = moments_of(after, updates)
         decay = _decay(b2, after, moments)
-        members = _members(groups, updates, moments)
+        members = second_moments.members(groups, updates, moments)
 
         def ratio(x, moment):
-            # Of complex parameters it is complex, too, with an imaginary part of 0.
-            nu, seen = jnp.real(widen(moment[0])), jnp.float32(1)
-            if moment[1] is not None:
-                # From 1 - b2, which Adam multiplies squares by, not from b2, rounded.
-                share = jnp.asarray(1 - decay).astype(jnp.float32)
-                log = jnp.log1p(-jnp.minimum(share, 1 - 2.0**-24))
-                seen = -jnp.expm1(moment[1].astype(jnp.float32) * log)
-            size = jnp.abs(widen(jnp.asarray(x)))
-            usual = jnp.sqrt(nu / seen.astype(nu.dtype)).astype(size.dtype)
-            return size / jnp.maximum(usual, jnp.asarray(eps).astype(size.dtype))
+            usual = second_moments.root(moment, decay)
+            return second_moments.relative(jnp.asarray(x), usual, eps)
 
         rows = zip(jax.tree.leaves(updates), moments, members.index, strict=True)
         ratios = [x if i is None else ratio(x, moment) for x, moment, i in rows]
@@ -151,52 +149,14 @@ def clip_update_rms(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _parts(state: Any, field: str) -> list[Any]:
-    """The parts of a state that have a field of this name."""
-    has = lambda x: isinstance(x, tuple) and field in getattr(x, "_fields", ())
-    return [x for x in jax.tree.leaves(state, is_leaf=has) if has(x)]
-
-
-def _decay(b2: Any, state: Any, moments: list[Any]) -> Any:
+def _decay(b2: Any, state: Any, moments: list[second_moments.Moment | None]) -> Any:
     """What was given, or else what `optax.inject_hyperparams` has."""
     if b2 is not None or all(m is None or m[1] is None for m in moments):
         return b2
-    found = [x.hyperparams.get("b2") for x in _parts(state, "hyperparams")]
+    found = [x.hyperparams.get("b2") for x in parts(state, "hyperparams")]
     if len(found) != 1 or found[0] is None:
         raise TypeError(
             "b2 must be given, since the state of inner does not say it; pass the b2 "
             "of the Adam inside, 0.999 unless you set it."
         )
     return found[0]
-
-
-def _moments(state: Any, tree: Any) -> list[tuple[Any, Any] | None]:
-    """For each leaf of a tree its second moment, and of how many steps, if known."""
-    found: dict[Any, tuple[Any, Any]] = {}
-    parts = _parts(state, "nu")
-    if not parts:
-        raise TypeError(
-            "inner must keep Adam's second moment as nu in its state, got "
-            f"{type(state).__name__} without; put clip_update_rms around "
-            "optax.scale_by_adam or optax.adamw, or use clipfx.clip_by_block_rms."
-        )
-    for part in parts:
-        for place, nu in by_place(part.nu).items():
-            if place in found:
-                raise ValueError(
-                    "inner must keep one second moment of each leaf, got two of "
-                    f"{name_of(place[0])!r}; put clip_update_rms around one of them."
-                )
-            found[place] = nu, part.count if "count" in part._fields else None
-    return [found.get(place) for place in by_place(tree)]
-
-
-def _members(groups: Any, tree: Any, moments: list[Any]) -> Groups:
-    """The groups of leaves that have a moment."""
-    leaves, treedef = jax.tree.flatten(tree)
-    rows = [*zip(leaves, moments, strict=True)]
-    known = treedef.unflatten([None if m is None else x for x, m in rows])
-    names, index = group_leaves(groups, known)
-    following = iter(index)
-    every = (None if m is None else next(following) for _, m in rows)
-    return Groups(names, tuple(every))

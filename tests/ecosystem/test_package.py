@@ -27,15 +27,15 @@ LAYERS = [
     ("_core",),
     ("responses", "thresholds", "snr", "metrics"),
     ("methods",),
-    ("wrappers",),
+    ("wrappers", "diagnose"),
     ("per_example.engine",),
     ("per_example",),
     ("privacy",),
     ("states",),
     ("plots",),
 ]
-NAMESPACES = [clipfx.metrics, clipfx.per_example, clipfx.plots, clipfx.privacy,
-              clipfx.responses, clipfx.snr, clipfx.thresholds]  # fmt: skip
+NAMESPACES = [clipfx.diagnose, clipfx.metrics, clipfx.per_example, clipfx.plots,
+              clipfx.privacy, clipfx.responses, clipfx.snr, clipfx.thresholds]  # fmt: skip
 
 
 def modules():
