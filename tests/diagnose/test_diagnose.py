@@ -70,8 +70,9 @@ def test_names_stay_with_their_numbers_under_jit():
 def test_value_clip_turns_and_norm_clip_does_not(size):
     """One element of the root of d, all others 1/2, cut at 1/2: the cosine is known."""
     raw = {"w": jnp.full(size, 0.5).at[0].set(math.sqrt(size))}
-    by_value = diagnose.clip_effect(raw, _clipped(clipfx.clip_by_value(0.5), raw))
-    by_norm = diagnose.clip_effect(raw, _clipped(clipfx.clip_by_global_norm(0.5), raw))
+    effect = jax.jit(diagnose.clip_effect)
+    by_value = effect(raw, _clipped(clipfx.clip_by_value(0.5), raw))
+    by_norm = effect(raw, _clipped(clipfx.clip_by_global_norm(0.5), raw))
     length = math.sqrt(size + (size - 1) / 4)
     want = (math.sqrt(size) + (size - 1) / 2) / (length * math.sqrt(size))
     assert float(by_value.cosine[0]) == pytest.approx(want, rel=1e-6)
@@ -82,7 +83,7 @@ def test_value_clip_turns_and_norm_clip_does_not(size):
 
 
 def _clipped(tx, tree):
-    return tx.update(tree, tx.init(tree))[0]
+    return jax.jit(tx.update)(tree, tx.init(tree))[0]
 
 
 def test_value_clip_of_normal_noise_keeps_the_cosine_of_signs():
