@@ -35,7 +35,8 @@ LAYERS = [
     ("plots",),
 ]
 NAMESPACES = [clipfx.diagnose, clipfx.metrics, clipfx.per_example, clipfx.plots,
-              clipfx.privacy, clipfx.responses, clipfx.snr, clipfx.thresholds]  # fmt: skip
+              clipfx.privacy, clipfx.responses, clipfx.snr,
+              clipfx.thresholds]  # fmt: skip
 
 
 def modules():
