@@ -11,7 +11,16 @@ any loss, at about the cost of one gradient; `privacy` adds noise to such sums.
 `global_norm` serve those who use no chain.
 """
 
-from clipfx import metrics, per_example, privacy, responses, snr, states, thresholds
+from clipfx import (
+    calibrate,
+    metrics,
+    per_example,
+    privacy,
+    responses,
+    snr,
+    states,
+    thresholds,
+)
 from clipfx._core.state import ClipMetrics, ClipState
 from clipfx.methods.adagc import adagc
 from clipfx.methods.agc import agc
@@ -43,6 +52,7 @@ from clipfx.methods.norm_stabilizer import norm_stabilizer
 from clipfx.methods.normalize_by_norm import normalize_by_norm
 from clipfx.methods.qk_clip import qk_clip
 from clipfx.methods.quantile_clip import quantile_clip
+from clipfx.methods.record_norms import record_norms
 from clipfx.methods.smooth_norm import smooth_norm
 from clipfx.methods.spam_clip import spam_clip
 from clipfx.methods.spamp import spamp
@@ -65,6 +75,7 @@ __all__ = [
     "agc",
     "autoclip",
     "band_by_history",
+    "calibrate",
     "clip_by_block_rms",
     "clip_by_curvature",
     "clip_by_global_norm",
@@ -94,6 +105,7 @@ __all__ = [
     "privacy",
     "qk_clip",
     "quantile_clip",
+    "record_norms",
     "responses",
     "skip_spikes",
     "smooth_norm",

@@ -32,9 +32,11 @@ LAYERS = [
     ("per_example",),
     ("privacy",),
     ("states",),
+    ("calibrate",),
+    ("__main__",),
 ]
-NAMESPACES = [clipfx.metrics, clipfx.per_example, clipfx.privacy, clipfx.responses,
-              clipfx.snr, clipfx.thresholds]  # fmt: skip
+NAMESPACES = [clipfx.calibrate, clipfx.metrics, clipfx.per_example, clipfx.privacy,
+              clipfx.responses, clipfx.snr, clipfx.thresholds]  # fmt: skip
 
 
 def modules():
