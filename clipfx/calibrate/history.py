@@ -51,8 +51,9 @@ def history(opt_state: Any) -> dict[str, np.ndarray]:
             seen, size = int(count[layer]), rows.shape[-2]
             # The oldest row is the next to be replaced.
             ring = np.roll(rows[layer], -(seen % size) if seen > size else 0, axis=0)
-            for column, group in enumerate(_groups(state)):
-                if not (group == "loss" and _groups(state) == ("global", "loss")):
+            names = _groups(state, rows.shape[-1])
+            for column, group in enumerate(names):
+                if not (group == "loss" and names == ("global", "loss")):
                     key = "/".join(map(str, (name, group, *layer)))
                     found[key] = ring[: min(seen, size), column]
     return found
@@ -65,7 +66,9 @@ def _window(state: Any) -> Window | None:
     return rule if isinstance(rule, Window) else None
 
 
-def _groups(state: Any) -> tuple[str, ...]:
+def _groups(state: Any, number: int) -> tuple[str, ...]:
     """Names of the columns; those of `skip_spikes` are `global` and `loss`."""
     seen = state["metrics"] if isinstance(state, Mapping) else state.metrics._asdict()
-    return ordered(seen["groups"])
+    names = ordered(seen.get("groups") or ())
+    # Checkpoints may have lost them.
+    return names if len(names) == number else tuple(map(str, range(number)))
