@@ -4,11 +4,13 @@ import argparse
 import json
 import math
 import os
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from clipfx.calibrate.reading import UnreadableRun, read_run
+from clipfx.calibrate.report import page
 from clipfx.calibrate.suggest import suggest
 
 
@@ -37,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="shares of steps to clip, as 0.05 for five percent",
     )
     parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--html", metavar="FILE", help="a page with pictures besides")
     given = parser.parse_args(arguments)
     for rate in given.rates:
         if not 0 < rate < 1:
@@ -53,6 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:  # too few, or negative
         print(f"{given.run}: {error}", file=sys.stderr)
         return 1
+    if given.html:
+        text = page(str(run.source), run.norms, found, run.notes)
+        try:
+            pathlib.Path(given.html).write_text(text, encoding="utf-8")
+        except OSError as error:
+            print(f"{given.html} cannot be written: {error.strerror}.", file=sys.stderr)
+            return 1
     if given.json:
         seen = {"source": str(run.source), "notes": run.notes, **_plain(found)}
         print(json.dumps(seen, indent=2, allow_nan=False))

@@ -122,14 +122,14 @@ def _table(rows: Iterable[Mapping[str, Any]], notes: list[str]) -> _Table:
     names = dict.fromkeys(name for row in rows for name in row)
     number = lambda x: np.nan if isinstance(x, bool) else _number(x)
     columns = {
-        str(name): np.array([number(row.get(name)) for row in rows], np.float64)
+        name: np.array([number(row.get(name)) for row in rows], np.float64)
         for name in names
     }
     known = {name: x for name, x in columns.items() if not np.isnan(x).all()}
     bad = {"nan", "inf", "-inf", "infinity"}
     for name in names:  # columns of nothing but NaN are numbers too
         if any(str(row.get(name)).lower() in bad for row in rows):
-            known.setdefault(str(name), columns[str(name)])
+            known.setdefault(name, columns[name])
     first = lambda row: next((x for x in row.values() if isinstance(x, str) and
                               np.isnan(_number(x))), "")  # fmt: skip
     return _Table(known, [first(row) for row in rows], notes)

@@ -91,7 +91,8 @@ class Suggestion(NamedTuple):
             _table(head, stats),
             "",
             "spread: deviation of log norms; tail: below 2 the variance is infinite;",
-            "drift: last quarter over first; clips 5%: the threshold that 5% exceed.",
+            "drift: last quarter over first; clips 5%: the threshold that 5% exceed;",
+            "mean factor: what norms are multiplied by, 1 where nothing is clipped.",
             "",
             _table(("on these norms", "clips", "mean factor", "for"), settings),
             "",
@@ -118,7 +119,8 @@ def suggest(
     r"""Says what norms are like, and what each method would have done on them.
 
     The methods themselves run over the norms, as in `replay`. Of several groups
-    :math:`n = (\sum_k n_k^2)^{1/2}` is the norm of all together.
+    :math:`n = (\sum_k n_k^2)^{1/2}` is the norm of all together. A first setting is a
+    beginning, not the best one: that, only training tells.
 
     Args:
       norms: Of one unclipped run: float `[T]`, `[T, G]`, or a dict from groups to

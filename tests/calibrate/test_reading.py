@@ -5,9 +5,11 @@
 
 import json
 import pathlib
+import re
 import runpy
 import struct
 import sys
+from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +184,27 @@ def test_the_program_prints_what_suggest_says(tmp_path, capsys):
     rates = [s.clip_rate for s in found.settings]
     assert [s["clip_rate"] for s in told["settings"]] == rates
     assert told["advice"] == found.advice
+
+
+def test_the_page_has_a_picture_of_every_norm_and_threshold(tmp_path, capsys):
+    norms = np.where(np.arange(60) == 7, np.inf, NORMS)
+    path = jsonl(tmp_path / "metrics.jsonl", rows(**{"norm/<b>": norms}))
+    assert main([str(path), "--html", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text()
+    picture = ElementTree.fromstring(re.search("<svg.*</svg>", text)[0])
+    points = picture.find("polyline").get("points").split()
+    heights = -np.array([float(point.split(",")[1]) for point in points])
+    finite = norms[np.isfinite(norms)]
+    near = np.corrcoef(heights, np.log(finite))[0, 1]
+    assert len(points) == 59
+    assert near > 0.9999
+    assert len(picture.findall("circle")) == 1
+    limits = [-float(x.get("y1")) for x in picture.findall("line[@class='at']")]
+    assert [int((heights > x + 0.2).sum()) for x in limits] == [0, 2, 5]
+    assert "&lt;b&gt;" in text
+    assert "<b>" not in text
+    assert main([str(path), "--html", str(tmp_path)]) == 1
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_python_m_clipfx_says_which_programs_there_are(capsys):
