@@ -32,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--key", help="the column of norms, or where several begin")
     parser.add_argument(
+        "--run", type=int, default=1, dest="number", help="which, if RUN holds several"
+    )
+    parser.add_argument(
         "--rates",
         type=float,
         nargs="+",
@@ -48,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "0.05."
             )
     try:
-        run = read_run(given.run, given.key)
+        run = read_run(given.run, given.key, given.number)
         found = suggest(run.norms, rates=given.rates)
     except UnreadableRun as error:
         print(error, file=sys.stderr)

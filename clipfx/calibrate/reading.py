@@ -58,13 +58,14 @@ class _Table(NamedTuple):
     notes: list[str]
 
 
-def read_run(path: str | pathlib.Path, key: str | None = None) -> Run:
+def read_run(path: str | pathlib.Path, key: str | None = None, number: int = 1) -> Run:
     """Finds the norms of a run.
 
     Args:
       path: A file or a folder.
       key: The column to take, or the beginning of the names of several, one for each
         group; None for what looks like norms before a clip.
+      number: Of the run, from 1, where a file holds several.
 
     Raises:
       UnreadableRun: If there is nothing to read, or no norm in it.
@@ -78,7 +79,7 @@ def read_run(path: str | pathlib.Path, key: str | None = None) -> Run:
         raise UnreadableRun(f"{path} cannot be read: {why}.") from None
     if not table.columns:
         raise UnreadableRun(f"{source} holds no numbers; expected {_READABLE}.")
-    columns, notes = _one_run(table)
+    columns, notes = _one_run(table, number, source)
     names, note = _choose(columns, key, source)
     norms = {group: columns[name] for group, name in names.items()}
     # Rows without a norm are of something else, unless none of them has one.
@@ -313,20 +314,32 @@ def _choose(
     )
 
 
-def _one_run(table: _Table) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The columns of the first run, where steps begin again and others follow."""
+def _one_run(
+    table: _Table, number: int, source: pathlib.Path
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The columns of one run; where steps begin again the next follows."""
     steps = table.columns.get("step", np.zeros(0))
     known = np.flatnonzero(~np.isnan(steps))
     steps = steps[known]
     highest = np.maximum.accumulate(steps)
     back = (steps[1:] <= steps[:1]) & (highest[:-1] > steps[1:])
     again = known[1:][back]
+    bounds = [0, *again.tolist(), len(next(iter(table.columns.values())))]
+    if not 0 < number < len(bounds):
+        raise UnreadableRun(
+            f"{source} holds {len(bounds) - 1} runs, got number {number}; they count "
+            "from 1."
+        )
     if not len(again):
         return table.columns, []
-    label = f" ({table.labels[0]})" if table.labels and table.labels[0] else ""
-    first = {name: x[: again[0]] for name, x in table.columns.items()}
-    note = f"It holds {len(again) + 1} runs; these are the norms of the first{label}."
-    return {name: x for name, x in first.items() if not np.isnan(x).all()}, [note]
+    here = slice(*bounds[number - 1 : number + 1])
+    label = (table.labels[here.start :] or [""])[0]
+    note = (
+        f"It holds {len(again) + 1} runs; these are the norms of number {number}"
+        f"{f' ({label})' if label else ''}, --run takes others."
+    )
+    columns = {name: x[here] for name, x in table.columns.items()}
+    return {name: x for name, x in columns.items() if not np.isnan(x).all()}, [note]
 
 
 def _clip_rate(columns: Mapping[str, np.ndarray], names: list[str]) -> list[str]:

@@ -125,7 +125,8 @@ def suggest(
     Args:
       norms: Of one unclipped run: float `[T]`, `[T, G]`, or a dict from groups to
         `[T]`, as `history` gives. What is infinite, NaN or the largest float32 is a
-        step that was not finite.
+        step that was not finite. Groups of nothing but 0, as of frozen layers, are
+        left out.
       rates: Shares of steps in (0, 1) to give thresholds for.
 
     Returns:
@@ -148,6 +149,9 @@ def suggest(
     """
     rates = _check_rates(rates)
     columns = as_groups(norms)
+    still = [name for name, column in columns.items() if (column == 0).all()]
+    if len(still) < len(columns):  # the rest has something to say
+        columns = {name: x for name, x in columns.items() if name not in still}
     stats = [describe(name, column) for name, column in columns.items()]
     rows = np.stack([*columns.values()], axis=1)
     # In float64, whose squares of float32 do not overflow.
@@ -171,7 +175,7 @@ def suggest(
         rates=rates,
         settings=settings,
         advice=_advise(stats, sorted(by_rate, reverse=True)),
-        warnings=_warn(stats),
+        warnings=_warn(stats, still),
     )
 
 
@@ -377,8 +381,9 @@ def _advise(stats: Sequence[NormStats], at: Sequence[tuple[float, float]]) -> st
     )
 
 
-def _warn(stats: Sequence[NormStats]) -> tuple[str, ...]:
-    whole, found = stats[-1], []
+def _warn(stats: Sequence[NormStats], still: Sequence[str]) -> tuple[str, ...]:
+    whole = stats[-1]
+    found = [f"{name} has a norm of 0 on every step and is left out." for name in still]
     if whole.steps < _FEW:
         found.append(
             f"{whole.steps} steps hold few rare events; record some hundred before "

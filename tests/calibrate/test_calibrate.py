@@ -233,3 +233,13 @@ def test_advice_fits_the_norms(norms, begin, doubted, warning):
 def test_what_is_no_trouble_is_not_warned_of():
     warned = {s.method for s in calibrate.suggest(quiet(0.1)).settings if s.warning}
     assert not warned & {"zclip()", "quantile_clip(0.9)", "skip_spikes(optimizer)"}
+
+
+def test_frozen_groups_are_left_out_and_named():
+    alone = calibrate.suggest({"w": quiet()})
+    found = calibrate.suggest({"frozen": np.zeros(STEPS), "w": quiet()})
+    assert found.settings == alone.settings
+    assert found.warnings == (
+        "frozen has a norm of 0 on every step and is left out.",
+        *alone.warnings,
+    )

@@ -3,11 +3,13 @@
 `run.wandb` holds the 40 rows that Weights & Biases 0.31 wrote of an offline run.
 """
 
+import importlib
 import json
+import os
 import pathlib
 import re
-import runpy
 import struct
+import subprocess
 import sys
 from xml.etree import ElementTree
 
@@ -170,6 +172,11 @@ def test_our_own_metrics_are_read_by_group_and_of_one_run(tmp_path):
         "This run was clipped in 59% of its steps",
     ]
     assert [*read_run(tmp_path, "clip1/norm").norms] == ["global"]
+    second = read_run(tmp_path, number=2)
+    np.testing.assert_allclose(second.norms["norm"], NORMS + 1)
+    assert "number 2 (none)" in second.notes[0]
+    with pytest.raises(UnreadableRun, match="holds 2 runs, got number 3"):
+        read_run(tmp_path, number=3)
 
 
 def test_the_program_prints_what_suggest_says(tmp_path, capsys):
@@ -208,8 +215,25 @@ def test_the_page_has_a_picture_of_every_norm_and_threshold(tmp_path, capsys):
 
 
 def test_python_m_clipfx_says_which_programs_there_are(capsys):
-    runpy.run_module("clipfx", run_name="__main__")
+    importlib.import_module("clipfx.__main__").main()
     assert "python -m clipfx.calibrate RUN" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_programs_end_as_programs_do(tmp_path):
+    def run(*words, **kwargs):
+        done = subprocess.run([sys.executable, "-m", *words], text=True,
+                              stderr=subprocess.PIPE, **kwargs)  # fmt: skip
+        return done.returncode, done.stderr
+
+    assert run("clipfx", stdout=subprocess.DEVNULL) == (0, "")
+    status, text = run("clipfx.calibrate", str(tmp_path / "none"))
+    assert (status, text.count("\n")) == (1, 1)
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` does
+    path = str(write_jsonl(tmp_path))
+    assert run("clipfx.calibrate", path, stdout=writer) == (0, "")
+    os.close(writer)
 
 
 def few(path):
