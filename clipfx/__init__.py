@@ -12,6 +12,7 @@ any loss, at about the cost of one gradient; `privacy` adds noise to such sums.
 """
 
 from clipfx import (
+    calibrate,
     diagnose,
     metrics,
     per_example,
@@ -53,6 +54,7 @@ from clipfx.methods.norm_stabilizer import norm_stabilizer
 from clipfx.methods.normalize_by_norm import normalize_by_norm
 from clipfx.methods.qk_clip import qk_clip
 from clipfx.methods.quantile_clip import quantile_clip
+from clipfx.methods.record_norms import record_norms
 from clipfx.methods.smooth_norm import smooth_norm
 from clipfx.methods.spam_clip import spam_clip
 from clipfx.methods.spamp import spamp
@@ -75,6 +77,7 @@ __all__ = [
     "agc",
     "autoclip",
     "band_by_history",
+    "calibrate",
     "clip_by_block_rms",
     "clip_by_curvature",
     "clip_by_global_norm",
@@ -106,6 +109,7 @@ __all__ = [
     "privacy",
     "qk_clip",
     "quantile_clip",
+    "record_norms",
     "responses",
     "skip_spikes",
     "smooth_norm",

@@ -65,6 +65,16 @@ def read(opt_state: Any, prefix: str = "clip", *, plain: bool = True) -> dict[st
 
     Reference: none.
     """
+    found = {}
+    for start, state in states_of(opt_state, prefix):
+        for key, value in _numbers(_metrics(state)).items():
+            traced = isinstance(value, jax.core.Tracer)
+            found[f"{start}/{key}"] = value.item() if plain and not traced else value
+    return found
+
+
+def states_of(opt_state: Any, prefix: str = "clip") -> list[tuple[str, Any]]:
+    """Every `ClipState`, or what Orbax restores of one, by the name of its clip."""
     if callable(opt_state) or any(map(callable, jax.tree.leaves(opt_state))):
         raise TypeError(
             f"opt_state must be the state of an optimizer, got {opt_state!r}; pass "
@@ -80,15 +90,13 @@ def read(opt_state: Any, prefix: str = "clip", *, plain: bool = True) -> dict[st
     named = [(_name(path), node) for path, node in flat if is_clip(node)]
     number = collections.Counter(name for name, _ in named)
     seen = collections.Counter[str]()
-    found = {}
+    found = []
     for name, state in named:
         start = name
         if not name or number[name] > 1:
             start = "/".join(filter(None, (name, f"{prefix}{seen[name]}")))
             seen[name] += 1
-        for key, value in _numbers(_metrics(state)).items():
-            traced = isinstance(value, jax.core.Tracer)
-            found[f"{start}/{key}"] = value.item() if plain and not traced else value
+        found.append((start, state))
     return found
 
 

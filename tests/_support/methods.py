@@ -283,6 +283,7 @@ ELSEWHERE = {
     "global_norm",
     "max_attention_logits",  # of attention, see test_qk_clip.py
     "per_stacked_layer",
+    "record_norms",  # which clips nothing, see test_calibrate.py
     "qk_clip",  # of named leaves, see test_qk_clip.py
     "clip_with_norm",
     "tree_clip",

@@ -24,6 +24,7 @@ def all_states():
     stacked = {"w": shape(4, 3)}
     transforms = {name: row.make(**row.args) for name, row in METHODS.items()}
     transforms["clip_fair_groups"] = clipfx.clip_fair_groups(2.0, reference="ema")
+    transforms["record_norms"] = clipfx.record_norms(groups="layer")
     transforms["clip_per_example"] = clipfx.per_example.clip_per_example(1.0)
     key = jax.random.key(0)
     transforms["add_gaussian_noise"] = privacy.add_gaussian_noise(1.0, key)

@@ -147,6 +147,73 @@ ERRORS = [
         "num_populations must be .*got True",
     ),
     (lambda: clipfx.quantile_clip(1.5), ValueError, "quantile must be"),
+    (lambda: clipfx.record_norms(0), ValueError, "size must be an int >= 1, got 0"),
+    (lambda: clipfx.record_norms(2.5), TypeError, "size must be an int .* got 2.5"),
+    (
+        lambda: clipfx.record_norms(jnp.array(5)),
+        TypeError,
+        'size must be a static .*static_args="size"',
+    ),
+    (
+        lambda: clipfx.calibrate.suggest(range(1, 99), rates=[5]),
+        ValueError,
+        r"rates must be shares in \(0, 1\), got 5; for five percent write 0.05",
+    ),
+    (
+        lambda: clipfx.calibrate.suggest(range(1, 99), rates=[]),
+        ValueError,
+        "rates must be shares",
+    ),
+    (
+        lambda: clipfx.calibrate.suggest([1.0] * 9),
+        ValueError,
+        "norms must have at least 20 finite steps that are not 0, got 9 of 9",
+    ),
+    (
+        lambda: clipfx.calibrate.suggest([math.nan] * 99),
+        ValueError,
+        "norms must have at least 20 .*, got 0 of 99",
+    ),
+    (
+        lambda: clipfx.calibrate.suggest([-1.0] * 99),
+        ValueError,
+        "norms must be >= 0, got -1 in 'global'; logarithms",
+    ),
+    (
+        lambda: clipfx.calibrate.suggest({"a": [1.0, 2.0], "b": [1.0]}),
+        ValueError,
+        "norms must hold one number for each step and group",
+    ),
+    (
+        lambda: clipfx.calibrate.suggest({}),
+        ValueError,
+        "norms must hold one number for each step and group",
+    ),
+    (
+        lambda: clipfx.calibrate.suggest(np.ones((2, 2, 2))),
+        ValueError,
+        r"norms must be \[T\], \[T, G\] or a dict by group, got \(2, 2, 2\)",
+    ),
+    (
+        lambda: clipfx.calibrate.suggest("norms"),
+        TypeError,
+        "norms must be an array of numbers, got str",
+    ),
+    (
+        lambda: clipfx.calibrate.replay(optax.scale(2.0), [1.0]),
+        TypeError,
+        "transform must have a clipfx.ClipState",
+    ),
+    (
+        lambda: clipfx.calibrate.replay(clipfx.zclip, [1.0]),
+        TypeError,
+        "transform must be an optax.GradientTransformation",
+    ),
+    (
+        lambda: clipfx.calibrate.history(clipfx.zclip()),
+        TypeError,
+        "opt_state must be the state of an optimizer",
+    ),
     (lambda: clipfx.quantile_clip(step_size=0), ValueError, "step_size must be"),
     (lambda: clipfx.quantile_clip(min_norm=-1), ValueError, "min_norm must be"),
     (lambda: clipfx.zclip(0), ValueError, "z_threshold must be"),

@@ -33,9 +33,11 @@ LAYERS = [
     ("privacy",),
     ("states",),
     ("plots",),
+    ("calibrate",),
+    ("__main__",),
 ]
-NAMESPACES = [clipfx.diagnose, clipfx.metrics, clipfx.per_example, clipfx.plots,
-              clipfx.privacy, clipfx.responses, clipfx.snr,
+NAMESPACES = [clipfx.calibrate, clipfx.diagnose, clipfx.metrics, clipfx.per_example,
+              clipfx.plots, clipfx.privacy, clipfx.responses, clipfx.snr,
               clipfx.thresholds]  # fmt: skip
 
 

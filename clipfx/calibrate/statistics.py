@@ -1,0 +1,115 @@
+"""What norms are like: where they lie, how they scatter, drift and spike."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+LEAST = 20  # finite norms, fewer than which say nothing
+_SPAN = 50  # steps that the usual norm is the median of
+_BEGIN = 25  # steps of a warm-up
+_FIRST = 5  # and those to compare it with
+
+
+class NormStats(NamedTuple):
+    """The norms of one group.
+
+    Attributes:
+      group: Its name.
+      steps: Norms recorded.
+      nonfinite: Of those, how many are infinite or NaN.
+      zeros: And how many are 0; both are left out of what follows.
+      median: Of the norms.
+      spread: Deviation of their natural logarithms, 1.4826 times the median distance
+        from the median: 0.1 is quiet, 1 wild.
+      tail_index: Hill's estimate from the largest tenth: below 2 the variance is
+        infinite, and z-scores mean little; infinite where those are all alike.
+      drift: Median of the last quarter over that of the first.
+      spikes: Steps, from 0, of norms at least twice, and 5 deviations above, the median
+        of the 50 before.
+      first: Median of the first 5.
+      peak: The largest of the first 25.
+
+    Reference: Hill, `A simple general approach to inference about the tail of a
+    distribution <https://doi.org/10.1214/aos/1176343247>`_, 1975.
+    """
+
+    group: str
+    steps: int
+    nonfinite: int
+    zeros: int
+    median: float
+    spread: float
+    tail_index: float
+    drift: float
+    spikes: tuple[int, ...]
+    first: float
+    peak: float
+
+    @property
+    def explodes(self) -> bool:
+        """Whether norms grow more than tenfold within the first 25 steps."""
+        return self.peak > 10 * self.first
+
+
+def describe(group: str, norms: np.ndarray) -> NormStats:
+    """Statistics of norms `[T]`.
+
+    Raises:
+      ValueError: If fewer than 20 are finite and not 0.
+    """
+    usable = np.isfinite(norms) & (norms > 0)
+    norms64 = norms.astype(np.float64)
+    x = norms64[usable]
+    if len(x) < LEAST:
+        raise ValueError(
+            f"norms must have at least {LEAST} finite steps that are not 0, got "
+            f"{len(x)} of {len(norms)} in {group!r}; train longer before choosing."
+        )
+    logs = np.log(x)
+    quarter = len(x) // 4
+    return NormStats(
+        group=group,
+        steps=len(norms),
+        nonfinite=int((~np.isfinite(norms)).sum()),
+        zeros=int((norms == 0).sum()),
+        median=float(np.median(x)),
+        spread=_deviation(logs),
+        tail_index=hill(x),
+        drift=float(np.median(x[-quarter:]) / np.median(x[:quarter])),
+        spikes=tuple(np.flatnonzero(usable)[_spikes(logs)].tolist()),
+        first=float(np.median(x[:_FIRST])),
+        peak=float(x[:_BEGIN].max()),
+    )
+
+
+def hill(x: np.ndarray) -> float:
+    """One over the mean logarithm of the largest tenth over the largest below."""
+    ordered = np.sort(x)[::-1]
+    k = max(len(x) // 10, 2)
+    mean = np.mean(np.log(ordered[:k] / ordered[k]))
+    return float(1 / mean) if mean > 0 else np.inf
+
+
+def threshold_for(norms: np.ndarray, rate: float) -> float:
+    """The smallest norm that at most a share `rate` of the norms `[T]` exceeds."""
+    finite = np.sort(norms[np.isfinite(norms)])
+    return float(finite[len(finite) - 1 - int(rate * len(finite))])
+
+
+def round_up(x: float) -> float:
+    """To four digits, so that no norm exceeds what is printed but not what is meant."""
+    near = float(f"{x:.4g}")
+    if near >= x:
+        return near
+    return float(f"{near + 10.0 ** (np.floor(np.log10(x)) - 3):.4g}")
+
+
+def _deviation(x: np.ndarray) -> float:
+    return float(1.4826 * np.median(np.abs(x - np.median(x))))
+
+
+def _spikes(logs: np.ndarray) -> np.ndarray:
+    """Which stand out from the 50 before, the first 5 from nothing."""
+    usual = [np.median(logs[max(t - _SPAN, 0) : t]) for t in range(_FIRST, len(logs))]
+    gaps = logs[_FIRST:] - np.array(usual)
+    return np.flatnonzero(gaps > max(5 * _deviation(gaps), np.log(2))) + _FIRST
