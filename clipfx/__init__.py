@@ -11,12 +11,13 @@ any loss, at about the cost of one gradient; `privacy` adds noise to such sums.
 `tree_clip` and `global_norm` serve those who use no chain.
 """
 
+import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
 from clipfx import (
-    calibrate,
-    diagnose,
     metrics,
     per_example,
-    plots,
     privacy,
     responses,
     snr,
@@ -122,3 +123,13 @@ __all__ = [
     "weight_decay_balance",
     "zclip",
 ]
+
+if _TYPE_CHECKING:
+    from clipfx import calibrate, diagnose, plots
+
+
+def __getattr__(name: str) -> _Any:
+    """Tools beside training are imported when they are asked for."""
+    if name in ("calibrate", "diagnose", "plots"):
+        return _importlib.import_module(f"clipfx.{name}")
+    raise AttributeError(f"module 'clipfx' has no attribute {name!r}")
