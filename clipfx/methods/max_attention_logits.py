@@ -103,8 +103,9 @@ def max_attention_logits(
         logits = logits if signed else jnp.abs(logits)
         keep = []
         if is_causal:
-            places = (t + jnp.arange(rows))[:, None], (s + jnp.arange(columns))[None]
-            keep.append((places[0] >= places[1])[None, None])
+            # Of full rank, or a TPU would write the mask of every block.
+            place = functools.partial(jax.lax.broadcasted_iota, jnp.int32, logits.shape)
+            keep.append(place(2) - place(3) >= s - t)
         if ids[0] is not None:
             mine, theirs = cut(ids[0], t, rows), cut(ids[1], s, columns)
             keep.append((mine[:, :, None] == theirs[:, None])[:, None])
@@ -123,8 +124,10 @@ def max_attention_logits(
     if len(starts) == 1:
         return block((0, 0))
     # A block that would reach beyond the end begins earlier: to see a logit twice does
-    # not change the maximum.
-    return jax.lax.map(block, tuple(jnp.asarray(starts.T))).max(0)
+    # not change the maximum. What depends on starts alone the gradient of a scan over
+    # layers would compute before it, masks of all blocks: here starts hang on queries.
+    starts, query = jax.lax.optimization_barrier((jnp.asarray(starts.T), query))
+    return jax.lax.map(block, tuple(starts)).max(0)
 
 
 def _starts(
