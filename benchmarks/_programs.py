@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import clipfx
 from benchmarks._collectives import sizes
 from benchmarks._targets import branches as branches_of
-from benchmarks._targets import computations
+from benchmarks._targets import computations, devices, moved, platform_of
 from benchmarks._targets import loops as loops_of
 from benchmarks._timing import floor
 from clipfx import per_example
@@ -312,6 +313,47 @@ def facts(text: str) -> Facts:
                 one = max(sizes(shape)) if start else sum(sizes(shape))
                 found[kind] = number + times, size + times * one
     return Facts(cycles, loops, branches, found)
+
+
+# What a step costs is counted in, by platform.
+COSTS = {"tpu": "kcycles", "gpu": "moved MB"}
+
+
+def cost_and_temporaries(step: Any, platform: str) -> tuple[float, float]:
+    """Of a compiled step the cost, in the unit of COSTS, and temporaries in MB."""
+    text = step.as_text()
+    cost = moved(text) / 1e6 if platform == "gpu" else facts(text).cycles / 1e3
+    return cost, step.memory_analysis().temp_size_in_bytes / 1e6
+
+
+def on_a_chip(topology: str, tree: Any) -> Any:
+    """Shapes that lie whole on the first chip of a topology."""
+    chip = Mesh(np.array(devices(topology)[:1]), ("data",))
+    whole = NamedSharding(chip, P())
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+    return jax.tree.map(shape, tree)
+
+
+def print_costs(topology: str, steps: dict[str, tuple[Any, Any]]) -> None:
+    """Prints a row for each jitted step, compiled for its arguments.
+
+    Cost and temporaries stand beside their ratio to the first; loops are those of
+    unknown length.
+    """
+    platform, base = platform_of(topology), None
+    heads = "".join(f"{x:>18}" for x in (COSTS[platform], "temp MB"))
+    print(f"{'':10}{heads}{'while':>7}{'cond':>6}")
+    for name, (step, args) in steps.items():
+        step = step.lower(*on_a_chip(topology, args)).compile()
+        row = np.array(cost_and_temporaries(step, platform))
+        base = row if base is None else base
+        each = [
+            f"{x:.1f} ({x / b:.3f})" if b else f"{x:.1f}"
+            for x, b in zip(row, base, strict=True)
+        ]
+        found = facts(step.as_text())
+        cells = "".join(f"{x:>18}" for x in each)
+        print(f"{name:10}{cells}{found.loops:7}{found.branches:6}", flush=True)
 
 
 def placing(mesh: Mesh) -> Callable[[Any, bool], Any]:

@@ -140,8 +140,10 @@ def _of_one(x: _Line, shapes: dict[str, str], inner: list[_Line]) -> int:
     for k, size in enumerate(whole):
         own = [y.name for y in inner if y.kind == "parameter"
                and y.rest.startswith(f"{k})")]  # fmt: skip
-        users = [y for y in inner if own and own[0] in y.operands]
-        if users and all(_part_of(y, own[0]) for y in users):
+        for y in inner:  # as the other shapes that it is read in
+            own += [y.name] if y.kind == "bitcast" and y.operands[0] in own else []
+        users = [y for y in inner if y.name not in own and {*own} & {*y.operands}]
+        if users and all(_part_of(y, own) for y in users):
             size = sum(_size(y.shape) for y in users if y.kind == "dynamic-slice")
         read += size
     updates = [y for y in inner if y.kind == "dynamic-update-slice"]
@@ -150,7 +152,7 @@ def _of_one(x: _Line, shapes: dict[str, str], inner: list[_Line]) -> int:
     return read + max(_size(x.shape) - in_place, 0) + new
 
 
-def _part_of(y: _Line, name: str) -> bool:
-    """Whether an instruction needs a part only of this operand."""
-    first = y.operands[0] == name and name not in y.operands[1:]
+def _part_of(y: _Line, names: list[str]) -> bool:
+    """Whether an instruction needs a part only of an operand of these names."""
+    first = y.operands[0] in names and not {*names} & {*y.operands[1:]}
     return first and y.kind in ("dynamic-slice", "dynamic-update-slice")

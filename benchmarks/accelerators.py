@@ -26,14 +26,16 @@ from absl import app, flags
 from jax.sharding import Mesh
 
 from benchmarks._programs import (
+    COSTS,
     MATRICES,
     METHODS,
     MODELS,
     PLAIN,
     compiled,
+    cost_and_temporaries,
     facts,
 )
-from benchmarks._targets import devices, moved, platform_of
+from benchmarks._targets import devices, platform_of
 from benchmarks._timing import in_turns
 from clipfx._core import reductions
 
@@ -79,9 +81,9 @@ def measure(name: str, dtype: Any, mesh: Mesh | None) -> None:
     model = MODELS[name](_WIDTH.value, _LAYERS.value, mesh)
     size = sum(x.size for x in jax.tree.leaves(model.params)) / 1e6
     print(f"\n{name}, {jnp.dtype(dtype).name}, {size:.0f}M parameters", flush=True)
-    gpu = _TOPOLOGY.value and platform_of(_TOPOLOGY.value) == "gpu"
-    cost_of = "moved MB" if gpu else "kcycles"
-    head = f"{'':24}{cost_of:>10}{'while':>6}{'cond':>5}{'temp MB':>9}{'compile':>9}"
+    platform = platform_of(_TOPOLOGY.value or "")
+    head = f"{'':24}{COSTS[platform]:>10}{'while':>6}{'cond':>5}"
+    head += f"{'temp MB':>9}{'compile':>9}"
     several = mesh is not None and mesh.size > 1
     times = f"{'ms':>9}{'/optax':>8}" if mesh is None else ""
     print(head + times + ("  collectives, MB" if several else ""))
@@ -92,11 +94,9 @@ def measure(name: str, dtype: Any, mesh: Mesh | None) -> None:
             start = time.perf_counter()
             step, tx = compiled(model, METHODS[method](), dtype, mesh)
             seconds = time.perf_counter() - start
-            text = step.as_text()
-            found = facts(text)
-            temp = step.memory_analysis().temp_size_in_bytes / 1e6
+            found = facts(step.as_text())
+            cost, temp = cost_and_temporaries(step, platform)
             label = f"{method} as on {way}" if way else method
-            cost = moved(text) / 1e6 if gpu else found.cycles / 1e3
             shown = f"{cost:.0f}" if cost else "-"
             row = f"{label:24}{shown:>10}{found.loops:6}{found.branches:5}"
             rows[label] = f"{row}{temp:9.1f}{seconds:9.1f}"

@@ -1,11 +1,15 @@
 """What QK-Clip costs in a decoder's training step, and where.
 
     python -m benchmarks.attention
+    python -m benchmarks.attention --topology=v5e:2x2   # compiled only, or h100
 
 Every figure is a ratio within one run: steps take turns, and the median over the turns
 is that of a step to the plain one of the same turn. `metrics` measures the largest
 logits and does nothing with them, `qk_clip` rescales weights by them too, and `given`
 rescales by logits that cost nothing, as those that a kernel gives.
+Compiled for a device that is not there (see `_targets` for what that needs) a step is
+measured by the cycles that XLA's cost model expects of a TPU, or by what a GPU moves
+through memory.
 """
 
 import functools
@@ -19,13 +23,16 @@ import optax
 from absl import app, flags
 
 import clipfx
+from benchmarks._programs import print_costs
 from benchmarks._timing import in_turns
 
+_TOPOLOGY = flags.DEFINE_string("topology", "", "TPU to compile for, or h100.")
 _TURNS = flags.DEFINE_integer("turns", 21, "Timed steps of each variant.")
 _WIDTH = flags.DEFINE_integer("width", 256, "Model width; heads have 64 features.")
 _LAYERS = flags.DEFINE_integer("layers", 2, "Blocks, stacked for scan.")
 _LENGTHS = flags.DEFINE_list("lengths", ["128", "512"], "Sequence lengths.")
 _TOKENS = flags.DEFINE_integer("tokens", 1024, "Tokens in a batch.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "Of activations.")
 
 VARIANTS = ("plain", "metrics", "qk_clip", "given")
 
@@ -50,6 +57,7 @@ def make_params(width: int, layers: int) -> dict[str, Any]:
 
 def block(x: jax.Array, w: Any, measure: bool) -> tuple[jax.Array, jax.Array]:
     """One block, and the largest logits of its heads."""
+    w = jax.tree.map(lambda w: w.astype(x.dtype), w)
     norm = lambda x: x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
     q, k, v = (
         jnp.einsum("btd,dnh->btnh", norm(x), w[name])
@@ -75,7 +83,7 @@ def make_step(variant: str) -> tuple[Callable[..., Any], Any]:
 
     def loss(params, x):
         y, seen = jax.lax.scan(functools.partial(block, measure=measure), x, params)
-        return jnp.square(y).mean(), seen
+        return jnp.square(y.astype(jnp.float32)).mean(), seen
 
     def step(params, state, total, x):
         grads, seen = jax.grad(loss, has_aux=True)(params, x)
@@ -85,15 +93,35 @@ def make_step(variant: str) -> tuple[Callable[..., Any], Any]:
     return step, tx
 
 
+def compiled_only() -> None:
+    """Prints a table for each length, of steps compiled for the topology."""
+    print(f"jax {jax.__version__}, optax {optax.__version__}, {_TOPOLOGY.value}")
+    make = functools.partial(make_params, _WIDTH.value, _LAYERS.value)
+    params, total = jax.eval_shape(make), jax.ShapeDtypeStruct((), jnp.float32)
+    for length in map(int, _LENGTHS.value):
+        shape = (_TOKENS.value // length, length, _WIDTH.value)
+        print(f"\n{length} positions, {_TOKENS.value} tokens, {_DTYPE.value}")
+        x = jax.ShapeDtypeStruct(shape, jnp.dtype(_DTYPE.value))
+        steps = {}
+        for variant in VARIANTS:
+            step, tx = make_step(variant)
+            args = params, jax.eval_shape(tx.init, params), total, x
+            steps[variant] = jax.jit(step, donate_argnums=(0, 1)), args
+        print_costs(_TOPOLOGY.value, steps)
+
+
 def main(argv: list[str]) -> None:
     """Prints a row for each length."""
     del argv
+    if _TOPOLOGY.value:
+        compiled_only()
+        return
     print(f"jax {jax.__version__}, optax {optax.__version__}, {jax.devices()[0]}")
     print(f"{'length':>8}{'plain ms':>10}" + "".join(f"{v:>10}" for v in VARIANTS[1:]))
     params = make_params(_WIDTH.value, _LAYERS.value)
     for length in map(int, _LENGTHS.value):
         shape = (_TOKENS.value // length, length, _WIDTH.value)
-        x = jax.random.normal(jax.random.key(1), shape)
+        x = jax.random.normal(jax.random.key(1), shape, _DTYPE.value)
         steps, carries = {}, {}
         for variant in VARIANTS:
             step, tx = make_step(variant)

@@ -17,11 +17,17 @@ import jax
 import numpy as np
 import optax
 from absl import app, flags
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from benchmarks._programs import Shape, decoder_of_examples, facts, of_examples
-from benchmarks._targets import devices, moved, platform_of
+from benchmarks._programs import (
+    COSTS,
+    Shape,
+    cost_and_temporaries,
+    decoder_of_examples,
+    facts,
+    of_examples,
+    on_a_chip,
+)
+from benchmarks._targets import platform_of
 from clipfx.per_example.engine import target
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "TPU to compile for, or h100.")
@@ -39,32 +45,25 @@ _SHAPE = flags.DEFINE_list(
 def main(argv: Any) -> None:
     del argv
     target.forced = platform_of(_TOPOLOGY.value)
-    chips = np.array(devices(_TOPOLOGY.value)[:1])
-    whole = NamedSharding(Mesh(chips, ("data",)), P())
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
     shape = Shape(*map(int, _SHAPE.value))
     print(
         f"jax {jax.__version__}, optax {optax.__version__}, {_TOPOLOGY.value}, {shape}"
     )
-    tpu = target.forced == "tpu"
-    cost_of = "kcycles" if tpu else "moved MB"
-    heads = "".join(f"{x:>14}" for x in ("GFLOPs", cost_of, "temp MB", "compile s"))
+    names = "GFLOPs", COSTS[target.forced], "temp MB", "compile s"
+    heads = "".join(f"{x:>14}" for x in names)
     print(f"{'':17}{heads} while")
     for kind in _KINDS.value:
         model = decoder_of_examples(shape, kind)
-        args = jax.tree.map(place, (model.params, model.batch))
+        args = on_a_chip(_TOPOLOGY.value, (model.params, model.batch))
         base = None
         for groups in [None, *_GROUPS.value]:
             start = time.perf_counter()
             step: Any = jax.jit(of_examples(model, groups)).lower(*args).compile()
             seconds = time.perf_counter() - start
-            text, cost = step.as_text(), step.cost_analysis() or {}
-            found = facts(text)
-            row = np.array([
-                cost.get("flops", np.nan) / 1e9,
-                found.cycles / 1e3 if tpu else moved(text) / 1e6,
-                step.memory_analysis().temp_size_in_bytes / 1e6, seconds,
-            ])  # fmt: skip
+            flops = (step.cost_analysis() or {}).get("flops", np.nan) / 1e9
+            costs = cost_and_temporaries(step, target.forced)
+            found = facts(step.as_text())
+            row = np.array([flops, *costs, seconds])
             base = row if base is None else base
             each = [f"{x:.0f} ({r:.2f})" for x, r in zip(row, row / base, strict=True)]
             label = f"{kind}, {groups or 'gradient'}"

@@ -89,6 +89,7 @@ def max_attention_logits(
     repeats = query.shape[2] // key.shape[2]
     wide = widest((query.dtype, key.dtype))
     rows, columns = min(block_size, length), min(block_size, keys)
+    within, never = (jnp.arange(rows), jnp.arange(columns)), jnp.asarray(-jnp.inf, wide)
 
     def block(start: Any) -> jax.Array:
         """The largest logits of the block of query and key that begins at a pair."""
@@ -103,8 +104,10 @@ def max_attention_logits(
         logits = logits if signed else jnp.abs(logits)
         keep = []
         if is_causal:
-            places = (t + jnp.arange(rows))[:, None], (s + jnp.arange(columns))[None]
-            keep.append((places[0] >= places[1])[None, None])
+            # Of full rank, or a TPU would write the mask of every block.
+            spread = functools.partial(jax.lax.broadcast_in_dim, shape=logits.shape)
+            after = spread(within[0] + (t - s), broadcast_dimensions=(2,))
+            keep.append(after >= spread(within[1], broadcast_dimensions=(3,)))
         if ids[0] is not None:
             mine, theirs = cut(ids[0], t, rows), cut(ids[1], s, columns)
             keep.append((mine[:, :, None] == theirs[:, None])[:, None])
@@ -116,15 +119,19 @@ def max_attention_logits(
             keep.append(part)
         for allowed in keep:
             allowed = jnp.broadcast_to(allowed, logits.shape)
-            logits = jnp.where(allowed, logits, -jnp.inf)
+            logits = jnp.where(allowed, logits, never)
         return logits.max((0, 2, 3))
 
     starts = _starts(length, rows, keys, columns, is_causal)
     if len(starts) == 1:
         return block((0, 0))
     # A block that would reach beyond the end begins earlier: to see a logit twice does
-    # not change the maximum.
-    return jax.lax.map(block, tuple(jnp.asarray(starts.T))).max(0)
+    # not change the maximum. What depends on no query the gradient of a scan over
+    # layers would compute before it, as masks of all blocks: here all hangs on queries.
+    starts, within, never, query = jax.lax.optimization_barrier(
+        (jnp.asarray(starts.T), within, never, query)
+    )
+    return jax.lax.map(block, tuple(starts)).max(0)
 
 
 def _starts(

@@ -598,12 +598,36 @@ def test_logits_take_little_memory():
     assert len(jax.eval_shape(get, q, q).shape) == 1
 
 
+def test_layers_in_a_scan_do_not_share_masks_of_all_blocks():
+    """As JAX would, that computes before a scan what all its turns have in common."""
+
+    def loss(w, x, measure):
+        def layer(x, w):
+            seen = clipfx.max_attention_logits(
+                x, x, is_causal=True, segment_ids=jnp.ones((1, 4096), jnp.int32)
+            )
+            return jnp.sin(x * w), seen if measure else jnp.zeros(x.shape[2])
+
+        x, seen = jax.lax.scan(layer, x, w)
+        return x.sum(), seen
+
+    w, x = jnp.ones(2), jax.ShapeDtypeStruct((1, 4096, 4, 16), jnp.float32)
+
+    def memory(measure):
+        get = jax.grad(functools.partial(loss, measure=measure), has_aux=True)
+        compiled = jax.jit(get).lower(w, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    masks = 4 * 4096 * 4096 / 2
+    assert memory(True) - memory(False) < masks / 4
+
+
 # -------------------------------------------------------------------------- on meshes
 
 
-def attention_step(params, x, batch_axis_name=None):
+def attention_step(params, x, batch_axis_name=None, gather=lambda w: w):
     """Weights after one step, whose largest logits are of all of the batch."""
-    q, k = (jnp.einsum("btd,dnh->btnh", x, params[n]) for n in ("query", "key"))
+    q, k = (jnp.einsum("btd,dnh->btnh", x, gather(params[n])) for n in ("query", "key"))
     seen = clipfx.max_attention_logits(q, k, is_causal=True, block_size=4)
     tx = clipfx.qk_clip(0.5, batch_axis_name=batch_axis_name)
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -633,8 +657,10 @@ def in_jit(kind):
         )
 
 
-def in_shard_map(params_spec, data, batch_axis_name, check_vma=True):
-    inside = functools.partial(attention_step, batch_axis_name=batch_axis_name)
+def in_shard_map(params_spec, data, batch_axis_name, check_vma=True, **kwargs):
+    inside = functools.partial(
+        attention_step, batch_axis_name=batch_axis_name, **kwargs
+    )
     return jax.jit(
         jax.shard_map(
             inside,
@@ -646,6 +672,12 @@ def in_shard_map(params_spec, data, batch_axis_name, check_vma=True):
     )(*meshed())
 
 
+def fsdp(batch_axis_name):
+    """Weights are split along D, over the mesh axis that splits the batch, too."""
+    gather = functools.partial(jax.lax.all_gather, axis_name="data", tiled=True)
+    return in_shard_map(P("data"), P("data"), batch_axis_name, gather=gather)
+
+
 WAYS = {
     "auto": functools.partial(in_jit, AxisType.Auto),
     "explicit": functools.partial(in_jit, AxisType.Explicit),
@@ -655,6 +687,7 @@ WAYS = {
         in_shard_map, P(), P(("data", "model")), ("data", "model"), False
     ),
     "heads": functools.partial(in_shard_map, SPECS, P("data"), "data"),
+    "fsdp": functools.partial(fsdp, "data"),
 }
 
 
@@ -672,6 +705,8 @@ def test_the_largest_is_that_of_all_devices(way):
 def test_heads_or_batch_is_asked():
     with pytest.raises(ValueError, match=r"batch_axis_name must say .*\['model'\]"):
         in_shard_map(SPECS, P("data"), None)
+    with pytest.raises(ValueError, match=r"batch_axis_name must say .*\['data'\]"):
+        fsdp(None)
 
 
 @pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
