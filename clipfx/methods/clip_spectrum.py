@@ -127,7 +127,7 @@ def clip_spectrum(
     optimizer it bounds gradients, behind it steps. A few directions that dominate are
     cut to c, and all others stay, which no factor for the whole matrix does.
 
-    The first two take matrix products alone: 14, 20, 26, 32 at :math:`s_1 / c` of 10,
+    The first two take matrix products alone: 17, 20, 26, 32 at :math:`s_1 / c` of 10,
     100, 1,000, 10,000, three more where many singular values are as large, two in three
     with the larger side in them; `hard` 43 more of the smaller side. There are none
     where even the Frobenius norm is below c (`hard`), or below c / 8192. A singular
