@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from clipfx import _compat
+from clipfx._core import safe_sums
 from clipfx._core.reductions import device_of_programs
 from clipfx._core.safe_sums import abs_power, reciprocal_power_of_two
 
@@ -264,8 +265,7 @@ def _product_of(steps: Any, g: jax.Array, times: Callable[..., jax.Array]) -> ja
 
 def _scaled(x: jax.Array, split: Split) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`x` times powers of two `[B]`, these, and the largest size of an element."""
-    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), (1, 2), initial=0))
-    peak = jnp.where(jnp.isnan(peak), jnp.inf, peak)
+    peak = jax.lax.stop_gradient(safe_sums.largest(x, (1, 2)))
     names = (*split.short, *split.long)
     peak = jax.lax.pmax(peak, names) if names else peak
     unit = reciprocal_power_of_two(peak)

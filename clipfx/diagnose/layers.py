@@ -93,7 +93,7 @@ def update_ratios(
     members, u, w, _ = _measured(
         ("updates", "params"), (updates, params), groups, axis_name
     )
-    return UpdateRatios(plain(u), plain(w), _quotient(u, w), _names(members))
+    return UpdateRatios(plain(u), plain(w), _quotient(u, w), names_of(members))
 
 
 @helpful
@@ -137,7 +137,7 @@ def clip_effect(
         ("raw", "clipped"), (raw, clipped), groups, axis_name
     )
     cosine = cosines(*pair, members, (g, u), axis_name)
-    return ClipEffect(plain(g), plain(u), _quotient(u, g), cosine, _names(members))
+    return ClipEffect(plain(g), plain(u), _quotient(u, g), cosine, names_of(members))
 
 
 @helpful
@@ -195,7 +195,8 @@ def check_some(name: str, members: Groups) -> None:
         )
 
 
-def _names(members: Groups) -> dict[str, tuple[()]]:
+def names_of(members: Groups) -> dict[str, tuple[()]]:
+    """The names of the groups as results keep them."""
     return dict.fromkeys(members.names, ())
 
 

@@ -13,7 +13,7 @@ from clipfx._core.matching import places, take
 from clipfx._core.norms import Norms, group_norms, group_sizes, measure_together
 from clipfx._core.safe_sums import reciprocal_power_of_two
 from clipfx._types import AxisName, GroupSpec, Scalar, Tree
-from clipfx.diagnose.layers import check_some, plain
+from clipfx.diagnose.layers import check_some, names_of, plain
 
 
 @exportable("clipfx.MomentLag")
@@ -135,9 +135,7 @@ def second_moment_lag(
     root = jnp.sqrt(group_sizes(trees[0], members, axis_name))
     means = [plain(Norms(n.value / root.astype(n.value.dtype), n.scale)) for n in norms]
     lag, moment, clipped_lag, clipped_moment = means
-    return MomentLag(
-        lag, clipped_lag, moment, clipped_moment, dict.fromkeys(members.names, ())
-    )
+    return MomentLag(lag, clipped_lag, moment, clipped_moment, names_of(members))
 
 
 @helpful
@@ -225,5 +223,5 @@ def noise_scale(
         scale,
         noise * back * back,
         signal * back * back,
-        dict.fromkeys(members.names, ()),
+        names_of(members),
     )
