@@ -287,7 +287,7 @@ def _help(doc: str, values: flags.FlagValues) -> str:
     lines = [doc.strip(), "", "Flags, with their defaults:", ""]
     for name in values:
         item = values[name]
-        left = f"--{name}={_text(item.default)}"
+        left = f"--{name}={'...' if item.default is None else _text(item.default)}"
         if item.boolean:
             left = f"--no{name}" if item.default else f"--{name}"
         told = textwrap.wrap(item.help or "", 58)
