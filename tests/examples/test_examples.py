@@ -197,7 +197,7 @@ def test_char_rnn_picture_names_every_method(tmp_path):
 
 @pytest.mark.full
 def test_char_rnn_explodes_at_a_rate_that_a_clip_trains_at():
-    settings = char_rnn.Settings(steps=60, hidden=64, batch=8)
+    settings = char_rnn.Settings(steps=40)
     none, clipped = (
         char_rnn.train(char_rnn.load_text(), clip, 0.2, settings)
         for clip in ("none", "global")
