@@ -202,8 +202,10 @@ def test_char_rnn_explodes_at_a_rate_that_a_clip_trains_at():
         char_rnn.train(char_rnn.load_text(), clip, 0.2, settings)
         for clip in ("none", "global")
     )
-    assert none.column("norm").max() > 3 * clipped.column("norm").max()
-    assert none.held_out > none.rows[0]["loss"] > clipped.held_out + 1
+    first = none.rows[0]["loss"]
+    assert none.column("loss").max() > 2 * first
+    assert clipped.column("loss").max() < 1.1 * first
+    assert clipped.held_out < 0.8 * first
 
 
 @pytest.mark.full
