@@ -203,7 +203,7 @@ def test_char_rnn_explodes_at_a_rate_that_a_clip_trains_at():
         for clip in ("none", "global")
     )
     first = none.rows[0]["loss"]
-    assert none.column("loss").max() > 2 * first
+    assert none.column("loss").max() > 1.5 * first
     assert clipped.column("loss").max() < 1.1 * first
     assert clipped.held_out < 0.8 * first
 
