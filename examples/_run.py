@@ -157,8 +157,10 @@ def launch(run: Run, kind: type, arguments: Sequence[str]) -> None:
         out = _open(folder, name, settings, replaces)
         run(settings, out)
     except ImportError as error:
-        lacks = f"{error}: pip install -e '.[examples]' has all that examples need."
-        raise SystemExit(f"{name}: {lacks}") from None
+        # Messages of Python name a module, those of others what to install too.
+        is_bare = isinstance(error, ModuleNotFoundError)
+        hint = ": pip install -e '.[examples]'." if is_bare else ""
+        raise SystemExit(f"{name}: {error}{hint}") from None
     except OSError as error:
         of = f"cannot open {error.filename!r}: " if error.filename else ""
         raise SystemExit(f"{name}: {of}{error.strerror or error}.") from None
@@ -285,7 +287,7 @@ def _help(doc: str, values: flags.FlagValues) -> str:
     lines = [doc.strip(), "", "Flags, with their defaults:", ""]
     for name in values:
         item = values[name]
-        left = f"--{name}={_text(item.default)}"
+        left = f"--{name}={'...' if item.default is None else _text(item.default)}"
         if item.boolean:
             left = f"--no{name}" if item.default else f"--{name}"
         told = textwrap.wrap(item.help or "", 58)

@@ -110,7 +110,7 @@ BAD = {
     "layer": "unexpected argument 'layer': flags begin with --.",
     "--data=bad": "the data is bad",
     "--data=missing": "cannot open 'nowhere/at_all': No such file or directory.",
-    "--data=package": "No module named 'there_is_no_such_package': pip install",
+    "--data=package": "No module named 'there_is_no_such_package': pip install -e",
 }
 
 

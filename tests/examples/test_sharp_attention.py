@@ -1,12 +1,12 @@
 import dataclasses
-import json
 import math
 
 import jax
 import numpy as np
 import pytest
+import runs
 
-from examples import _run, sharp_attention
+from examples import sharp_attention
 
 SMALL = sharp_attention.Settings(
     steps=3, width=8, layers=1, heads=2, length=8, batch=2, tau=1e-3
@@ -25,11 +25,7 @@ def launch(tmp_path, **given):
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
     small = dataclasses.asdict(SMALL) | {"rates": 0.1, "text": text}
-    small |= {"out": tmp_path / "out", "clip": ",".join(SMALL.clip)} | given
-    arguments = [f"--{name}={value}" for name, value in small.items()]
-    _run.launch(sharp_attention.run, sharp_attention.Settings, arguments)
-    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    return runs.launch(sharp_attention, small | {"out": tmp_path / "out"} | given)
 
 
 def test_end_to_end(tmp_path, capsys):
@@ -63,8 +59,8 @@ def test_adamw_and_several_rates(tmp_path):
 
 def test_best_is_that_of_the_held_out_text():
     make = lambda clip, held: sharp_attention.History(clip, 0.1, [], held)
-    runs = [make("a", 2.0), make("b", math.nan), make("a", 1.0), make("b", 3.0)]
-    best = sharp_attention.best(runs)
+    each = [make("a", 2.0), make("b", math.nan), make("a", 1.0), make("b", 3.0)]
+    best = sharp_attention.best(each)
     assert {clip: run.held_out for clip, run in best.items()} == {"a": 1.0, "b": 3.0}
 
 
