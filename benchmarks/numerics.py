@@ -112,7 +112,7 @@ def cell(library: str, name: str) -> str:
         norm, clipped = LIBRARIES[library](arrays(name))
     except Exception as error:  # whatever it is, it is the result
         return f"`{type(error).__name__}`"
-    return f"{number(norm)} → {number(length(clipped))}"
+    return f"{number(norm)}\u00a0→\u00a0{number(length(clipped))}"  # in one line
 
 
 def table(libraries: list[str]) -> list[list[str]]:

@@ -23,7 +23,7 @@ version = release = clipfx.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
-suppress_warnings = ["toc.not_readable"]  # evidence and logging may be missing
+suppress_warnings = ["toc.not_readable"]  # adapters, evidence, logging
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4  # as GitHub names them
 
@@ -44,6 +44,7 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
 html_math_renderer = "mathml"
+highlight_language = "none"  # of blocks that name none, as tables of numbers
 pygments_dark_style = "github-dark"
 
 
