@@ -111,6 +111,7 @@ def histogram(
     threshold: Any = None,
     *,
     bins: int = 60,
+    log: bool | None = None,
     legend: bool = True,
     ax: "Axes | None" = None,
 ) -> "Axes":
@@ -124,6 +125,8 @@ def histogram(
       norm: `[T]`, `[T, G]`, or a dict from names to `[T]`.
       threshold: As for `norms`.
       bins: How many, of equal width, on a logarithmic axis in the logarithm.
+      log: Whether the axis of norms is logarithmic; None for where they span two
+        decades.
       legend: Whether to name what is drawn, beside the Axes or, in a figure without a
         layout engine, in them.
       ax: Where to draw.
@@ -150,7 +153,7 @@ def histogram(
         return ax
     together = np.concatenate([*curves.values()])
     together = together[np.isfinite(together)]
-    wide = is_wide(together)
+    wide = is_wide(together) if log is None else log and bool((together > 0).any())
     seen = {n: y[np.isfinite(y) & ((y > 0) | (not wide))] for n, y in curves.items()}
     kept = np.concatenate([*seen.values()])
     low, high = (kept.min(), kept.max()) if kept.size else (0.0, 1.0)
