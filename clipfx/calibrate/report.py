@@ -222,7 +222,7 @@ def _drawings(
         "Norms over the steps",
         "Dots are steps that the setting above would have clipped, crosses steps that "
         "were not finite.",
-        lambda: _logarithmic(plots.norms(whole, limit, clipped=clipped, legend=False)),
+        lambda: plots.norms(whole, limit, clipped=clipped, log=True, legend=False),
     )
     yield (
         "How many steps have which norm",
@@ -237,20 +237,12 @@ def _drawings(
         )
     adapting = [name for name in replays if name.startswith(_ADAPTING)]
     limits = {name: replays[name].threshold[:, 0] for name in adapting}
+    unbounded = dict.fromkeys(adapting, np.inf)  # the thresholds are what to compare
     yield (
         "Thresholds that adapt",
-        "Wide and pale what each method would have allowed, thin what it would have "
-        "made of the norm, which is grey.",
-        lambda: _logarithmic(plots.compare(whole, limits, legend=False)),
+        "The norm is grey; the lines are what each method would have allowed.",
+        lambda: plots.compare(whole, unbounded, limits, log=True, legend=False),
     )
-
-
-def _logarithmic(ax: Any) -> Any:
-    """So that spikes do not flatten all else."""
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:g}" if np.ptp(np.log10(ax.get_ylim())) < 1 else "")
-    return ax
 
 
 def _twice(draw: Callable[[], Any], title: str) -> str:

@@ -197,10 +197,11 @@ def _advise(stats: Sequence[NormStats], joint: np.ndarray) -> tuple[str, float, 
     if whole.wild:
         return (
             _GLOBAL,
-            middle,
-            "the median of the second half, since norms scatter so far (spread "
-            f"{whole.spread:.1f}, tail index {whole.tail_index:.1f}) that the largest "
-            "would decide where the run goes.",
+            round_up(threshold_for(usual, 0.75)),
+            "what three in four steps of the second half exceed, so that most steps "
+            f"are normalised: norms scatter so far (spread {whole.spread:.1f}, tail "
+            f"index {whole.tail_index:.1f}) that they say little of how far to go. With"
+            " SGD choose the learning rate anew.",
         )
     above = round_up(threshold_for(usual, 0.05))
     alone = [s for s in each if len(s.spikes) > len(whole.spikes)]

@@ -13,6 +13,7 @@ from clipfx.plots.drawing import (
     is_wide,
     label_steps,
     labels_of,
+    plain_ticks,
     style_of,
     with_legend,
 )
@@ -162,6 +163,8 @@ def histogram(
         low, high = (0.9 * low, 1.1 * low) if low else (-0.5, 0.5)
     edges = (np.geomspace if wide else np.linspace)(low, high, bins + 1)
     ax.set_xscale("log" if wide else "linear")
+    if wide:
+        plain_ticks(ax.xaxis, edges)
     counts = {name: np.histogram(y, edges)[0] for name, y in seen.items()}
     labels = dict(zip(counts, labels_of(counts), strict=True))
     for number, (name, count) in enumerate(counts.items()):

@@ -317,6 +317,35 @@ def test_a_reader_that_is_not_installed_is_named(tmp_path, monkeypatch):
         read_run(old_checkpoint(tmp_path))
 
 
+ALONE = """
+import sys, types
+sys.modules["jax"] = sys.modules["optax"] = None
+for name, path in (("clipfx", sys.argv[1]), ("clipfx.calibrate", sys.argv[2])):
+    package = sys.modules[name] = types.ModuleType(name)
+    package.__path__ = [path]
+from clipfx.calibrate.reading import read_run
+for path in sys.argv[3:]:
+    (norms,) = read_run(path).norms.values()
+    print(norms.sum())
+"""
+
+
+def test_files_are_read_without_jax(tmp_path):
+    """With packages in place of clipfx, which itself imports JAX, and of calibrate."""
+    writers = (write_jsonl, write_csv, write_npy)
+    folders = [tmp_path / write.__name__ for write in writers]
+    for write, folder in zip(writers, folders, strict=True):
+        folder.mkdir()
+        write(folder)
+    package = clipfx.__path__[0]
+    places = [package, f"{package}/calibrate", *map(str, folders), str(WANDB)]
+    command = [sys.executable, "-c", ALONE, *places]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    totals = [float(line) for line in done.stdout.split()]
+    np.testing.assert_allclose(totals, [NORMS.sum()] * 3 + [118.0])
+
+
 def test_wrong_arguments_say_what_is_right(tmp_path, capsys):
     path = str(write_jsonl(tmp_path))
     with pytest.raises(SystemExit) as stopped:
