@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can tell, in at most eight minutes: run it on a machine that has one,
+# What only a GPU can tell, in at most ten minutes: run it on a machine that has one,
 # with clipfx, its dependencies and absl-py installed. `on_gpu.sh small` tries the script
 # itself on a CPU.
 set -euo pipefail
@@ -9,11 +9,13 @@ export PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=3 PYTHONPATH=.
 step() { printf '\n== %s (%dm%02ds)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 run() { timeout "$1" python3 -m "${@:2}" || echo "ended with status $?"; }
 
-less=()
+less=() examples=() sums=()
 trees=25x1000000,1x25000000
 if [ "${1:-}" = small ]; then
   less=(--width=64 --turns=1 --steps=1)
   trees=2x1000
+  examples=(--shape=2,64,32,4,128 --turns=1 --steps=1)
+  sums=(--trees=2x1000 --turns=1 --steps=1)
 fi
 
 step "versions"
@@ -36,6 +38,12 @@ run 50 benchmarks.accelerators --models=mlp --dtypes=float32 \
 
 step "a clip in front of AdamW"
 run 60 benchmarks.batch --trees="$trees" --leaves=10 --dtypes=float32 --steps=20
+
+step "per-example clipping of a decoder"
+run 110 benchmarks.per_example_programs --groups=global,weight "${examples[@]}"
+
+step "sums of squares alone"
+run 40 benchmarks.reductions "${sums[@]}"
 
 step "norms and laws, as on a GPU"
 JAX_PLATFORMS=cuda XLA_FLAGS=--xla_backend_optimization_level=3 run 60 pytest -q -n0 -x tests/core/test_norms.py -p no:cacheprovider \

@@ -87,7 +87,7 @@ def states_of(opt_state: Any, prefix: str = "clip") -> list[tuple[str, Any]]:
         )
     is_clip = lambda node: isinstance(node, ClipState) or _is_restored(node)
     flat = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_clip)[0]
-    named = [(_name(path), node) for path, node in flat if is_clip(node)]
+    named = [(_name(opt_state, path), node) for path, node in flat if is_clip(node)]
     number = collections.Counter(name for name, _ in named)
     seen = collections.Counter[str]()
     found = []
@@ -100,14 +100,29 @@ def states_of(opt_state: Any, prefix: str = "clip") -> list[tuple[str, Any]]:
     return found
 
 
-def _name(path: tuple) -> str:
-    """Keys of dicts and attributes, without those that hold any state."""
+def _name(tree: Any, path: tuple) -> str:
+    """Keys of dicts and attributes, without fields that hold any state.
+
+    Flax and Orbax make keys of fields. A `clip` among them is one if another stands
+    beside it, else what somebody has called a clip.
+    """
     words = []
     for key in path:
         word = getattr(key, "name", getattr(key, "key", None))
-        if isinstance(word, str) and word not in _PASSED_OVER:
+        beside = {*tree} - {"clip"} if isinstance(tree, Mapping) else _PASSED_OVER
+        is_field = word != "clip" or bool(_PASSED_OVER & beside)
+        if isinstance(word, str) and not (is_field and word in _PASSED_OVER):
             words.append(word)
+        tree = _child(tree, key)
     return _as_tag("/".join(words)) if words else ""
+
+
+def _child(tree: Any, key: Any) -> Any:
+    """What lies below a key; an empty dict where keys do not tell."""
+    if hasattr(key, "name"):
+        return getattr(tree, key.name)
+    within = isinstance(tree, Mapping) or hasattr(key, "idx")
+    return tree[key.idx if hasattr(key, "idx") else key.key] if within else {}
 
 
 def _as_tag(name: str) -> str:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import pathlib
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pydoc_data.topics import topics
 from typing import Any
@@ -44,18 +45,51 @@ def load_text(path: str | None = None) -> str:
         ) from None
 
 
-def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Scikit-learn's digits `[1797, 64]` in [-1, 1], and their labels.
+def load_digits(path: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Images `[N, P]` of P pixels in [-1, 1], and their labels `[N]` from 0 to 9.
+
+    Args:
+      path: An `.npz` file of `images [N, ...]`, in numbers of any range, and whole
+        `labels [N]`; by default the 1797 digits of scikit-learn, 8 pixels by 8.
 
     Raises:
-      ValueError: If scikit-learn is not installed.
+      ValueError: If that is not what the file has, or scikit-learn is not installed.
     """
+    if path is None:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError:
+            lacks = "the digits are missing: pip install scikit-learn."
+            raise ValueError(lacks) from None
+        images, labels = load_digits(return_X_y=True)
+    else:
+        images, labels = _read_images(path)
+    images = np.asarray(images, np.float32).reshape(len(images), -1)
+    low, high = images.min(), images.max()
+    return 2 * ((images - low) / (high - low)) - 1, np.asarray(labels, np.int32)
+
+
+def _read_images(path: str) -> tuple[np.ndarray, np.ndarray]:
     try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ValueError("the digits are missing: pip install scikit-learn.") from None
-    images, labels = load_digits(return_X_y=True)
-    return np.asarray(images, np.float32) / 8 - 1, np.asarray(labels, np.int32)
+        with np.load(path) as file:
+            images, labels = file["images"], file["labels"]
+    except OSError as error:
+        raise ValueError(f"cannot read {path!r}: {error.strerror or error}.") from None
+    except (EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile):
+        wanted = "is no .npz file with arrays named images and labels"
+        raise ValueError(f"{path!r} {wanted}.") from None
+    if images.ndim < 2 or labels.shape != images.shape[:1] or len(labels) < 100:
+        raise ValueError(
+            f"{path!r} must have images [N, ...] and labels [N], 100 or more, got "
+            f"{list(images.shape)} and {list(labels.shape)}."
+        )
+    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > 9:
+        raise ValueError(f"the labels of {path!r} must be whole numbers from 0 to 9.")
+    with np.errstate(all="ignore"):
+        real = images.dtype.kind in "biuf" and 0 < np.ptp(np.float32(images)) < math.inf
+    if not real:
+        raise ValueError(f"the images of {path!r} must be numbers, and not all alike.")
+    return images, labels
 
 
 def encode(text: str) -> tuple[str, np.ndarray]:
@@ -83,6 +117,18 @@ def plain_ticks(axes: Axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def plot_band(
+    axes: Axes, x: Any, y: np.ndarray, color: str, spread: str = "range", **style: Any
+) -> None:
+    """Draws the mean over the last axis of `[x, seeds]`, and its range or deviation."""
+    mean = y.mean(1)
+    low, high = y.min(1), y.max(1)
+    if spread == "deviation":
+        low, high = np.maximum(mean - y.std(1), 0), mean + y.std(1)
+    axes.plot(x, mean, color=color, lw=1.2, **style)
+    axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
 
 
 def write_jsonl(path: pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:

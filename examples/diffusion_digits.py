@@ -23,7 +23,6 @@ are between those of `global` and `min_snr`.
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -31,16 +30,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
 from flax import nnx
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import clipfx
 from clipfx import per_example
-from examples import _common
+from examples import _common, _run
 
-PIXELS = 64
 TIMESTEPS = 1000  # of the cosine schedule
 CHUNK = 250  # steps in one call; a call for each step would take twice the time
 WINDOW = 50  # losses that a spike is compared with
@@ -82,49 +79,33 @@ NAMES = (*VARIANTS, *MIXED)
 class Settings:
     """What all variants have in common; each is a flag of the same name."""
 
-    steps: int = 4000
-    batch: int = 128
-    hidden: int = 256
-    learning_rate: float = 1e-3
-    max_norm: float = 0.1
-    gamma: float = 5.0
-    seed: int = 0
-
-
-# absl takes a name once in a process, and a test imports several examples: imported,
-# this one keeps its flags to itself.
-FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
-_integer = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
-_float = functools.partial(flags.DEFINE_float, flag_values=FLAGS)
-flags.DEFINE_list("variants", list(NAMES), "Methods to compare.", flag_values=FLAGS)
-_integer("steps", Settings.steps, "Training steps per run.", 1)
-_integer("batch", Settings.batch, "Batch size.", 1)
-_integer("hidden", Settings.hidden, "Hidden units per layer.", 1)
-_float("learning_rate", Settings.learning_rate, "Initial learning rate; decays to 0.")
-_float("max_norm", Settings.max_norm, "Clipping threshold.")
-_float("gamma", Settings.gamma, "Gamma of min_snr and min_snr_weighting.")
-_integer("seed", Settings.seed, "Random seed.", 0)
-flags.DEFINE_string(
-    "out", "out/diffusion_digits", "Output directory.", flag_values=FLAGS
-)
-for name in ("learning_rate", "max_norm", "gamma"):
-    flags.register_validator(name, lambda x: x > 0, "must be greater than 0", FLAGS)
-_rule = f"must be one or more of {', '.join(NAMES)}"
-flags.register_validator("variants", lambda x: x and {*x} <= {*NAMES}, _rule, FLAGS)
+    data: str | None = _run.flag(
+        None, "An .npz file of square images [N, ...] and labels [N] from 0 to 9."
+    )
+    variants: tuple[str, ...] = _run.flag(NAMES, "Methods to compare.", among=NAMES)
+    steps: int = _run.flag(4000, "Training steps of each run.", least=1)
+    batch: int = _run.flag(128, "Batch size.", least=1)
+    hidden: int = _run.flag(256, "Hidden units per layer.", least=1)
+    learning_rate: float = _run.flag(
+        1e-3, "Initial learning rate; decays to 0.", above=0
+    )
+    max_norm: float = _run.flag(0.1, "Clipping threshold.", above=0)
+    gamma: float = _run.flag(5.0, "Gamma of min_snr and min_snr_weighting.", above=0)
+    seed: int = _run.flag(0, "Random seed.", least=0)
 
 
 class Denoiser(nnx.Module):
     """Two residual layers, which predict the digits behind the noise."""
 
-    def __init__(self, hidden: int, rngs: nnx.Rngs):
+    def __init__(self, hidden: int, rngs: nnx.Rngs, pixels: int = 64):
         self.time = nnx.Linear(64, hidden, rngs=rngs)
-        self.enter = nnx.Linear(PIXELS, hidden, rngs=rngs)
+        self.enter = nnx.Linear(pixels, hidden, rngs=rngs)
         self.first = nnx.Linear(hidden, hidden, rngs=rngs)
         self.second = nnx.Linear(hidden, hidden, rngs=rngs)
-        self.leave = nnx.Linear(hidden, PIXELS, rngs=rngs)
+        self.leave = nnx.Linear(hidden, pixels, rngs=rngs)
 
     def __call__(self, noisy: jax.Array, t: jax.Array) -> jax.Array:
-        """Digits `[batch, 64]` from noisy ones that share the timestep t, `[]`."""
+        """Digits `[batch, P]` from noisy ones that share the timestep t, `[]`."""
         angles = t.astype(jnp.float32) * np.geomspace(1, 1e-4, 32, dtype=np.float32)
         time = self.time(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])[None])
         x = self.enter(noisy) + time
@@ -134,7 +115,7 @@ class Denoiser(nnx.Module):
 
 
 class Batch(NamedTuple):
-    """Digits `[batch, 64]`, their one timestep, its SNR, and the key of their noise.
+    """Digits `[batch, P]`, their one timestep, its SNR, and the key of their noise.
 
     Mixed, all of these have an axis of examples.
     """
@@ -157,7 +138,7 @@ class History:
     variant: str
     rows: list[dict[str, Any]]
     held_out: float  # see `evaluate`
-    samples: np.ndarray  # `[count, 64]`
+    samples: np.ndarray  # `[count, P]`
     distance: float  # from the samples to held-out digits
 
     def column(self, name: str) -> np.ndarray:
@@ -173,9 +154,12 @@ class History:
         return means(t), means(values)
 
 
-def load_data() -> tuple[np.ndarray, np.ndarray]:
-    """Digits `[count, 64]` in [-1, 1], four fifths to train on and one to test."""
-    digits = np.random.default_rng(0).permutation(_common.load_digits()[0])
+def load_data(path: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Digits `[count, P]` in [-1, 1], four fifths to train on and one to test."""
+    digits = np.random.default_rng(0).permutation(_common.load_digits(path)[0])
+    pixels = digits.shape[1]
+    if math.isqrt(pixels) ** 2 != pixels:
+        raise ValueError(f"images must be square, and these have {pixels} pixels.")
     return digits[len(digits) // 5 :], digits[: len(digits) // 5]
 
 
@@ -255,7 +239,7 @@ def evaluate(model: Denoiser, digits: jax.Array) -> jax.Array:
 
 @functools.partial(nnx.jit, static_argnames="count")
 def sample(model: Denoiser, key: jax.Array, count: int) -> jax.Array:
-    """Digits `[count, 64]` from noise, by all timesteps, the noisiest first."""
+    """Digits `[count, P]` from noise, by all timesteps, the noisiest first."""
 
     def step(x, inputs):  # x: digits + noise / sqrt(SNR)
         t, snr, cleaner, key = inputs  # cleaner: the SNR to come
@@ -268,13 +252,14 @@ def sample(model: Denoiser, key: jax.Array, count: int) -> jax.Array:
     cleaner = jnp.concatenate([jnp.full(1, jnp.inf), ratios[:-1]])
     keys = jax.random.split(key, TIMESTEPS + 1)  # the last one for the start
     inputs = jnp.arange(TIMESTEPS), ratios, cleaner, keys[:-1]
-    x = jax.random.normal(keys[-1], (count, PIXELS)) / jnp.sqrt(ratios[-1])
+    shape = count, model.leave.out_features
+    x = jax.random.normal(keys[-1], shape) / jnp.sqrt(ratios[-1])
     return jax.lax.scan(step, x, inputs, reverse=True)[0]
 
 
 def sliced_wasserstein(one: np.ndarray, other: np.ndarray) -> float:
     """Wasserstein-2 distance of as many digits, along 256 fixed random directions."""
-    directions = np.random.default_rng(0).normal(size=(PIXELS, 256))
+    directions = np.random.default_rng(0).normal(size=(one.shape[1], 256))
     directions /= np.linalg.norm(directions, axis=0)
     gaps = np.sort(one @ directions, axis=0) - np.sort(other @ directions, axis=0)
     return float(np.sqrt(np.square(gaps).mean()))
@@ -294,8 +279,8 @@ def choose(
 
 def train(variant: str, settings: Settings = Settings()) -> History:
     """Trains one model, and samples from it."""
-    digits, held_out = load_data()
-    model = Denoiser(settings.hidden, nnx.Rngs(settings.seed))
+    digits, held_out = load_data(settings.data)
+    model = Denoiser(settings.hidden, nnx.Rngs(settings.seed), digits.shape[1])
     rate = optax.cosine_decay_schedule(settings.learning_rate, settings.steps)
     step, tx = choose(variant, settings, optax.adam(rate))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -305,11 +290,13 @@ def train(variant: str, settings: Settings = Settings()) -> History:
     )
     rows = []
     stacks = draw_batches(digits, settings)
-    for batches in tqdm(stacks, f"{variant:>18}", math.ceil(settings.steps / CHUNK)):
+    bar = tqdm(stacks, f"{variant:>18}", math.ceil(settings.steps / CHUNK))
+    for batches in bar:
         _, seen = train_steps((model, optimizer), batches)
         for values in zip(*(x.tolist() for x in seen.values()), strict=True):
             numbers = dict(zip(seen, values, strict=True))
             rows.append({"variant": variant, "step": len(rows), **numbers})
+        bar.set_postfix_str(f"loss {seen['loss'].mean():.3f}", refresh=False)
 
     error = float(evaluate(model, jnp.asarray(held_out)))
     key = jax.random.fold_in(jax.random.key(settings.seed), 1)
@@ -344,8 +331,8 @@ def summarize(history: History) -> dict[str, Any]:
     }
 
 
-def plot_norms(histories: Sequence[History], path: pathlib.Path) -> None:
-    """Draws gradient norms over timesteps, one panel for each variant, as PNG."""
+def plot_norms(histories: Sequence[History]) -> Figure:
+    """Draws gradient norms over timesteps, one panel for each variant."""
     columns = min(len(histories), 3)
     rows = math.ceil(len(histories) / columns)
     figure = Figure(figsize=(3 * columns + 0.5, 2.6 * rows + 0.5), layout="constrained")
@@ -362,35 +349,29 @@ def plot_norms(histories: Sequence[History], path: pathlib.Path) -> None:
     figure.supylabel("gradient norm, mean over the run")
     names = grid[0, 0].get_legend_handles_labels()
     figure.legend(*names, loc="outside upper center", ncols=2)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def plot_samples(rows: dict[str, np.ndarray], path: pathlib.Path) -> None:
-    """Draws 32 digits for each name, as PNG."""
+def plot_samples(rows: dict[str, np.ndarray]) -> Figure:
+    """Draws 16 or 32 digits for each name."""
     figure = Figure(figsize=(8, 1.05 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), squeeze=False)
     border = ((0, 0), (0, 0), (1, 1), (1, 1))
     for axes, (name, digits) in zip(grid.flat, rows.items(), strict=True):
-        tiles = np.pad(digits[:32].reshape(2, 16, 8, 8), border, constant_values=-1)
-        axes.imshow(tiles.swapaxes(1, 2).reshape(20, 160), "gray_r", vmin=-1, vmax=1)
+        side, lines = math.isqrt(digits.shape[1]), min(len(digits) // 16, 2)
+        tiles = digits[: 16 * lines].reshape(lines, 16, side, side)
+        tiles = np.pad(tiles, border, constant_values=-1).swapaxes(1, 2)
+        picture = tiles.reshape(lines * (side + 2), 16 * (side + 2))
+        axes.imshow(picture, "gray_r", vmin=-1, vmax=1)
         axes.set(xticks=[], yticks=[])
         axes.set_ylabel(name, rotation=0, ha="right", va="center")
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def main(argv: Sequence[str]) -> None:
+def run(settings: Settings, out: _run.Out) -> None:
     """Runs every variant asked for; prints and writes what came of it."""
-    given = FLAGS.flag_values_dict()
-    settings = Settings(**{f.name: given[f.name] for f in dataclasses.fields(Settings)})
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}: flags begin with --.")
-        digits, held_out = load_data()
-        out = _common.make_dir(FLAGS.out)
-    except ValueError as error:
-        raise SystemExit(f"diffusion_digits: {error}") from None
-
-    histories = [train(name, settings) for name in dict.fromkeys(FLAGS.variants)]
+    digits, held_out = load_data(settings.data)
+    histories = [train(name, settings) for name in settings.variants]
     print("\n" + _common.format_table([summarize(history) for history in histories]))
     real = sliced_wasserstein(digits[: len(held_out)], held_out)
     print(
@@ -399,12 +380,11 @@ def main(argv: Sequence[str]) -> None:
         f"\nsamples to held-out digits, sliced Wasserstein; training digits {real:.3f}."
         "\nSpreads and spikes of a mixed variant: of the first example of each batch."
     )
-    _common.write_jsonl(out / "metrics.jsonl", (r for h in histories for r in h.rows))
-    plot_norms(histories, out / "norms.png")
+    out.jsonl(row for history in histories for row in history.rows)
+    out.figure(plot_norms(histories), "norms.png")
     samples = {history.variant: history.samples for history in histories}
-    plot_samples({"held-out digits": held_out} | samples, out / "samples.png")
-    print(f"Wrote metrics.jsonl, norms.png and samples.png to {out}.")
+    out.figure(plot_samples({"held-out digits": held_out} | samples), "samples.png")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    _run.main(run, Settings)

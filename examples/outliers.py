@@ -23,7 +23,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -32,17 +31,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
 from flax import linen as nn
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import clipfx
-from clipfx import per_example
-from examples import _common
+from clipfx import per_example, plots
+from examples import _common, _run
 
 CLASSES = 10
+KINDS = ("right", "wrong")  # of labels
 ROUNDS = 200  # of timing, each with one step of every variant
 
 
@@ -50,39 +48,20 @@ ROUNDS = 200  # of timing, each with one step of every variant
 class Settings:
     """What all variants have in common; each is a flag of the same name."""
 
-    wrong: float = 0.1
-    rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-    max_norm: float = 1.0
-    steps: int = 3000
-    batch: int = 64
-    runs: int = 3
-    seed: int = 0
-
-
-def _are_rates(texts: Sequence[str]) -> bool:
-    try:
-        return all(0 < float(text) < math.inf for text in texts)
-    except ValueError:
-        return False
-
-
-# See diffusion_digits: imported, an example keeps its flags to itself.
-FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
-_integer = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
-_float = functools.partial(flags.DEFINE_float, flag_values=FLAGS)
-_float("wrong", Settings.wrong, "Fraction of wrong labels.", 0.01, 0.99)
-flags.DEFINE_list(
-    "rates", [str(x) for x in Settings.rates], "Learning rates.", flag_values=FLAGS
-)
-_float("max_norm", Settings.max_norm, "Clipping threshold.")
-_integer("steps", Settings.steps, "Training steps per run.", 1)
-_integer("batch", Settings.batch, "Batch size.", 1)
-_integer("runs", Settings.runs, "Random seeds per variant and learning rate.", 1)
-_integer("seed", Settings.seed, "First random seed, of weights, batches and labels.", 0)
-flags.DEFINE_string("out", "out/outliers", "Output directory.", flag_values=FLAGS)
-flags.register_validator("max_norm", lambda x: x > 0, "must be greater than 0", FLAGS)
-_rule = "must be one or more numbers greater than 0"
-flags.register_validator("rates", lambda x: x and _are_rates(x), _rule, FLAGS)
+    data: str | None = _run.flag(
+        None, "An .npz file of images [N, ...] and labels [N] from 0 to 9."
+    )
+    wrong: float = _run.flag(0.1, "Fraction of wrong labels.", least=0.01, most=0.99)
+    rates: tuple[float, ...] = _run.flag(
+        (0.001, 0.003, 0.01, 0.03, 0.1, 0.3), "Learning rates.", above=0
+    )
+    max_norm: float = _run.flag(1.0, "Clipping threshold.", above=0)
+    steps: int = _run.flag(3000, "Training steps of each run.", least=1)
+    batch: int = _run.flag(64, "Batch size.", least=1)
+    runs: int = _run.flag(3, "Random seeds of each variant and rate.", least=1)
+    seed: int = _run.flag(
+        0, "First random seed, of weights, batches and labels.", least=0
+    )
 
 
 class MLP(nn.Module):
@@ -90,7 +69,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits `[..., 10]` of digits `[..., 64]`."""
+        """Logits `[..., 10]` of digits `[..., P]`."""
         for _ in range(2):
             x = nn.relu(nn.Dense(128)(x))
         return nn.Dense(CLASSES)(x)
@@ -100,7 +79,7 @@ MODEL = MLP()
 
 
 class Data(NamedTuple):
-    """Digits `[count, 64]` and what to say about them.
+    """Digits `[count, P]` and what to say about them.
 
     `wrong` marks the labels to train on that are not what is seen; those held out are
     all right.
@@ -114,7 +93,7 @@ class Data(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Digits `[batch, 64]`, their labels, and False in `where` for padding."""
+    """Digits `[batch, P]`, their labels, and False in `where` for padding."""
 
     images: Any
     labels: Any
@@ -154,9 +133,9 @@ class Run:
         return float(roc_auc_score(self.wrong, score))
 
 
-def load_data(share: float, seed: int) -> Data:
+def load_data(share: float, seed: int, path: str | None = None) -> Data:
     """Digits in [-1, 1], half of them held out; some labels of the rest made wrong."""
-    images, labels = _common.load_digits()
+    images, labels = _common.load_digits(path)
     order = np.random.default_rng(0).permutation(len(labels))
     images, labels = images[order], labels[order]
     test = len(labels) // 2
@@ -188,7 +167,7 @@ def draw_batches(data: Data, settings: Settings, seed: int) -> Iterator[Batch]:
 
 
 def loss(params: Any, image: jax.Array, label: jax.Array) -> jax.Array:
-    """Cross entropy of one digit `[64]`."""
+    """Cross entropy of one digit `[P]`."""
     logits: Any = MODEL.apply(params, image)
     return optax.softmax_cross_entropy_with_integer_labels(logits, label)
 
@@ -262,9 +241,9 @@ def make_epoch(variant: str, settings: Settings) -> tuple[Any, Step]:
     return tx, jax.jit(lambda learner, batches: jax.lax.scan(step, learner, batches))
 
 
-def start(tx: Any, rate: float, seed: int) -> Learner:
+def start(tx: Any, rate: float, seed: int, pixels: int = 64) -> Learner:
     """What a run begins with; the weights are the same for every variant."""
-    params = MODEL.init(jax.random.key(seed), jnp.zeros(64))
+    params = MODEL.init(jax.random.key(seed), jnp.zeros(pixels))
     return Learner(params, tx.init(params), jnp.float32(rate))
 
 
@@ -281,9 +260,9 @@ measure = jax.jit(per_example.norms(loss, batch_argnums=(1, 2)))
 
 def train(variant: str, rate: float, seed: int, settings: Settings) -> Run:
     """Trains one model, and measures the gradients of all examples at the end."""
-    data = load_data(settings.wrong, seed)
+    data = load_data(settings.wrong, seed, settings.data)
     tx, epoch = make_epoch(variant, settings)
-    learner = start(tx, rate, seed)
+    learner = start(tx, rate, seed, data.images.shape[1])
     rows, step = [], 0
     for batches in draw_batches(data, settings, seed):
         learner, losses = epoch(learner, batches)
@@ -308,14 +287,15 @@ def train(variant: str, rate: float, seed: int, settings: Settings) -> Run:
 
 def measure_times(settings: Settings) -> dict[str, float]:
     """Median milliseconds of a step of each variant, taken in turns."""
-    data = load_data(settings.wrong, settings.seed)
+    data = load_data(settings.wrong, settings.seed, settings.data)
     batch = jax.tree.map(
         lambda x: jnp.asarray(x[0]), next(draw_batches(data, settings, settings.seed))
     )
     ready = {}
     for name in VARIANTS:
         tx, step = make_step(name, settings)
-        learner, step = start(tx, 0.0, settings.seed), jax.jit(step)
+        pixels = data.images.shape[1]
+        learner, step = start(tx, 0.0, settings.seed, pixels), jax.jit(step)
         ready[name] = functools.partial(step, learner, batch)
         jax.block_until_ready(ready[name]())
     times = {name: [] for name in VARIANTS}
@@ -376,20 +356,25 @@ def summarize(runs: Sequence[Run], variant: str, ms: float) -> dict[str, Any]:
     }
 
 
-def plot(runs: Sequence[Run], max_norm: float, path: pathlib.Path) -> None:
-    """Draws accuracies, what is repeated of wrong labels, and norms, as PNG."""
+def stack(runs: Sequence[Run], name: str) -> np.ndarray:
+    """A number of each epoch, `[epochs, runs]`."""
+    return np.stack([run.column(name) for run in runs], 1)
+
+
+def plot(runs: Sequence[Run], max_norm: float) -> Figure:
+    """Draws accuracies, what is repeated of wrong labels, and norms."""
     figure = Figure(figsize=(10, 7), layout="constrained")
     (by_rate, tests), (repeated, norms) = figure.subplots(2, 2)
     rates = list_rates(runs)
     rate = best_rate(runs, "per_example")
     for color, variant in zip(("C7", "C1", "C0"), VARIANTS, strict=True):
         ends = [[1 - r.last("test") for r in select(runs, variant, x)] for x in rates]
-        ends = list(zip(*ends, strict=True))
-        plot_band(by_rate, rates, ends, color, marker="o", label=variant)
+        band = functools.partial(_common.plot_band, color=color)
+        band(by_rate, rates, np.array(ends), marker="o", label=variant)
         chosen = select(runs, variant, rate)
         steps = chosen[0].column("step")
-        plot_band(tests, steps, [1 - run.column("test") for run in chosen], color)
-        plot_band(repeated, steps, [run.column("repeated") for run in chosen], color)
+        band(tests, steps, 1 - stack(chosen, "test"))
+        band(repeated, steps, stack(chosen, "repeated"))
     by_rate.set(title="At the end", xscale="log", xlabel="learning rate")
     tests.set(title=f"On the way, learning rate {rate:g}", xlabel="step")
     for axes in (by_rate, tests):
@@ -397,57 +382,29 @@ def plot(runs: Sequence[Run], max_norm: float, path: pathlib.Path) -> None:
         _common.plain_ticks(axes)
     repeated.set(title=f"On the way, learning rate {rate:g}", xlabel="step")
     repeated.set(ylabel="share of wrong labels repeated", ylim=(-0.02, 1.02))
-    plot_norms(norms, select(runs, "per_example", rate)[0], max_norm)
+    run = select(runs, "per_example", rate)[0]
+    seen = {f"{x} labels": run.norms[run.wrong == (x == "wrong")] for x in KINDS}
+    plots.histogram(seen, max_norm, legend=False, ax=norms)
+    norms.set(title=f"Examples at the end of {run.variant}", ylabel="examples")
+    norms.set(xlabel="norm of the gradient of an example")
+    norms.legend(loc="upper left")
     names = by_rate.get_legend_handles_labels()
     figure.legend(*names, loc="outside upper center", ncols=len(VARIANTS))
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def plot_band(
-    axes: Axes, x: Any, seeds: Sequence[Any], color: str, **style: Any
-) -> None:
-    """The mean of some curves, and their range."""
-    values = np.stack(seeds)
-    axes.plot(x, values.mean(0), color=color, lw=1.2, **style)
-    axes.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
-
-
-def plot_norms(axes: Axes, run: Run, max_norm: float) -> None:
-    """Two histograms on one logarithmic axis, and the threshold."""
-    axes.set_title(f"Examples at the end of {run.variant}, seed {run.seed}")
-    shown = np.isfinite(run.norms) & (run.norms > 0)
-    if not shown.any():  # diverged; a logarithmic axis takes something to show
-        return
-    ends = [*run.norms[shown], 0.9 * max_norm, 1.1 * max_norm]
-    bins = np.geomspace(min(ends), max(ends), 50).tolist()
-    for wrong, name, color in ((False, "right", "C2"), (True, "wrong", "C3")):
-        norms = run.norms[shown & (run.wrong == wrong)]
-        axes.hist(norms, bins, color=color, alpha=0.6, label=f"{name} labels")
-    axes.axvline(max_norm, color="k", ls="--", lw=1, label="threshold")
-    axes.set(xscale="log", yscale="log", xlabel="gradient norm", ylabel="examples")
-    _common.plain_ticks(axes)
-    axes.legend(loc="upper left")
-
-
-def main(argv: Sequence[str]) -> None:
+def run(settings: Settings, out: _run.Out) -> None:
     """Runs every variant at every rate; prints and writes what came of it."""
-    given = FLAGS.flag_values_dict() | {"rates": tuple(map(float, FLAGS.rates))}
-    settings = Settings(**{f.name: given[f.name] for f in dataclasses.fields(Settings)})
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}: flags begin with --.")
-        load_data(settings.wrong, settings.seed)
-        out = _common.make_dir(FLAGS.out)
-    except ValueError as error:
-        raise SystemExit(f"outliers: {error}") from None
-
+    load_data(settings.wrong, settings.seed, settings.data)
     times = measure_times(settings)
     seeds = range(settings.seed, settings.seed + settings.runs)
     runs = []
     for variant in VARIANTS:
-        pairs = list(itertools.product(dict.fromkeys(settings.rates), seeds))
-        for rate, seed in tqdm(pairs, f"{variant:>11}"):
+        pairs = tqdm([*itertools.product(settings.rates, seeds)], f"{variant:>11}")
+        for rate, seed in pairs:
             runs.append(train(variant, rate, seed, settings))
+            note = f"rate {rate:g}, held-out {runs[-1].last('test'):.3f}"
+            pairs.set_postfix_str(note, refresh=False)
     rows = [summarize(runs, variant, times[variant]) for variant in VARIANTS]
     print("\nHeld-out accuracy at the end, mean and range over seeds, by rate:\n")
     print(_common.format_table(tabulate(runs, lambda run: run.last("test"))))
@@ -461,10 +418,9 @@ def main(argv: Sequence[str]) -> None:
         "\nmedian gradient norms by kind of label. by norm, by loss: area under the"
         "\nROC curve of what should find the wrong labels. ms/step: median, in turns."
     )
-    _common.write_jsonl(out / "metrics.jsonl", (row for r in runs for row in r.rows))
-    plot(runs, settings.max_norm, out / "outliers.png")
-    print(f"Wrote metrics.jsonl and outliers.png to {out}.")
+    out.jsonl(row for run in runs for row in run.rows)
+    out.figure(plot(runs, settings.max_norm), "outliers.png")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    _run.main(run, Settings)

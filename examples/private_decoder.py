@@ -32,6 +32,7 @@ that choice.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import pathlib
 import time
@@ -53,7 +54,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -62,16 +62,17 @@ from matplotlib.ticker import NullLocator
 from tqdm import tqdm
 
 from clipfx import privacy
-from examples import _checkpoints, _common, _processes, _sampling, _training
+from examples import _checkpoints, _common, _processes, _run, _sampling, _training
 from examples import transformer_fsdp as public
 from examples._secret import Secret
-from examples._training import Settings
 
 PACKAGES = ("numpy", "scipy", "sklearn")
 RATES = {"lora": 0.02, "all": 0.003}  # learning rates by what is trained
 ROUNDS = 10  # of timing, each with one step of every kind
-# Of the base, besides what flags say.
+GROUPS = ("global", "layer")
+# Of the base, besides what flags say of both.
 PUBLIC: dict[str, Any] = {"batch": 64, "dropout": 0.0, "learning_rate": 4e-3}
+BOTH = ("width", "layers", "heads", "length", "dtype", "seed")
 END = 0  # the byte after a text, which is not counted
 
 
@@ -79,68 +80,66 @@ END = 0  # the byte after a text, which is not counted
 class Tuning:
     """What all private runs have in common; each is a flag of the same name."""
 
-    rank: int = 4
-    max_norm: float = 0.1
-    delta: float = 1e-5
-    batch: int = 256
-    steps: int = 80
-    learning_rate: float | None = None
+    rank: int = _run.flag(4, "Rank of the factors of --train=lora.", least=1)
+    max_norm: float = _run.flag(0.1, "Bound on what one text contributes.", above=0)
+    delta: float = _run.flag(1e-5, "Target delta.", above=0, below=1)
+    batch: int = _run.flag(256, "Expected batch size of private steps.", least=1)
+    steps: int = _run.flag(80, "Private steps of each run.", least=1)
+    learning_rate: float | None = _run.flag(
+        None, "First learning rate; by default by what is trained.", above=0
+    )
 
     def rate(self, train: str) -> float:
         """The first learning rate."""
         return self.learning_rate or RATES[train]
 
 
-def _are_choices(*known: str) -> Callable[[Sequence[str]], bool]:
-    return lambda texts: bool(texts) and set(texts) <= {*known}
+@dataclasses.dataclass(frozen=True)
+class Settings(Tuning):
+    """What a command does; each is a flag of the same name."""
 
-
-def _are_positive(texts: Sequence[str]) -> bool:
-    try:
-        return bool(texts) and all(float(text) > 0 for text in texts)
-    except ValueError:
-        return False
-
-
-# See diffusion_digits: imported, an example keeps its flags to itself.
-FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
-_string = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
-_float = functools.partial(flags.DEFINE_float, flag_values=FLAGS)
-_integer = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
-_list = functools.partial(flags.DEFINE_list, flag_values=FLAGS)
-_check = functools.partial(flags.register_validator, flag_values=FLAGS)
-_string("text", None, "UTF-8 file of public text; by default Python's own manual.")
-_string("private", None, "UTF-8 file, a private text a line; by default docstrings.")
-_list("epsilons", ["1", "3", "8", "inf"], "Target epsilons; inf is not private.")
-_check("epsilons", _are_positive, "must be one or more numbers greater than 0, or inf")
-_list("train", ["lora"], f"What is trained: {', '.join(RATES)}.")
-_check("train", _are_choices(*RATES), "must be lora, all, or both")
-_list("groups", ["global"], "What has a norm of its own: global, layer.")
-_check("groups", _are_choices("global", "layer"), "must be global, layer, or both")
-_integer("rank", Tuning.rank, "Rank of the factors of --train=lora.", 1)
-_float("max_norm", Tuning.max_norm, "Bound on what one text contributes.")
-_float("delta", Tuning.delta, "Target delta.")
-_check("delta", lambda x: 0 < x < 1, "must be between 0 and 1")
-_integer("batch", Tuning.batch, "Expected batch size of private steps.", 1)
-_integer("steps", Tuning.steps, "Private steps of each run.", 1)
-_integer("base_steps", 300, "Steps of training on public text.", 1)
-_integer("save_every", 20, "Private steps between checkpoints.", 1)
-_float("learning_rate", None, "First learning rate; by default by what is trained.")
-_integer("width", Settings.width, "Model width.", 1)
-_integer("layers", Settings.layers, "Transformer layers.", 1)
-_integer("heads", Settings.heads, "Attention heads.", 1)
-_integer("length", Settings.length, "Sequence length, in bytes.", 1)
-flags.DEFINE_enum(
-    "dtype", "float32", ["bfloat16", "float32"], "Compute dtype.", flag_values=FLAGS
-)
-_integer("seed", Settings.seed, "Public seed, of first weights and public batches.", 0)
-_string("secret", None, "File of the secret; by default in --out, drawn if not there.")
-_integer("data", 0, "Data-parallel (FSDP) mesh size; 0 for all remaining devices.", 0)
-_integer("model", 1, "Tensor-parallel mesh size; must divide --heads.", 1)
-_integer("cpu_devices", 8, "Simulated devices in all, if there is only a CPU.", 1)
-_string("out", "out/private_decoder", "Output directory.")
-for _name in ("learning_rate", "max_norm"):
-    _check(_name, lambda x: x is None or x > 0, "must be greater than 0")
+    text: str | None = _run.flag(
+        None, "UTF-8 file of public text; by default Python's manual.", resumes=True
+    )
+    private: str | None = _run.flag(
+        None, "UTF-8 file, a private text a line; by default docstrings.", resumes=True
+    )
+    epsilons: tuple[float, ...] = _run.flag(
+        (1.0, 3.0, 8.0, math.inf), "Target epsilons; inf is not private.",
+        above=0, most=math.inf, resumes=True,
+    )  # fmt: skip
+    train: tuple[str, ...] = _run.flag(
+        ("lora",), "What is trained.", among=RATES, resumes=True
+    )
+    groups: tuple[str, ...] = _run.flag(
+        ("global",), "What has a norm of its own.", among=GROUPS, resumes=True
+    )
+    base_steps: int = _run.flag(300, "Steps of training on public text.", least=1)
+    save_every: int = _run.flag(
+        20, "Private steps between checkpoints.", least=1, resumes=True
+    )
+    width: int = _run.flag(64, "Model width.", least=1)
+    layers: int = _run.flag(2, "Transformer layers.", least=1)
+    heads: int = _run.flag(4, "Attention heads.", least=1)
+    length: int = _run.flag(64, "Sequence length, in bytes.", least=1)
+    dtype: str = _run.flag("float32", "Compute dtype.", among=("bfloat16", "float32"))
+    seed: int = _run.flag(
+        0, "Public seed, of first weights and public batches.", least=0
+    )
+    secret: str | None = _run.flag(
+        None, "File of the secret; by default in --out, drawn if not there.",
+        resumes=True,
+    )  # fmt: skip
+    data: int = _run.flag(
+        0, "Data-parallel (FSDP) mesh size; 0 for all remaining devices.",
+        least=0, resumes=True,
+    )  # fmt: skip
+    model: int = _run.flag(
+        1, "Tensor-parallel mesh size; must divide --heads.", least=1, resumes=True
+    )
+    cpu_devices: int = _run.flag(
+        8, "Simulated devices in all, if there is only a CPU.", least=1, resumes=True
+    )
 
 
 # ----------------------------------------------------------------------- private text
@@ -251,7 +250,9 @@ def make_grad(
 
 
 @functools.cache
-def programs(kind: Kind, settings: Settings, tuning: Tuning, mesh: Mesh) -> Programs:
+def programs(
+    kind: Kind, settings: _training.Settings, tuning: Tuning, mesh: Mesh
+) -> Programs:
     """Puts the pieces on a mesh."""
     lora = kind.train == "lora"
     model = _training.make_model(settings, **({"rank": tuning.rank} if lora else {}))
@@ -323,7 +324,7 @@ def programs(kind: Kind, settings: Settings, tuning: Tuning, mesh: Mesh) -> Prog
     )
 
 
-def base_shapes(settings: Settings, mesh: Mesh) -> Any:
+def base_shapes(settings: _training.Settings, mesh: Mesh) -> Any:
     """Of the weights of the base, each leaf knowing where it lies."""
     return _training.programs(settings, "global", 1.0, mesh).shapes.params
 
@@ -334,7 +335,7 @@ def base_shapes(settings: Settings, mesh: Mesh) -> Any:
 class Shared(NamedTuple):
     """What all runs share, and `about`, what of it a resumed run must have the same."""
 
-    settings: Settings
+    settings: _training.Settings
     tuning: Tuning
     mesh: Mesh
     base: Any
@@ -360,7 +361,7 @@ class Shared(NamedTuple):
 
 
 def load_base(
-    settings: Settings, text: str, out: pathlib.Path, mesh: Mesh, steps: int
+    settings: _training.Settings, text: str, out: pathlib.Path, mesh: Mesh, steps: int
 ) -> Any:
     """Weights trained on public text, or as far as `out` is, from there on."""
     data, model = mesh.shape["data"], mesh.shape["model"]
@@ -495,9 +496,7 @@ def costs(shared: Shared, kinds: Sequence[Kind]) -> list[dict[str, Any]]:
     ]
 
 
-def plot(
-    rows: Sequence[dict], spent: Sequence[dict], delta: float, path: pathlib.Path
-) -> None:
+def plot(rows: Sequence[dict], spent: Sequence[dict], delta: float) -> Figure:
     """Bits per byte against epsilon, and what steps cost."""
     figure = Figure((10, 4.5), layout="constrained")
     panels: Any = figure.subplots(1, 3, width_ratios=(3, 1, 1))
@@ -531,74 +530,61 @@ def plot(
     for panel in panels:
         panel.grid(alpha=0.3, axis="both" if panel is axes else "y")
         panel.set_axisbelow(True)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def share(given: dict[str, Any], out: pathlib.Path) -> Shared:
+def share(given: Settings, out: _run.Out) -> Shared:
     """Reads what flags name, and trains the base."""
-    pick = lambda kind, **more: kind(
-        **{f.name: given[f.name] for f in dataclasses.fields(kind) if f.name in given}
-        | more
-    )
-    settings = pick(Settings, **PUBLIC)
-    tuning = pick(Tuning)
-    text = _common.load_text(given["text"])
-    data = load_private(given["private"], settings.length)
+    settings = _training.Settings(**PUBLIC, **{x: getattr(given, x) for x in BOTH})
+    names = [field.name for field in dataclasses.fields(Tuning)]
+    tuning = Tuning(**{name: getattr(given, name) for name in names})
+    text = _common.load_text(given.text)
+    data = load_private(given.private, settings.length)
     count = len(data.train)
     if not tuning.batch <= count < 1 / tuning.delta:
-        limits = f"batch must be at most {count}, delta less than 1/{count}"
+        limits = f"--batch must be at most {count}, --delta less than 1/{count}"
         raise ValueError(f"{limits}, got {tuning.batch} and {tuning.delta:g}.")
     _sampling.draw_indices(count, tuning.batch, 1, 1, np.random.default_rng(0))
-    mesh = public.make_mesh(settings, given["data"], given["model"])
-    secret = Secret(pathlib.Path(given["secret"] or out / "secret"))
-    base = load_base(settings, text, out / "base", mesh, given["base_steps"])
+    mesh = public.make_mesh(settings, given.data, given.model)
+    secret = Secret(pathlib.Path(given.secret or out.folder / "secret"))
+    base = load_base(settings, text, out.path("base"), mesh, given.base_steps)
     about = {
         **dataclasses.asdict(settings),
         **dataclasses.asdict(tuning),
-        "base_steps": given["base_steps"],
+        "base_steps": given.base_steps,
         "text": hashlib.sha256(text.encode()).hexdigest()[:16],
         "private": secret.mark(data.train.tobytes()),
     }
-    return Shared(settings, tuning, mesh, base, data, secret, out, about)
+    return Shared(settings, tuning, mesh, base, data, secret, out.folder, about)
 
 
-def main(argv: Sequence[str]) -> None:
+def run(settings: Settings, out: _run.Out) -> None:
     """Trains the base, tunes it at each epsilon; prints and writes."""
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells of every move
-    given = FLAGS.flag_values_dict()
-    targets = sorted(set(map(float, given["epsilons"])))
-    private = [
-        Kind(train, groups)
-        for train in dict.fromkeys(given["train"])
-        for groups in dict.fromkeys(given["groups"])
-    ]
-    plain = list(dict.fromkeys(kind._replace(groups=None) for kind in private))
+    targets = sorted(settings.epsilons)
+    private = [Kind(*x) for x in itertools.product(settings.train, settings.groups)]
+    plain = [Kind(train, None) for train in settings.train]
     runs = [(kind, x) for kind in private for x in targets if math.isfinite(x)]
     runs += [(kind, math.inf) for kind in plain if math.inf in targets]
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}: flags begin with --.")
-        out = _common.make_dir(FLAGS.out)
-        _processes.set_up(FLAGS.cpu_devices, 1, -1, "")
-        shared = share(given, out)
-        kinds = sorted([*plain, *private], key=lambda kind: kind.train, reverse=True)
-        spent = costs(shared, kinds)
-        rows = [tune(shared, *run, save_every=FLAGS.save_every)[0] for run in runs]
-    except (ImportError, ValueError) as error:
-        raise SystemExit(f"private_decoder: {error}") from None
+    _processes.set_up(settings.cpu_devices, 1, -1, "")
+    shared = share(settings, out)
+    kinds = sorted([*plain, *private], key=lambda kind: kind.train, reverse=True)
+    spent = costs(shared, kinds)
+    rows = [tune(shared, *run, save_every=settings.save_every)[0] for run in runs]
     base = measure(shared, Kind("all", None), shared.base)
     first = {"trained": "nothing", "groups": "", "target": 0.0, "epsilon": 0.0}
     rows = [first | {"noise multiplier": 0.0, "bits/byte": base}, *rows]
-    _common.write_jsonl(out / "metrics.jsonl", [*rows, *spent])
-    plot(rows, spent, shared.tuning.delta, out / "private_decoder.png")
     train, test = map(len, shared.data)
     print(f"\n{train} private texts, {test} held out:\n")
     print(_common.format_table(rows))
     print(f"\nSteps of {shared.size} texts, on a mesh of {dict(shared.mesh.shape)}:\n")
     print(_common.format_table(spent))
-    print(f"\nResults are in {out}.")
+    print(
+        "\nbits/byte: of private texts held out. numbers: those trained. MiB: what a"
+        "\nstep takes on a device besides its arguments."
+    )
+    out.jsonl([*rows, *spent])
+    out.figure(plot(rows, spent, settings.delta), "private_decoder.png")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    _run.main(run, Settings)

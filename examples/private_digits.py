@@ -46,14 +46,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
 from flax import linen as nn
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from tqdm import tqdm
 
-from clipfx import privacy, responses
-from examples import _common, _sampling
+from clipfx import plots, privacy, responses
+from examples import _common, _run, _sampling
 
 CLASSES = 10
 # And the scale that gradients are clipped and noised in, by what was released before.
@@ -71,48 +70,28 @@ MECHANISMS = {1: "laplace", 2: "gaussian"}  # by the norm that bounds an example
 class Settings:
     """What all variants have in common; each is a flag of the same name."""
 
-    epsilons: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
-    delta: float = 1e-5
-    rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
-    optimizer: str = "sgd"
-    batch: int = 256
-    steps: int | None = None
-    runs: int = 5
-    seed: int = 0
-
-
-def _are_positive(texts: Sequence[str]) -> bool:
-    try:
-        return bool(texts) and all(0 < float(text) < math.inf for text in texts)
-    except ValueError:
-        return False
-
-
-# See diffusion_digits: imported, an example keeps its flags to itself.
-FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
-_integer = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
-_string = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
-_check = functools.partial(flags.register_validator, flag_values=FLAGS)
-for _name, _help in (("epsilons", "Target epsilons."), ("rates", "Learning rates.")):
-    _texts = [str(x) for x in getattr(Settings, _name)]
-    flags.DEFINE_list(_name, _texts, _help, flag_values=FLAGS)
-    _check(_name, _are_positive, "must be one or more numbers greater than 0")
-flags.DEFINE_enum(
-    "optimizer", Settings.optimizer, list(OPTIMIZERS), "Optimizer.", flag_values=FLAGS
-)
-flags.DEFINE_float("delta", Settings.delta, "Target delta.", flag_values=FLAGS)
-_integer("batch", Settings.batch, "Expected batch size.", 1)
-_integer(
-    "steps",
-    Settings.steps,
-    "Training steps per run: 100; with --mnist at most its epochs.",
-    1,
-)
-_integer("runs", Settings.runs, "Random seeds per variant and epsilon.", 1)
-_integer("seed", Settings.seed, "First random seed, of weights, batches and noise.", 0)
-_string("mnist", None, "Folder of the four MNIST IDX files; runs the MNIST recipes.")
-_string("out", "out/private_digits", "Output directory.")
-_check("delta", lambda x: 0 < x < 1, "must be between 0 and 1")
+    data: str | None = _run.flag(
+        None, "An .npz file of images [N, ...] and labels [N] from 0 to 9."
+    )
+    mnist: str | None = _run.flag(
+        None, "Folder of the four MNIST IDX files; runs the MNIST recipes."
+    )
+    epsilons: tuple[float, ...] = _run.flag(
+        (1.0, 2.0, 4.0, 8.0), "Target epsilons.", above=0
+    )
+    delta: float = _run.flag(1e-5, "Target delta.", above=0, below=1)
+    rates: tuple[float, ...] = _run.flag(
+        (0.03, 0.1, 0.3, 1.0, 3.0), "Learning rates.", above=0
+    )
+    optimizer: str = _run.flag("sgd", "Optimizer.", among=OPTIMIZERS)
+    batch: int = _run.flag(256, "Expected batch size.", least=1)
+    steps: int | None = _run.flag(
+        None, "Training steps of each run: 100; with --mnist its epochs.", least=1
+    )
+    runs: int = _run.flag(5, "Random seeds of each variant and epsilon.", least=1)
+    seed: int = _run.flag(
+        0, "First random seed, of weights, batches and noise.", least=0
+    )
 
 
 class MLP(nn.Module):
@@ -122,7 +101,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits `[..., 10]` of digits `[..., 64]`."""
+        """Logits `[..., 10]` of digits `[..., P]`."""
         if not self.hidden:
             return nn.Dense(CLASSES, kernel_init=nn.initializers.zeros)(x)
         return nn.Dense(CLASSES)(nn.tanh(nn.Dense(self.hidden)(x)))
@@ -151,9 +130,9 @@ class Data(NamedTuple):
     test_labels: np.ndarray
 
 
-def load_data() -> Data:
-    """Scikit-learn's digits in [-1, 1], a fifth of them to test on."""
-    images, labels = _common.load_digits()
+def load_data(path: str | None = None) -> Data:
+    """Digits in [-1, 1], a fifth of them to test on."""
+    images, labels = _common.load_digits(path)
     order = np.random.default_rng(0).permutation(len(labels))
     images, labels = images[order], labels[order]
     test = len(labels) // 5
@@ -371,7 +350,7 @@ def train(plan: Plan, data: Data, seed: int, step: Callable) -> list[float]:
     return score(plan.variant.model, learners[0], *data[2:]).tolist()
 
 
-def run(plan: Plan, data: Data, settings: Settings) -> list[dict[str, Any]]:
+def repeat(plan: Plan, data: Data, settings: Settings) -> list[dict[str, Any]]:
     """A row for each seed, at the learning rate with the best mean over seeds."""
     z = plan.noise_multiplier
     least = max(z, plan.batch / 20)  # of the counts' noise
@@ -420,10 +399,10 @@ def select(rows: Sequence[dict], name: str, target: float, key: str) -> np.ndarr
     return np.array([x[key] for x in rows if (x["variant"], x["target"]) == cell])
 
 
-def plot(rows: Sequence[dict], settings: Settings, path: pathlib.Path) -> None:
+def plot(rows: Sequence[dict], settings: Settings) -> Figure:
     """Accuracy against epsilon, mean and range over seeds, for the two models."""
-    figure = Figure((10, 4.5), layout="constrained")
-    panels: Any = figure.subplots(1, 2)
+    figure = Figure((13, 4.5), layout="constrained")
+    *panels, curves = figure.subplots(1, 3)
     targets = np.array(sorted(settings.epsilons))
     for axes, hidden in zip(panels, (MLP.hidden, 0), strict=True):
         none, *names = [k for k, v in VARIANTS.items() if v.model == MLP(hidden)]
@@ -443,7 +422,12 @@ def plot(rows: Sequence[dict], settings: Settings, path: pathlib.Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
     panels[0].set_ylabel("held-out accuracy")
-    figure.savefig(path, dpi=120)
+    of_mlp = {k: v for k, v in VARIANTS.items() if v.model == MLP() and not v.adapts}
+    kinds = {k: v.response for k, v in of_mlp.items() if v.response}
+    plots.response_curves(kinds, legend=False, ax=curves)
+    curves.set(title="Weightings", xlabel="norm in thresholds")
+    curves.legend(loc="upper left")
+    return figure
 
 
 def report(rows: Sequence[dict], times: dict[str, float], targets: Sequence) -> None:
@@ -473,38 +457,33 @@ def report(rows: Sequence[dict], times: dict[str, float], targets: Sequence) -> 
     print("\nThe choice of learning rates, by held-out digits, is not accounted for.")
 
 
-def main(argv: Sequence[str]) -> None:
+def run(settings: Settings, out: _run.Out) -> None:
     """Runs every variant at every epsilon, or the recipes; prints and writes."""
-    given = FLAGS.flag_values_dict()
-    for name in ("epsilons", "rates"):
-        given[name] = tuple(dict.fromkeys(map(float, given[name])))
-    settings = Settings(**{f.name: given[f.name] for f in dataclasses.fields(Settings)})
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}: flags begin with --.")
-        data = load_mnist(FLAGS.mnist) if FLAGS.mnist else load_data()
-        count = len(data.labels)
-        if not settings.batch <= count < 1 / settings.delta:
-            limits = f"batch must be at most {count}, delta less than 1/{count}"
-            raise ValueError(f"{limits}, got {settings.batch} and {settings.delta:g}.")
-        plans = (list_recipes if FLAGS.mnist else list_plans)(settings, count)
-        next(draw_batches(data, plans[0], settings.seed))
-        out = _common.make_dir(FLAGS.out)
-    except (ImportError, ValueError) as error:
-        raise SystemExit(f"private_digits: {error}") from None
+    if settings.mnist and settings.data:
+        raise ValueError("give one of --mnist and --data.")
+    published = bool(settings.mnist)
+    data = load_mnist(settings.mnist) if settings.mnist else load_data(settings.data)
+    count = len(data.labels)
+    if not settings.batch <= count < 1 / settings.delta:
+        limits = f"--batch must be at most {count}, --delta less than 1/{count}"
+        raise ValueError(f"{limits}, got {settings.batch} and {settings.delta:g}.")
+    plans = (list_recipes if published else list_plans)(settings, count)
+    next(draw_batches(data, plans[0], settings.seed))
 
-    times = {} if FLAGS.mnist else measure_times(plans, data, settings.seed)
-    rows = [row for plan in tqdm(plans) for row in run(plan, data, settings)]
-    _common.write_jsonl(out / "metrics.jsonl", rows)
-    if FLAGS.mnist:
+    times = {} if published else measure_times(plans, data, settings.seed)
+    rows = []
+    for plan in (bar := tqdm(plans)):
+        bar.set_postfix_str(f"{plan.name}, epsilon {plan.target:g}")
+        rows += repeat(plan, data, settings)
+    if published:
         keys = "variant", "noise_multiplier", "steps", "epsilon", "seed", "test"
         print("\nTest accuracy, of runs named by that published by TF-Privacy:\n")
         print(_common.format_table([{key: row[key] for key in keys} for row in rows]))
     else:
         report(rows, times, settings.epsilons)
-        plot(rows, settings, out / "private_digits.png")
-    print(f"Results are in {out}.")
+        out.figure(plot(rows, settings), "private_digits.png")
+    out.jsonl(rows)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    _run.main(run, Settings)

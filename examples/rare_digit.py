@@ -34,22 +34,19 @@ takes a twentieth of the rest: less signal for the same noise.
 import dataclasses
 import functools
 import math
-import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
 from flax import linen as nn
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from clipfx import privacy
-from examples import _common, _sampling
+from examples import _common, _run, _sampling
 
 CLASSES = 10
 RARE, USUAL = 8, 2  # the digits compared
@@ -61,50 +58,27 @@ MULTIPLE = 32  # sizes of padded batches
 class Settings:
     """What all variants have in common; each is a flag of the same name."""
 
-    kept: float = 0.09
-    rates: tuple[float, ...] = (0.1, 0.3, 1.0, 2.0, 4.0, 8.0)
-    max_norm: float = 1.0
-    noise_multiplier: float = 1.0
-    count_stddev: float = 6.0
-    upper: float = 20.0
-    steps: int = 300
-    batch: int = 128
-    runs: int = 10
-    seed: int = 0
-
-
-def _are_rates(texts: Sequence[str]) -> bool:
-    try:
-        return all(0 < float(text) < math.inf for text in texts)
-    except ValueError:
-        return False
-
-
-# See diffusion_digits: imported, an example keeps its flags to itself.
-FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
-_integer = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
-_float = functools.partial(flags.DEFINE_float, flag_values=FLAGS)
-_float("kept", Settings.kept, "Fraction of the rare digit's examples to keep.", 0, 1)
-_default = [f"{x:g}" for x in Settings.rates]
-flags.DEFINE_list("rates", _default, "Learning rates.", flag_values=FLAGS)
-_float("max_norm", Settings.max_norm, "Clipping threshold, initial if adaptive.")
-_float("noise_multiplier", Settings.noise_multiplier, "Joint noise multiplier.")
-_float(
-    "count_stddev", Settings.count_stddev, "Standard deviation of the noise on counts."
-)
-_float("upper", Settings.upper, "Upper threshold of global and adapt.")
-_integer("steps", Settings.steps, "Training steps per run.", 1)
-_integer("batch", Settings.batch, "Expected batch size.", 1)
-_integer("runs", Settings.runs, "Random seeds per variant and learning rate.", 1)
-_integer("seed", Settings.seed, "First random seed.", 0)
-flags.DEFINE_string("out", "out/rare_digit", "Output directory.", flag_values=FLAGS)
-_rule = "must be a number greater than 0"
-for _name in ("max_norm", "count_stddev", "upper"):
-    flags.register_validator(_name, lambda x: 0 < x < math.inf, _rule, FLAGS)
-_rule = "must be a number of at least 0"
-flags.register_validator("noise_multiplier", lambda x: 0 <= x < math.inf, _rule, FLAGS)
-_rule = "must be one or more numbers greater than 0"
-flags.register_validator("rates", lambda x: x and _are_rates(x), _rule, FLAGS)
+    data: str | None = _run.flag(
+        None, "An .npz file of images [N, ...] and labels [N] from 0 to 9."
+    )
+    kept: float = _run.flag(
+        0.09, "Fraction of the rare digit's examples to keep.", least=0, most=1
+    )
+    rates: tuple[float, ...] = _run.flag(
+        (0.1, 0.3, 1.0, 2.0, 4.0, 8.0), "Learning rates.", above=0
+    )
+    max_norm: float = _run.flag(
+        1.0, "Clipping threshold, initial if adaptive.", above=0
+    )
+    noise_multiplier: float = _run.flag(1.0, "Joint noise multiplier.", least=0)
+    count_stddev: float = _run.flag(
+        6.0, "Standard deviation of the noise on counts.", above=0
+    )
+    upper: float = _run.flag(20.0, "Upper threshold of global and adapt.", above=0)
+    steps: int = _run.flag(300, "Training steps of each run.", least=1)
+    batch: int = _run.flag(128, "Expected batch size.", least=1)
+    runs: int = _run.flag(10, "Random seeds of each variant and rate.", least=1)
+    seed: int = _run.flag(0, "First random seed.", least=0)
 
 
 class MLP(nn.Module):
@@ -112,7 +86,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits `[..., 10]` of digits `[..., 64]`."""
+        """Logits `[..., 10]` of digits `[..., P]`."""
         return nn.Dense(CLASSES)(nn.tanh(nn.Dense(32)(x)))
 
 
@@ -120,7 +94,7 @@ MODEL = MLP()
 
 
 class Data(NamedTuple):
-    """Digits `[N, 64]` and their labels `[N]`, to train on and held out.
+    """Digits `[N, P]` and their labels `[N]`, to train on and held out.
 
     With seeds, all have one more axis in front.
     """
@@ -131,9 +105,11 @@ class Data(NamedTuple):
     test_labels: Any
 
 
-def split_digits(kept: float, seed: int) -> Data:
+def split_digits(kept: float, seed: int, path: str | None = None) -> Data:
     """Half of each digit held out, and of the rare one a share of the other half."""
-    images, labels = _common.load_digits()
+    images, labels = _common.load_digits(path)
+    if np.bincount(labels, minlength=CLASSES).min() < 2:
+        raise ValueError(f"{path!r} must have two images or more of each label.")
     rng, train, test = np.random.default_rng((seed, 0)), [], []
     for digit in range(CLASSES):
         places = rng.permutation(np.flatnonzero(labels == digit))
@@ -202,11 +178,11 @@ class Learner(NamedTuple):
     state: privacy.DPState
 
 
-@jax.jit
-@jax.vmap
-def init(seed: jax.Array) -> Any:
+@functools.partial(jax.jit, static_argnums=1)
+def init(seeds: jax.Array, pixels: int = 64) -> Any:
     """Weights for each seed, the same for every variant."""
-    return MODEL.init(jax.random.split(jax.random.key(seed))[0], jnp.zeros(64))
+    key = lambda seed: jax.random.split(jax.random.key(seed))[0]
+    return jax.vmap(lambda seed: MODEL.init(key(seed), jnp.zeros(pixels)))(seeds)
 
 
 def start(
@@ -288,7 +264,7 @@ def score(said: np.ndarray, labels: np.ndarray, digit: int | None = None) -> np.
 def collect(settings: Settings) -> tuple[Data, np.ndarray]:
     """Data and batches of all seeds, batches padded to the longest."""
     seeds = range(settings.seed, settings.seed + settings.runs)
-    every = [split_digits(settings.kept, seed) for seed in seeds]
+    every = [split_digits(settings.kept, seed, settings.data) for seed in seeds]
     count = len(every[0].labels)
     batches = [draw_batches(count, settings, seed) for seed in seeds]
     longest = max(x.shape[1] for x in batches)
@@ -313,7 +289,7 @@ def train(variant: str, settings: Settings, data: Data, batches: np.ndarray) -> 
     seeds = jnp.arange(settings.seed, settings.seed + settings.runs, dtype=jnp.uint32)
     rates = jnp.array(settings.rates, jnp.float32)
     run = make_run(variant, settings)
-    said, limits = run(rates, seeds, init(seeds), data, batches)
+    said, limits = run(rates, seeds, init(seeds, data.images.shape[-1]), data, batches)
     said, labels = np.asarray(said), data.test_labels
     return Result(
         settings.rates,
@@ -377,14 +353,15 @@ def list_lines(results: dict[str, Result], seed: int) -> Iterator[dict[str, Any]
 COLORS = dict(zip(VARIANTS, ("k", "C0", "C1", "C4", "C2", "C5", "C3"), strict=True))
 
 
-def plot(results: dict[str, Result], path: pathlib.Path) -> None:
-    """Draws accuracies by learning rate and against each other, as PNG."""
+def plot(results: dict[str, Result]) -> Figure:
+    """Draws accuracies by learning rate and against each other."""
     figure = Figure(figsize=(10, 7.5), layout="constrained")
     (overall, rare), (trade, limits) = figure.subplots(2, 2)
+    band = functools.partial(_common.plot_band, spread="deviation")
     for variant, result in results.items():
         color, k = COLORS[variant], result.best()
         for axes, y in ((overall, result.overall), (rare, result.rare)):
-            plot_band(axes, result.rates, y, color, marker=".", label=variant)
+            band(axes, result.rates, y, color, marker=".", label=variant)
         trade.errorbar(
             result.overall[k].mean(), result.rare[k].mean(), result.rare[k].std(),
             result.overall[k].std(), "o", color=color, capsize=3,
@@ -393,7 +370,7 @@ def plot(results: dict[str, Result], path: pathlib.Path) -> None:
         trade.plot(*means, ":", color=color, marker=".", lw=1)
         if np.isfinite(result.limits[k]).all():
             steps = range(1, 1 + result.limits.shape[2])
-            plot_band(limits, steps, result.limits[k].T, color)
+            band(limits, steps, result.limits[k].T, color)
     overall.set(title="All digits", ylabel="held-out accuracy")
     rare.set(title=f"Digit {RARE}, the rare one", ylabel="held-out accuracy")
     rates = next(iter(results.values())).rates
@@ -409,38 +386,23 @@ def plot(results: dict[str, Result], path: pathlib.Path) -> None:
     limits.set(xlabel="step")
     names = overall.get_legend_handles_labels()
     figure.legend(*names, loc="outside upper center", ncols=len(results))
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def plot_band(axes: Axes, x: Any, y: np.ndarray, color: str, **style: Any) -> None:
-    """The mean of `[x, seeds]`, and a standard deviation to each side."""
-    mean, spread = y.mean(1), y.std(1)
-    axes.plot(x, mean, color=color, lw=1.2, **style)
-    low = np.maximum(mean - spread, 0)
-    axes.fill_between(x, low, mean + spread, color=color, alpha=0.15, lw=0)
-
-
-def main(argv: Sequence[str]) -> None:
+def run(settings: Settings, out: _run.Out) -> None:
     """Runs every variant at every rate; prints and writes what came of it."""
-    given = FLAGS.flag_values_dict()
-    given["rates"] = tuple(sorted(set(map(float, FLAGS.rates))))
-    settings = Settings(**{f.name: given[f.name] for f in dataclasses.fields(Settings)})
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}: flags begin with --.")
-        count = len(split_digits(settings.kept, 0).labels)
-        if settings.batch > count:
-            raise ValueError(
-                f"batch must be at most {count}, all there is to train on."
-            )
-        for variant in VARIANTS:
-            make_grad(variant, settings, jax.random.key(0))
-        data, batches = collect(settings)
-        out = _common.make_dir(FLAGS.out)
-    except ValueError as error:
-        raise SystemExit(f"rare_digit: {error}") from None
-
-    results = {x: train(x, settings, data, batches) for x in tqdm(VARIANTS, "variants")}
+    settings = dataclasses.replace(settings, rates=tuple(sorted(settings.rates)))
+    count = len(split_digits(settings.kept, 0, settings.data).labels)
+    if settings.batch > count:
+        raise ValueError(f"--batch must be at most {count}, all there is to train on.")
+    for variant in VARIANTS:
+        make_grad(variant, settings, jax.random.key(0))
+    data, batches = collect(settings)
+    results = {}
+    for variant in (bar := tqdm(VARIANTS, "variants")):
+        results[variant] = train(variant, settings, data, batches)
+        best = results[variant].overall.mean(1).max()
+        bar.set_postfix_str(f"{variant} at best {best:.3f}")
     number = int((data.labels[0] == RARE).sum())
     print(f"\nTrained on {count} digits, {number} of them {RARE}.")
     print("Held-out accuracy, mean (deviation) over seeds, of all digits by rate:\n")
@@ -453,10 +415,9 @@ def main(argv: Sequence[str]) -> None:
         f"\nepsilon: of one run, with delta={DELTA:g}; choosing a rate is not counted."
         "\nthreshold: at the end, the largest of all populations; of adapt, the upper."
     )
-    _common.write_jsonl(out / "metrics.jsonl", list_lines(results, settings.seed))
-    plot(results, out / "rare_digit.png")
-    print(f"Wrote metrics.jsonl and rare_digit.png to {out}.")
+    out.jsonl(list_lines(results, settings.seed))
+    out.figure(plot(results), "rare_digit.png")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    _run.main(run, Settings)

@@ -20,71 +20,46 @@ is small since the model is: 10, where large models take 100.
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Sequence
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
 from flax import nnx
 from matplotlib.figure import Figure
 from optax.contrib import MuonDimensionNumbers, muon
 from tqdm import tqdm
 
 import clipfx
-from examples import _common
+from examples import _common, _run
 from examples._decoder import Attention, Decoder
+
+CLIPS = ("none", "global", "qk_clip", "both")
+WARM_UP = 20  # steps
+ADAM_SHARE = 0.15  # of Muon's rate: for what are no hidden matrices
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings that all runs share; each is a flag of the same name."""
+    """What all runs have in common; each is a flag of the same name."""
 
-    optimizer: str = "muon"
-    steps: int = 250
-    tau: float = 10.0
-    max_norm: float = 1.0
-    width: int = 64
-    layers: int = 2
-    heads: int = 4
-    length: int = 64
-    batch: int = 16
-    seed: int = 0
-
-
-DEFAULT = ("none", "global", "qk_clip")
-CLIPS = (*DEFAULT, "both")
-RATES = (0.01, 0.03, 0.1, 0.3)
-WARM_UP = 20  # steps
-ADAM_SHARE = 0.15  # of Muon's rate: for what are no hidden matrices
-
-# Of their own where another example is loaded too, as by tests.
-FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
-_integer = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
-_float = functools.partial(flags.DEFINE_float, flag_values=FLAGS)
-_string = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
-_list = functools.partial(flags.DEFINE_list, flag_values=FLAGS)
-_string("text", None, "UTF-8 text file; by default Python's own manual.")
-_list("clip", list(DEFAULT), f"Methods to compare: {', '.join(CLIPS)}.")
-_list("rates", [str(rate) for rate in RATES], "Learning rates.")
-flags.DEFINE_enum(
-    "optimizer", Settings.optimizer, ("muon", "adamw"), "Optimizer.", flag_values=FLAGS
-)
-_integer("steps", Settings.steps, "Training steps per run.", 1)
-_float("tau", Settings.tau, "Largest attention logit.")
-_float("max_norm", Settings.max_norm, "Threshold of the global norm.")
-_integer("width", Settings.width, "Model width.", 1)
-_integer("layers", Settings.layers, "Blocks.", 1)
-_integer("heads", Settings.heads, "Attention heads.", 1)
-_integer("length", Settings.length, "Sequence length, in bytes.", 2)
-_integer("batch", Settings.batch, "Batch size, in sequences.", 1)
-_integer("seed", Settings.seed, "Random seed of weights and batches.", 0)
-_string("out", "out/sharp_attention", "Output directory.")
-for _name in ("tau", "max_norm"):
-    flags.register_validator(_name, lambda x: x > 0, "must be greater than 0", FLAGS)
+    text: str | None = _run.flag(None, "UTF-8 text file; by default Python's manual.")
+    clip: tuple[str, ...] = _run.flag(CLIPS[:3], "Methods to compare.", among=CLIPS)
+    rates: tuple[float, ...] = _run.flag(
+        (0.01, 0.03, 0.1, 0.3), "Learning rates.", above=0
+    )
+    optimizer: str = _run.flag("muon", "Optimizer.", among=("muon", "adamw"))
+    steps: int = _run.flag(250, "Training steps of each run.", least=1)
+    tau: float = _run.flag(10.0, "Largest attention logit.", above=0)
+    max_norm: float = _run.flag(1.0, "Threshold of the global norm.", above=0)
+    width: int = _run.flag(64, "Model width.", least=1)
+    layers: int = _run.flag(2, "Transformer blocks.", least=1)
+    heads: int = _run.flag(4, "Attention heads.", least=1)
+    length: int = _run.flag(64, "Sequence length, in bytes.", least=2)
+    batch: int = _run.flag(16, "Batch size, in sequences.", least=1)
+    seed: int = _run.flag(0, "Random seed of weights and batches.", least=0)
 
 
 class MaxLogits(nnx.Variable):
@@ -228,21 +203,6 @@ class History:
         return self.column("largest logit")
 
 
-def check(clips: Sequence[str], rates: Sequence[str]) -> list[float]:
-    """The rates; a `ValueError` for a method or a rate that is none."""
-    unknown = [clip for clip in clips if clip not in CLIPS]
-    if unknown or not clips:
-        got = f"unknown clip {unknown[0]!r}" if unknown else "no clip given"
-        raise ValueError(f"{got}: known are {', '.join(CLIPS)}.")
-    try:
-        numbers = [float(rate) for rate in rates]
-    except ValueError:
-        numbers = []
-    if not numbers or not all(0 < rate < math.inf for rate in numbers):
-        raise ValueError(f"rates must be numbers above 0, got {','.join(rates)!r}.")
-    return numbers
-
-
 def cut_text(text: str, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     """Bytes to train on, and passages `[n, length + 1]` of the last tenth."""
     ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
@@ -302,9 +262,7 @@ def best(histories: Sequence[History]) -> dict[str, History]:
     return {h.clip: h for h in ranked}
 
 
-def plot(
-    histories: Sequence[History], tau: float, file: str | pathlib.Path | IO[bytes]
-) -> None:
+def plot(histories: Sequence[History], tau: float) -> Figure:
     """Draws bits per byte over rates, and logits over steps at the best and largest."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     bits, logits = figure.subplots(1, 2)
@@ -336,31 +294,21 @@ def plot(
     figure.legend(
         *bits.get_legend_handles_labels(), loc="outside upper center", ncols=len(clips)
     )
-    figure.savefig(file, format="png", dpi=120)
+    return figure
 
 
-def main(argv: Sequence[str]) -> None:
+def run(settings: Settings, out: _run.Out) -> None:
     """Runs every method at every rate; prints and writes what they did."""
-    given = FLAGS.flag_values_dict()
-    settings = Settings(**{f.name: given[f.name] for f in dataclasses.fields(Settings)})
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}: flags begin with --.")
-        rates = check(FLAGS.clip, FLAGS.rates)
-        if settings.width % settings.heads:
-            raise ValueError(
-                f"width {settings.width} must be a multiple of heads {settings.heads}."
-            )
-        text = _common.load_text(FLAGS.text)
-        cut_text(text, settings)
-        out = _common.make_dir(FLAGS.out)
-    except ValueError as error:
-        raise SystemExit(f"sharp_attention: {error}") from None
-
+    if settings.width % settings.heads:
+        raise ValueError(
+            f"--width={settings.width} must be a multiple of --heads={settings.heads}."
+        )
+    text = _common.load_text(settings.text)
+    cut_text(text, settings)
     histories = [
         train(text, clip, rate, settings)
-        for clip in dict.fromkeys(FLAGS.clip)
-        for rate in dict.fromkeys(rates)
+        for clip in settings.clip
+        for rate in settings.rates
     ]
     print("\n" + _common.format_table([summarize(history) for history in histories]))
     for clip, run in best(histories).items():
@@ -369,10 +317,9 @@ def main(argv: Sequence[str]) -> None:
         "Logits are of training batches before each step. gradients clipped, layers "
         "rescaled: share\nof steps. A logit exceeds tau by what one step adds to it."
     )
-    _common.write_jsonl(out / "metrics.jsonl", (r for h in histories for r in h.rows))
-    plot(histories, settings.tau, out / "sharp_attention.png")
-    print(f"Wrote {out / 'metrics.jsonl'} and {out / 'sharp_attention.png'}.")
+    out.jsonl(row for history in histories for row in history.rows)
+    out.figure(plot(histories, settings.tau), "sharp_attention.png")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    _run.main(run, Settings)

@@ -24,7 +24,11 @@ def as_array(name: str, x: Any, fits: bool = True) -> np.ndarray:
 
 
 def as_curves(
-    name: str, x: Any, like: Mapping[str, np.ndarray] | None = None
+    name: str,
+    x: Any,
+    like: Mapping[str, np.ndarray] | None = None,
+    *,
+    share_steps: bool = True,
 ) -> dict[str, np.ndarray]:
     """Numbers `[T]` by name, with the names and the length of others."""
     if not isinstance(x, Mapping):
@@ -42,12 +46,15 @@ def as_curves(
             )
         x = dict(zip(given, columns, strict=True))
     curves = {str(key): as_array(name, y, np.ndim(y) == 1) for key, y in x.items()}
-    _check(name, curves, curves if like is None else like)
+    if like is not None:
+        _check(name, curves, like)
+    elif share_steps:
+        _check(name, curves, dict.fromkeys(curves, next(iter(curves.values()), ())))
     return curves
 
 
 def _check(
-    name: str, curves: Mapping[str, np.ndarray], like: Mapping[str, np.ndarray]
+    name: str, curves: Mapping[str, np.ndarray], like: Mapping[str, Any]
 ) -> None:
     for key, y in curves.items():
         if key not in like:
@@ -55,10 +62,9 @@ def _check(
                 f"{name} must have names that norm has, got {key!r}; they are "
                 f"{', '.join(map(repr, like))}."
             )
-        other = next(iter(like.values()))
-        if len(y) != len(other):
+        if len(y) != len(like[key]):
             raise ValueError(
-                f"{name} must have one number for each of {len(other)} steps, got "
+                f"{name} must have one number for each of {len(like[key])} steps, got "
                 f"{len(y)} for {key!r}; all curves share their steps."
             )
 
@@ -79,7 +85,6 @@ def as_limits(
     """Thresholds `[T, K]` by name, and whether they are the same for all."""
     if threshold is None or not curves:
         return {}, False
-    count = len(next(iter(curves.values())))
     several = isinstance(threshold, Mapping) or np.ndim(threshold) == 2
     if several and not isinstance(threshold, Mapping):
         threshold = as_curves("threshold", threshold, curves)
@@ -87,7 +92,8 @@ def as_limits(
     limits = {}
     for name, x in given.items():
         limit = as_array("threshold", x, np.ndim(x) < 3)
-        limit = np.full(count, limit) if limit.ndim == 0 else limit
+        if limit.ndim == 0:
+            limit = np.full(len(curves.get(str(name), ())), limit)
         limits[str(name)] = limit if limit.ndim == 2 else limit[:, None]
     _check("threshold", limits, curves)
     return limits, not several and len(curves) > 1

@@ -1,7 +1,7 @@
 """How norms spread: over groups as colours, over sizes as counts."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -123,7 +123,8 @@ def histogram(
     that moves is drawn at its median, from its 5th to its 95th percentile pale.
 
     Args:
-      norm: `[T]`, `[T, G]`, or a dict from names to `[T]`.
+      norm: `[T]`, `[T, G]`, or a dict from names to numbers, `[T]` or as many as there
+        are of each: steps, or examples of a kind.
       threshold: As for `norms`.
       bins: How many, of equal width, on a logarithmic axis in the logarithm.
       log: Whether the axis of norms is logarithmic; None for where they span two
@@ -147,7 +148,7 @@ def histogram(
     Reference: none.
     """
     ax = get_axes(ax)
-    curves = as_curves("norm", norm)
+    curves = as_curves("norm", norm, share_steps=False)
     limits, shared = as_limits(threshold, curves)
     ax.set(xlabel="norm", ylabel="steps")
     if not has_something(ax, curves.values(), "steps"):
@@ -180,12 +181,12 @@ def histogram(
     for number, name in enumerate(limits):
         if shared and number:
             break
-        owners = curves if shared else {name: curves[name]}
+        pairs = [(curves[k], limits[k]) for k in (limits if shared else [name])]
         label = (
             "threshold" if shared or len(curves) == 1 else f"{labels[name]} threshold"
         )
         color = "0.3" if shared else style_of([*curves].index(name))["color"]
-        _draw_limit(ax, limits[name], owners, label, color)
+        _draw_limit(ax, pairs, label, color)
     if max(count.max() for count in counts.values()) > 100:
         ax.set_yscale("log")
         ax.set_ylim(0.6)
@@ -199,16 +200,16 @@ def histogram(
 
 def _draw_limit(
     ax: "Axes",
-    limit: np.ndarray,
-    owners: Mapping[str, np.ndarray],
+    curves: Sequence[tuple[np.ndarray, np.ndarray]],
     label: str,
     color: str,
 ) -> None:
-    """A threshold across a histogram."""
+    """A threshold across a histogram, of norms `[T]` with thresholds `[T, K]` each."""
+    limit = curves[0][1]
     finite = limit[np.isfinite(limit)]
     if finite.size:
         low, middle, high = np.quantile(finite, [0.05, 0.5, 0.95])
-        pairs = [(y, column) for y in owners.values() for column in limit.T]
+        pairs = [(y, column) for y, limit in curves for column in limit.T]
         above = sum(int((y > column).sum()) for y, column in pairs)
         number = sum(int(np.isfinite(y).sum()) for y, _ in pairs)
         share = f"{label}: {100 * above / max(number, 1):.2g}% above"

@@ -9,19 +9,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import xla
-from absl.testing import flagsaver
+
+from examples import _run
 
 
-def run_main(example, given):
+def launch(example, given):
     """As the command does, in this process; returns the lines of `metrics.jsonl`."""
-    saved = flagsaver.save_flag_values(example.FLAGS)
-    example.FLAGS.mark_as_parsed()
-    try:
-        for name, value in given.items():
-            setattr(example.FLAGS, name, value)
-        example.main([example.__name__])
-    finally:
-        flagsaver.restore_flag_values(saved, example.FLAGS)
+    text = lambda x: ",".join(map(str, x)) if isinstance(x, tuple | list) else x
+    given = {name: text(x) for name, x in given.items() if x is not None}
+    arguments = [f"--{name}={x}" for name, x in given.items()]
+    _run.launch(example.run, example.Settings, arguments)
     lines = (pathlib.Path(given["out"]) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line, parse_constant=pytest.fail) for line in lines]
 

@@ -74,6 +74,12 @@ def test_keys_follow_names():
     assert read["guard/norm/global"] == 5.0
     assert read["pair/clip0/norm/global"] == read["pair/clip1/norm/global"] == 1.0
     assert not any(key.startswith("clip") for key in read)
+    # The name that is a field of states, too.
+    alone = optax.named_chain(("clip", clip), ("sgd", optax.sgd(1.0)))
+    assert clipfx.metrics.read(step(alone, grads))["clip/norm/global"] == 5.0
+    skip = optax.named_chain(("skip", clipfx.skip_spikes(clip)))
+    read = clipfx.metrics.read(skip.init(grads))
+    assert {key.split("/")[1] for key in read} == {"clip0", "clip1"}
     # Keys of dicts and attributes, without the fields that hold any state.
     parts = optax.partition({"a": clip, "b": optax.sgd(1.0)}, {"w": "a", "v": "b"})
     read = clipfx.metrics.read(step(parts, {**grads, "v": jnp.ones(1)}))

@@ -50,6 +50,13 @@ def test_links_lead_somewhere(page):
     assert all((page.parent / link).exists() for link in links), links
 
 
+def test_page_of_the_index_stands_alone():
+    """It has the README's first block, and links to nothing that the index lacks."""
+    page = ROOT / "DESCRIPTION.md"
+    assert blocks(page) == blocks(ROOT / "README.md")[:1]
+    assert not re.search(r"\]\((?!https:)|<img", page.read_text())
+
+
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
 def test_sharding_runs_from_top_to_bottom(tmp_path, monkeypatch):

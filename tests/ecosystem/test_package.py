@@ -209,4 +209,6 @@ def test_import_needs_no_flax():
 def test_version_and_changelog_agree():
     assert re.fullmatch(r"\d+\.\d+\.\d+", clipfx.__version__)
     assert f"## {clipfx.__version__}" in (PACKAGE / "CHANGELOG.md").read_text()
+    citation = (_TESTS.parent / "CITATION.cff").read_text()
+    assert f"\nversion: {clipfx.__version__}\n" in citation
     assert (PACKAGE / "py.typed").exists()

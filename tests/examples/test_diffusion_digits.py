@@ -1,7 +1,6 @@
 import contextlib
 import dataclasses
 import io
-import json
 import math
 import sys
 
@@ -10,17 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from absl import flags
-from absl.testing import flagsaver
+import runs
 from flax import nnx
 from tiers import in_tiers
 
 import clipfx
-from examples import char_rnn, diffusion_digits
-from examples.diffusion_digits import FLAGS, MIXED, NAMES, VARIANTS, Settings
+from examples import diffusion_digits
+from examples.diffusion_digits import MIXED, VARIANTS, Settings
 
-SMALL = Settings(steps=3, batch=4, hidden=8)
-FEW = ["none", "global"]  # each takes a second to compile
+FEW = ("none", "global")  # each takes a second to compile
+SMALL = Settings(variants=FEW, steps=3, batch=4, hidden=8)
 RATIOS = clipfx.snr.cosine(diffusion_digits.TIMESTEPS)
 GRADS = {"w": jnp.array([3.0, -4.0]), "b": jnp.array([[12.0]])}  # norm 13
 
@@ -28,19 +26,10 @@ GRADS = {"w": jnp.array([3.0, -4.0]), "b": jnp.array([[12.0]])}  # norm 13
 standard = jax.numpy_dtype_promotion("standard")
 
 
-def run_main(tmp_path, **given):
-    small = dataclasses.asdict(SMALL) | {"out": str(tmp_path / "out"), "variants": FEW}
-    saved = flagsaver.save_flag_values(FLAGS)
-    FLAGS.mark_as_parsed()
-    try:
-        for name, value in (small | given).items():
-            setattr(FLAGS, name, value)
-        with standard:
-            diffusion_digits.main(["diffusion_digits"])
-    finally:
-        flagsaver.restore_flag_values(saved, FLAGS)
-    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+def launch(tmp_path, **given):
+    small = dataclasses.asdict(SMALL) | {"out": tmp_path / "out"}
+    with standard:
+        return runs.launch(diffusion_digits, small | given)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +37,7 @@ def few_variants(tmp_path_factory):
     """A folder, what was printed, and for each variant the rows of a run of each."""
     folder, printed = tmp_path_factory.mktemp("few"), io.StringIO()
     with contextlib.redirect_stdout(printed):
-        rows = run_main(folder)
+        rows = launch(folder)
     assert [(row["variant"], row["step"]) for row in rows] == [
         (variant, step) for variant in FEW for step in range(SMALL.steps)
     ]
@@ -76,7 +65,7 @@ def test_end_to_end(few_variants):
 
 @pytest.mark.full
 def test_a_variant_given_twice_runs_once(few_variants, tmp_path):
-    again = run_main(tmp_path, variants=["global", "global"])
+    again = launch(tmp_path, variants=["global", "global"])
     assert again == few_variants[-1]["global"]
     assert all(
         (tmp_path / "out" / name).exists() for name in ("norms.png", "samples.png")
@@ -85,18 +74,18 @@ def test_a_variant_given_twice_runs_once(few_variants, tmp_path):
 
 @pytest.mark.full
 def test_diverged_run(tmp_path, capsys):
-    rows = run_main(tmp_path, learning_rate=1e38, variants=["none"])
+    rows = launch(tmp_path, learning_rate=1e38, variants=["none"])
     assert rows[-1]["loss"] is None
     assert "nan" in capsys.readouterr().out
 
 
 @pytest.mark.full
 def test_variants_share_start_and_batches(few_variants):
-    runs = list(few_variants[-1].values())
-    for run in runs[1:]:
-        assert [row["t"] for row in run] == [row["t"] for row in runs[0]]
+    first, *others = few_variants[-1].values()
+    for run in others:
+        assert [row["t"] for row in run] == [row["t"] for row in first]
         for name in ("loss", "norm"):
-            assert run[0][name] == pytest.approx(runs[0][0][name], rel=1e-6)
+            assert run[0][name] == pytest.approx(first[0][name], rel=1e-6)
 
 
 def test_same_seed_same_batches():
@@ -259,7 +248,7 @@ def test_mixed_update(variant):
 
 @pytest.mark.full
 def test_mixed_run(tmp_path, capsys):
-    rows = run_main(tmp_path, variants=["mixed_min_snr"])
+    rows = launch(tmp_path, variants=["mixed_min_snr"])
     assert [row["step"] for row in rows] == [0, 1, 2]
     keys = ("t", "snr", "loss", "norm", "applied")
     assert all(math.isfinite(row[key]) for row in rows for key in keys)
@@ -340,38 +329,37 @@ def test_without_scikit_learn(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     message = r"^diffusion_digits: the digits are missing: pip install scikit-learn\.$"
     with pytest.raises(SystemExit, match=message):
-        run_main(tmp_path)
-
-
-def test_bad_out(tmp_path):
-    path = tmp_path / "file"
-    path.touch()
-    with pytest.raises(SystemExit, match=r"^diffusion_digits: cannot write to .*file"):
-        run_main(tmp_path, out=str(path))
-
-
-def test_stray_argument():
-    with pytest.raises(SystemExit, match="unexpected argument 'min_snr'"):
-        diffusion_digits.main(["diffusion_digits", "min_snr"])
+        launch(tmp_path)
 
 
 BAD_FLAGS = {
-    "steps": ({"steps": 0}, "positive"),
-    "max_norm": ({"max_norm": -1.0}, "must be greater than 0"),
-    "nan": ({"learning_rate": math.nan}, "must be greater than 0"),
-    "variant": ({"variants": ["none", "sgd"]}, "sgd.*one or more of none, global, "),
-    "nothing": ({"variants": []}, "must be one or more of none, global, "),
+    "steps": ({"steps": 0}, "--steps must be a whole number of at least 1"),
+    "rate": ({"learning_rate": math.nan}, "--learning_rate must be a number greater"),
+    "variant": ({"variants": "none,sgd"}, "--variants must be one or more of none, gl"),
 }
 
 
 @pytest.mark.parametrize("given, message", BAD_FLAGS.values(), ids=BAD_FLAGS)
 def test_bad_flag(tmp_path, given, message):
-    with pytest.raises(flags.IllegalFlagValueError, match=message):
-        run_main(tmp_path, **given)
+    with pytest.raises(SystemExit, match=message):
+        launch(tmp_path, **given)
 
 
-def test_flags_are_apart_from_another_example():
-    char_rnn_steps = flags.FLAGS["steps"].default
-    assert FLAGS["steps"].default == Settings.steps
-    assert FLAGS["variants"].default == list(NAMES)
-    assert char_rnn_steps == char_rnn.Settings.steps
+def save_images(path, pixels):
+    images = np.random.default_rng(0).normal(size=(100, pixels))
+    np.savez(path, images=images, labels=np.arange(100) % 10)
+    return path
+
+
+def test_images_that_are_not_square(tmp_path):
+    with pytest.raises(SystemExit, match="must be square, and these have 24 pixels"):
+        launch(tmp_path, data=save_images(tmp_path / "mine.npz", 24))
+
+
+@pytest.mark.full
+def test_takes_other_images(tmp_path):
+    rows = launch(
+        tmp_path, data=save_images(tmp_path / "mine.npz", 25), variants="global"
+    )
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert (tmp_path / "out" / "samples.png").exists()

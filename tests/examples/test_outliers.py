@@ -1,7 +1,6 @@
 import contextlib
 import dataclasses
 import io
-import json
 import math
 import re
 import sys
@@ -10,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
+import runs
 
 import clipfx
 from examples import outliers
-from examples.outliers import FLAGS, VARIANTS, Batch, Settings
+from examples.outliers import VARIANTS, Batch, Settings
 
 SMALL = Settings(steps=16, rates=(0.1, 0.03), runs=2)  # an epoch has 15 steps
 PARAMS = outliers.MODEL.init(jax.random.key(0), jnp.zeros(64))
@@ -24,21 +22,10 @@ PARAMS = outliers.MODEL.init(jax.random.key(0), jnp.zeros(64))
 standard = jax.numpy_dtype_promotion("standard")
 
 
-def run_main(tmp_path, **given):
-    small = dataclasses.asdict(SMALL) | {"out": str(tmp_path / "out")}
-    small |= given
-    small["rates"] = [str(rate) for rate in small["rates"]]
-    saved = flagsaver.save_flag_values(FLAGS)
-    FLAGS.mark_as_parsed()
-    try:
-        for name, value in small.items():
-            setattr(FLAGS, name, value)
-        with standard:
-            outliers.main(["outliers"])
-    finally:
-        flagsaver.restore_flag_values(saved, FLAGS)
-    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+def launch(tmp_path, **given):
+    small = dataclasses.asdict(SMALL) | {"out": tmp_path / "out"}
+    with standard:
+        return runs.launch(outliers, small | given)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +33,7 @@ def small(tmp_path_factory):
     """A folder, what was printed, and the rows of the file."""
     folder, printed = tmp_path_factory.mktemp("small"), io.StringIO()
     with contextlib.redirect_stdout(printed):
-        rows = run_main(folder)
+        rows = launch(folder)
     return folder, printed.getvalue(), rows
 
 
@@ -117,7 +104,7 @@ def test_table_is_of_the_file(small):
 
 @pytest.mark.full
 def test_diverged_run(tmp_path, capsys):
-    rows = run_main(tmp_path, rates=(1e30,), runs=1)
+    rows = launch(tmp_path, rates=(1e30,), runs=1)
     assert [row["loss"] for row in rows if row["variant"] == "none"][-1] is None
     assert "nan" in capsys.readouterr().out
 
@@ -138,9 +125,9 @@ def test_same_seed_same_run():
 def test_variants_share_start_and_batches():
     settings = dataclasses.replace(SMALL, max_norm=1e6, steps=3)
     with standard:
-        runs = [outliers.train(name, 0.1, 0, settings) for name in VARIANTS]
-    for run in runs[1:]:
-        assert_close(run.losses, runs[0].losses, rtol=1e-4)
+        first, *others = (outliers.train(name, 0.1, 0, settings) for name in VARIANTS)
+    for run in others:
+        assert_close(run.losses, first.losses, rtol=1e-4)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.35])
@@ -258,19 +245,19 @@ def run_of(variant, rate, test, seed=0):
 
 
 def test_summary():
-    runs = [
+    each = [
         run_of("none", 0.3, [0.5, 0.6]),
         run_of("none", 0.1, [0.9, 0.6]),
         run_of("none", 0.1, [0.7, 0.8], seed=1),
         run_of("batch", 0.3, [0.9, 0.9]),
     ]
-    row = outliers.summarize(runs, "none", 2.0)
+    row = outliers.summarize(each, "none", 2.0)
     assert (row["rate"], row["ms/step"], row["repeated"]) == (0.1, 2.0, 0.5)
     assert row["held-out"] == pytest.approx(0.7)
     assert row["peak"] == pytest.approx(0.85)
     assert (row["right"], row["wrong"]) == (1.5, 3.5)
     assert (row["by norm"], row["by loss"]) == (1.0, 0.875)
-    assert math.isnan(runs[0].found(np.array([1.0, math.nan, 0.0, 0.0])))
+    assert math.isnan(each[0].found(np.array([1.0, math.nan, 0.0, 0.0])))
 
 
 @pytest.mark.full
@@ -288,39 +275,30 @@ def test_without_scikit_learn(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     message = r"^outliers: the digits are missing: pip install scikit-learn\.$"
     with pytest.raises(SystemExit, match=message):
-        run_main(tmp_path)
-
-
-def test_bad_out(tmp_path):
-    path = tmp_path / "file"
-    path.touch()
-    with pytest.raises(SystemExit, match=r"^outliers: cannot write to .*file"):
-        run_main(tmp_path, out=str(path))
-
-
-def test_stray_argument():
-    with pytest.raises(SystemExit, match="unexpected argument 'batch'"):
-        outliers.main(["outliers", "batch"])
+        launch(tmp_path)
 
 
 BAD_FLAGS = {
-    "steps": ({"steps": 0}, "positive"),
-    "wrong": ({"wrong": 1.0}, "0.01, 0.99"),
-    "max_norm": ({"max_norm": -1.0}, "must be greater than 0"),
-    "nan": ({"max_norm": math.nan}, "must be greater than 0"),
-    "rate": ({"rates": [0.1, -1]}, "must be one or more numbers greater than 0"),
-    "word": ({"rates": ["fast"]}, "must be one or more numbers greater than 0"),
-    "nothing": ({"rates": []}, "must be one or more numbers greater than 0"),
+    "steps": ({"steps": 0}, "--steps must be a whole number of at least 1"),
+    "wrong": ({"wrong": 1.0}, "--wrong must be a number from 0.01 to 0.99"),
+    "max_norm": ({"max_norm": math.nan}, "--max_norm must be a number greater than 0"),
+    "rates": ({"rates": (0.1, -1)}, "--rates must be one or more numbers greater th"),
+    "data": ({"data": __file__}, "is no .npz file with arrays named images and labels"),
 }
 
 
 @pytest.mark.parametrize("given, message", BAD_FLAGS.values(), ids=BAD_FLAGS)
 def test_bad_flag(tmp_path, given, message):
-    with pytest.raises(flags.IllegalFlagValueError, match=message):
-        run_main(tmp_path, **given)
+    with pytest.raises(SystemExit, match=message):
+        launch(tmp_path, **given)
 
 
-def test_flags_are_apart_from_another_example():
-    assert FLAGS["steps"].default == Settings.steps
-    assert tuple(map(float, FLAGS["rates"].default)) == Settings.rates
-    assert {field.name for field in dataclasses.fields(Settings)} < set(FLAGS)
+@pytest.mark.full
+def test_takes_other_images(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(10, size=120)
+    images = rng.normal(size=(120, 3, 4)) + labels[:, None, None]
+    np.savez(tmp_path / "mine.npz", images=images, labels=labels)
+    given = {"data": tmp_path / "mine.npz", "rates": (0.1,), "runs": 1}
+    rows = launch(tmp_path, **given)
+    assert len(rows) == len(VARIANTS) * 16  # an epoch has one step

@@ -198,6 +198,20 @@ def test_histogram_counts_all_and_says_what_it_does_not_show():
     assert named(ax) == ["norm", "threshold: 40% above"]
 
 
+def test_histogram_of_kinds_of_different_number():
+    kinds = {"right": np.array([1.0, 2.0, 3.0]), "wrong": np.array([2.0, 5.0])}
+    ax = plots.histogram(kinds, 2.5)
+    assert [x.get_data().values.sum() for x in ax.patches] == [3, 2]
+    assert named(ax) == ["right", "wrong", "threshold: 40% above"]
+    ax = plots.histogram(kinds, {"right": [0.5, 1.5, 9.0], "wrong": 2.5})
+    assert named(ax)[-2:] == [
+        "right threshold: 67% above",
+        "wrong threshold: 50% above",
+    ]
+    with pytest.raises(ValueError, match="each of 2 steps, got 3 for 'wrong'"):
+        plots.histogram(kinds, {"wrong": [1.0, 2.0, 3.0]})
+
+
 def test_heat_map_keeps_spikes_and_marks():
     y = np.ones((100_000, 3))
     y[4321, 0], y[7, 1], y[:, 2] = 1e6, np.nan, 0
