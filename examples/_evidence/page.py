@@ -88,7 +88,7 @@ def _line(name: str, row: Row) -> str:
     cells = []
     for measured, expected, spread in numbers:
         *label, want = expected.rsplit(": ", 1)
-        told = f" {spread}" if spread else ""
+        told = f"; {spread}" if spread else ""
         cells.append(f"{''.join(f'{x}: ' for x in label)}{measured} ({want}){told}")
     claim = f"`{name}` {row.claim}{source}<br>*{row.experiment}*"
     both = (cell.replace("|", "\\|") for cell in (claim, "<br>".join(cells)))

@@ -80,7 +80,7 @@ LIMITS = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, math.inf)
 @functools.cache
 def recall(steps: int = 400, seeds: int = 3) -> Sweep:
     """A recurrent net that is to give its first input after 25 steps of noise."""
-    width, length, batch = 16, 25, 32
+    width, length, batch = 16, 25, 16
 
     def sample(key):
         first, noise = jax.random.split(key)
