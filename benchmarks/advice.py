@@ -51,9 +51,9 @@ class Run(NamedTuple):
 
 def run_char_rnn(clip: str, max_norm: float, seed: int) -> Run:
     """SGD at 0.2: bits per character."""
-    small = {"steps": 200, "hidden": 128}
+    small = {"steps": 200, "hidden": 128, "batch": 32}
     settings = char_rnn.Settings(max_norm=max_norm, seed=seed, **small)
-    history = char_rnn.train(_common.load_text(), clip, settings)
+    history = char_rnn.train(_common.load_text(), clip, 0.2, settings)
     return Run(history.column("norm"), history.held_out)
 
 
@@ -149,9 +149,9 @@ def follow(runs: Runs, example: str, seed: int) -> tuple[str, float]:
     said = []
     for _ in range(2):
         found = clipfx.calibrate.suggest(run.norms)
-        method, max_norm = re.fullmatch(
-            r"(\w+)\((?:max_norm=)?([\d.e+-]+)\)", found.begin
-        ).groups()  # of one group nothing else is advised
+        named = re.fullmatch(r"(\w+)\((?:max_norm=)?([\d.e+-]+)\)", found.begin)
+        assert named is not None  # of one group nothing else is advised
+        method, max_norm = named.groups()
         clip = {"clip_by_global_norm": "global"}.get(method, method)
         run = runs.get(example, clip, float(max_norm), seed)
         said.append(f"{clip} {max_norm}" if clip != "global" else max_norm)
