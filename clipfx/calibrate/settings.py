@@ -117,7 +117,7 @@ _EACH = "clip_per_layer({...})"
 _BEGIN: dict[str, tuple[_Make, str]] = {
     "clip_by_global_norm({bound:g})": (
         lambda n, _: clip_by_global_norm(n["bound"]),
-        "a fixed threshold, from the norms of the second half",
+        "a fixed threshold, the first to try",
     ),
 }
 _PER_GROUP: dict[str, tuple[_Make, str]] = {
@@ -239,6 +239,6 @@ def _doubt(name: str, rate: float, done: Replay, stats: Sequence[NormStats]) -> 
         return "it holds the norm near the smallest so far, which is no general clip."
     if method in ("smooth_norm", "norm_stabilizer", "normalize_by_norm"):
         return "it changes every step's length: choose the learning rate anew."
-    if rate > 0.3:
+    if rate > 0.3 and not whole.explodes:
         return "most steps that it clips are ordinary: it acts as a smaller step size."
     return ""

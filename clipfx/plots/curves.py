@@ -44,8 +44,8 @@ def lines(
       ylabel: Of the axis.
       log: Whether the axis of numbers is logarithmic; None for where they span two
         decades.
-      legend: Whether to name the curves, beside the Axes or, in a figure without a
-        layout engine, in them.
+      legend: Whether to name the curves, beside the Axes, which are made narrower
+        in a figure without a layout engine.
       ax: Where to draw.
 
     Returns:
@@ -102,8 +102,8 @@ def norms(
       step: `[T]`, 0, 1, 2, ... by default.
       log: Whether the axis of norms is logarithmic; None for where they span two
         decades.
-      legend: Whether to name the curves, beside the Axes or, in a figure without a
-        layout engine, in them.
+      legend: Whether to name the curves, beside the Axes, which are made narrower
+        in a figure without a layout engine.
       ax: Where to draw.
 
     Returns:
@@ -160,8 +160,8 @@ def compare(
       step: `[T]`, 0, 1, 2, ... by default.
       log: Whether the axis of norms is logarithmic; None for where they span two
         decades.
-      legend: Whether to name the curves, beside the Axes or, in a figure without a
-        layout engine, in them.
+      legend: Whether to name the curves, beside the Axes, which are made narrower
+        in a figure without a layout engine.
       ax: Where to draw.
 
     Returns:
@@ -217,8 +217,8 @@ def response_curves(
       responses: From names to responses; all of `clipfx.responses` by default, with
         0.5 for the arguments that have no default.
       threshold: c > 0, finite.
-      legend: Whether to name the curves, beside the Axes or, in a figure without a
-        layout engine, in them.
+      legend: Whether to name the curves, beside the Axes, which are made narrower
+        in a figure without a layout engine.
       ax: Where to draw.
 
     Returns:
