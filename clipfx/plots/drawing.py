@@ -87,11 +87,26 @@ def _medians(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (x[starts] + x[ends]) / 2, table[np.arange(len(table)), middle]
 
 
-def choose_scale(ax: "Axes", *curves: Mapping[str, np.ndarray]) -> None:
+def choose_scale(
+    ax: "Axes", log: bool | None, *curves: Mapping[str, np.ndarray]
+) -> None:
     """Before anything is drawn, from all that will be."""
     values = np.concatenate([y.ravel() for each in curves for y in each.values()])
-    if is_wide(values[np.isfinite(values)]):
+    values = values[np.isfinite(values)]
+    if is_wide(values) if log is None else log and (values > 0).any():
         ax.set_yscale("log")
+        plain_ticks(ax.yaxis, values)
+
+
+def plain_ticks(axis: Any, values: np.ndarray) -> None:
+    """Labels a logarithmic axis that spans little with 2, 5, 10, 20."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    positive = values[values > 0]
+    if positive.max() < 300 * positive.min():
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def drawable(ax: "Axes", y: np.ndarray) -> np.ndarray:

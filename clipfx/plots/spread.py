@@ -13,6 +13,7 @@ from clipfx.plots.drawing import (
     is_wide,
     label_steps,
     labels_of,
+    plain_ticks,
     style_of,
     with_legend,
 )
@@ -111,6 +112,7 @@ def histogram(
     threshold: Any = None,
     *,
     bins: int = 60,
+    log: bool | None = None,
     legend: bool = True,
     ax: "Axes | None" = None,
 ) -> "Axes":
@@ -125,6 +127,8 @@ def histogram(
         are of each: steps, or examples of a kind.
       threshold: As for `norms`.
       bins: How many, of equal width, on a logarithmic axis in the logarithm.
+      log: Whether the axis of norms is logarithmic; None for where they span two
+        decades.
       legend: Whether to name what is drawn, beside the Axes or, in a figure without a
         layout engine, in them.
       ax: Where to draw.
@@ -151,7 +155,7 @@ def histogram(
         return ax
     together = np.concatenate([*curves.values()])
     together = together[np.isfinite(together)]
-    wide = is_wide(together)
+    wide = is_wide(together) if log is None else log and bool((together > 0).any())
     seen = {n: y[np.isfinite(y) & ((y > 0) | (not wide))] for n, y in curves.items()}
     kept = np.concatenate([*seen.values()])
     low, high = (kept.min(), kept.max()) if kept.size else (0.0, 1.0)
@@ -160,6 +164,8 @@ def histogram(
         low, high = (0.9 * low, 1.1 * low) if low else (-0.5, 0.5)
     edges = (np.geomspace if wide else np.linspace)(low, high, bins + 1)
     ax.set_xscale("log" if wide else "linear")
+    if wide:
+        plain_ticks(ax.xaxis, edges)
     counts = {name: np.histogram(y, edges)[0] for name, y in seen.items()}
     labels = dict(zip(counts, labels_of(counts), strict=True))
     for number, (name, count) in enumerate(counts.items()):
