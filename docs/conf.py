@@ -23,7 +23,6 @@ version = release = clipfx.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
-suppress_warnings = ["toc.not_readable"]  # adapters, evidence, logging
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4  # as GitHub names them
 
