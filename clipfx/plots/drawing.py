@@ -292,7 +292,7 @@ def with_legend(ax: "Axes", beside: float = 1.02) -> "Axes":
 
 def make_room(ax: "Axes", left: int = 0, right: int = 0, beside: float = 1.02) -> None:
     """Narrows Axes for as many letters, of 8 points, some 5 wide."""
-    letter = 5 / 72 / ax.figure.get_figwidth()
+    letter = 5 / 72 * ax.figure.dpi / ax.figure.bbox.width
     box = ax.get_position()
     start = max(box.x0, letter * (left + 3)) if left else box.x0
     end = box.x1 if not right else min(box.x1, 0.99 - letter * right)
