@@ -162,7 +162,9 @@ for name, found in runs.items():
 # %% [markdown]
 # ## What the bound does on the way
 #
-# Contributions before the bound, and after it:
+# Contributions to each step, without a bound and with one. Late in training population
+# 1 has almost no gradient left; a floor, 0.05 of the whole sum, keeps it from stopping
+# all others then.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), sharey=True, layout="constrained")

@@ -299,7 +299,7 @@ print(f" {np.median(each[is_wrong]):.2g} where it is wrong")
 figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
 by_label = {"right label": each[~is_wrong], "wrong label": each[is_wrong]}
 plots.histogram(by_label, ax=axes)
-axes.set(xlabel="norm of the gradient of one example")
+axes.set(xlabel="norm of the gradient of one example", ylabel="examples")
 plt.show()
 
 # %% [markdown]
