@@ -1,7 +1,9 @@
 """Loops and loggers of other libraries in docs/logging.md, and docs/adapters.md."""
 
+import contextlib
 import importlib
 import json
+import time
 import warnings
 
 import jax
@@ -27,6 +29,19 @@ def as_users(tmp_path, monkeypatch):
         yield
 
 
+@pytest.fixture
+def keras_names(monkeypatch):
+    """Keras numbers its layers, here and in the next test, from the start."""
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip("keras", reason="keras is not installed")
+    keras.utils.clear_session()
+    yield
+    keras.utils.clear_session()
+
+
+new_names = pytest.mark.usefixtures("keras_names")
+
+
 def needs(*libraries):
     for library in libraries:
         pytest.importorskip(library, reason=f"{library} is not installed")
@@ -41,10 +56,14 @@ def steps_of(rows, group="global"):
 
 def test_weights_and_biases(tmp_path):
     needs("wandb")
-    from clipfx.calibrate.reading import read_run
+    from clipfx.calibrate.reading import UnreadableRun, read_run
 
     names = snippets.run("logging", "Logging", "Weights & Biases")
-    norms = read_run(tmp_path / "runs").norms
+    norms, until = {}, time.monotonic() + 60
+    while not norms and time.monotonic() < until:  # another process writes it
+        with contextlib.suppress(UnreadableRun):
+            norms = read_run(tmp_path / "runs").norms
+        time.sleep(0.1)
     last = clipfx.metrics.read(names["opt_state"])
     assert norms["encoder"] == pytest.approx([last["clip0/norm/encoder"]])
 
@@ -61,10 +80,8 @@ def test_haiku():
     assert row["clip0/norm/mlp/_/linear_0"] > 0
 
 
-def test_keras(monkeypatch):
-    monkeypatch.setenv("KERAS_BACKEND", "jax")
-    needs("keras")
-    importlib.import_module("keras").utils.clear_session()  # names begin anew
+@new_names
+def test_keras():
     row = snippets.run("logging", "Keras")["row"]
     assert len([key for key in row if "/norm/" in key]) == 2
     assert all(row[key] > 0 for key in row if "/norm/" in key)
@@ -123,10 +140,8 @@ def test_flowjax():
 # ------------------------------------------------------------ docs/adapters.md
 
 
-def test_keras_optimizer(tmp_path, monkeypatch):
-    monkeypatch.setenv("KERAS_BACKEND", "jax")
-    needs("keras")
-    importlib.import_module("keras").utils.clear_session()  # names begin anew
+@new_names
+def test_keras_optimizer(tmp_path):
     names = snippets.run("adapters", "A Keras optimizer")
     keras, x, seen = names["keras"], names["x"], names["history"].history
     first, *_ = [key.split("/norm/")[1] for key in seen if "/norm/" in key]
@@ -157,10 +172,8 @@ def test_keras_optimizer(tmp_path, monkeypatch):
     assert counts(twice) == [2, 2]
 
 
-def test_keras_optimizer_takes_the_steps_of_optax(monkeypatch):
-    monkeypatch.setenv("KERAS_BACKEND", "jax")
-    needs("keras")
-    importlib.import_module("keras").utils.clear_session()  # names begin anew
+@new_names
+def test_keras_optimizer_takes_the_steps_of_optax():
     names = snippets.run("adapters", "A Keras optimizer")
     keras, x = names["keras"], names["x"]
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
