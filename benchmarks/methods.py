@@ -40,6 +40,7 @@ METHODS: dict[str, Make] = {
     "global_norm_ord_3": before(clipfx.clip_by_global_norm, 1.0, ord=3),
     "clip_by_snr": before(clipfx.clip_by_snr, 1.0),
     "smooth_norm": before(clipfx.smooth_norm, 1.0, 1.0),
+    "record_norms": before(clipfx.record_norms),
     "autoclip": before(clipfx.autoclip),
     "quantile_clip": before(clipfx.quantile_clip),
     "zclip": before(clipfx.zclip),

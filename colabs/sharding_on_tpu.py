@@ -20,20 +20,23 @@
 # type), on GPUs, or on a CPU that simulates eight devices.
 
 # %%
-# Installs clipfx if it is missing: from the checkout that this notebook is in, or else
-# from the package index.
+# Takes clipfx from where SOURCE says; if it says nothing, from the checkout that this
+# notebook is in, or else from the package index.
 import importlib
 import importlib.util
 import pathlib
 import subprocess
 import sys
 
-if not all(map(importlib.util.find_spec, ("clipfx", "optax", "matplotlib"))):
+SOURCE = ""  # fill in, until the index has it: a folder, or git+https://...
+
+if not all(map(importlib.util.find_spec, ("clipfx", "optax", "matplotlib", "sklearn"))):
     here = pathlib.Path.cwd()
     found = [d for d in (here, *here.parents) if (d / "clipfx/__init__.py").exists()]
-    source = str(found[0]) if found else "clipfx-jax"
-    command = [sys.executable, "-m", "pip", "install", "-q", f"{source}[plots]"]
-    subprocess.run([*command, "scikit-learn"], check=True)
+    source = SOURCE or (str(found[0]) if found else "clipfx-jax")
+    what = f"clipfx-jax[plots] @ {source}" if "://" in source else f"{source}[plots]"
+    command = [sys.executable, "-m", "pip", "install", "-q", what, "scikit-learn"]
+    subprocess.run(command, check=True)
     importlib.invalidate_caches()
 
 # %%

@@ -42,7 +42,8 @@ def bounded(clip: Callable[[], optax.GradientTransformation]) -> Clipper:
 
 
 # `none` has an infinite threshold: it changes nothing, and still records metrics. Those
-# that ignore the threshold adapt their own.
+# that ignore the threshold adapt their own, with first settings as in docs/choose.md;
+# where a run explodes from its first steps on, they have seen no others: a bound helps.
 CLIPPERS: dict[str, Clipper] = {
     "none": before(lambda max_norm: clipfx.clip_by_global_norm(math.inf)),
     "global": before(clipfx.clip_by_global_norm),
@@ -56,9 +57,9 @@ CLIPPERS: dict[str, Clipper] = {
         lambda max_norm: clipfx.error_feedback(clipfx.clip_by_global_norm(max_norm))
     ),
     "autoclip": guarded(clipfx.autoclip),
-    "quantile": guarded(clipfx.quantile_clip),
+    "quantile": guarded(lambda: clipfx.quantile_clip(0.9)),
     "zclip": before(lambda max_norm: clipfx.zclip(max_norm=max_norm)),
-    "adagc": before(lambda max_norm: clipfx.adagc(max_norm=max_norm)),
+    "adagc": before(lambda max_norm: clipfx.adagc(1.5, max_norm=max_norm)),
     "band": guarded(clipfx.band_by_history),
     # Bounds groups by each other: where all of them explode it needs a threshold.
     "group_ratio": bounded(lambda: clipfx.clip_group_ratio(2.0, groups="layer")),

@@ -19,6 +19,10 @@ _events: Any = event_pb2
 _summaries: Any = summary_pb2
 
 
+METRICS = "metrics.jsonl"
+RESUMES = "resumes.txt"  # steps, one a line
+
+
 class Log:
     """One row for each step, in order, whatever happened in between.
 
@@ -28,13 +32,16 @@ class Log:
 
     def __init__(self, directory: pathlib.Path, first: int, steps: int):
         """Goes on at step `first` of `steps`."""
-        path = directory / "metrics.jsonl"
-        kept = [row for row in _rows(path) if row.get("step", first) < first]
+        path = directory / METRICS
+        kept = [row for row in read_rows(directory) if row.get("step", first) < first]
         if [row["step"] for row in kept] != list(range(first)):
             tqdm.write(f"{path} does not hold all of the first {first} steps.")
         whole = path.with_suffix(".part")
         _common.write_jsonl(whole, kept)
         whole.replace(path)
+        if first:
+            with (directory / RESUMES).open("a") as file:
+                file.write(f"{first}\n")
         self._file = path.open("a", encoding="utf-8")
         # Not `SummaryWriter`: what its thread has yet to write, its `flush` leaves out.
         board = directory / "tensorboard" / "events"
@@ -75,9 +82,15 @@ class Log:
         self._file.close()
 
 
-def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a file up to the first that is torn."""
-    rows = []
+def resumes_of(directory: pathlib.Path) -> list[int]:
+    """The steps that a run was resumed at."""
+    path = directory / RESUMES
+    return [*map(int, path.read_text().split())] if path.exists() else []
+
+
+def read_rows(directory: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a run, up to the first that is torn."""
+    path, rows = directory / METRICS, []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:

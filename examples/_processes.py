@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ def set_up(cpu_devices: int, processes: int, process_id: int, coordinator: str) 
     if not coordinator:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    _keep_stdout()
     if coordinator != "cluster":
         jax.distributed.initialize(coordinator, processes, process_id)
         return
@@ -82,6 +84,13 @@ def start(command: Sequence[str], processes: int) -> int:
         for worker in workers:
             worker.kill()
             worker.wait()
+
+
+def _keep_stdout() -> None:
+    """For Python alone: Gloo writes there whom it is connected to."""
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)
 
 
 def _end_with_parent() -> None:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import clipfx
+from examples import _run
 from examples._clippers import CLIPPERS
 from examples._decoder import Decoder, spec_of
 
@@ -21,17 +22,17 @@ from examples._decoder import Decoder, spec_of
 class Settings:
     """What a run is, each a flag of the same name; a resumed run must have the same."""
 
-    width: int = 64
-    layers: int = 2
-    heads: int = 4
-    length: int = 64
-    batch: int = 32
-    accumulate: int = 1
-    dropout: float = 0.1
-    dtype: str = "bfloat16"
-    learning_rate: float = 2e-3
-    warmup: int = 20
-    seed: int = 0
+    width: int = _run.flag(64, "Model width.", least=1)
+    layers: int = _run.flag(2, "Transformer layers.", least=1)
+    heads: int = _run.flag(4, "Attention heads.", least=1)
+    length: int = _run.flag(64, "Sequence length, in bytes.", least=1)
+    batch: int = _run.flag(32, "Global batch size, in sequences.", least=1)
+    accumulate: int = _run.flag(1, "Gradient accumulation steps.", least=1)
+    dropout: float = _run.flag(0.1, "Dropout rate.", least=0, most=0.9)
+    dtype: str = _run.flag("bfloat16", "Compute dtype.", among=("bfloat16", "float32"))
+    learning_rate: float = _run.flag(2e-3, "Peak learning rate of AdamW.", above=0)
+    warmup: int = _run.flag(20, "Warm-up steps.", least=0)
+    seed: int = _run.flag(0, "Random seed of weights, batches, dropout.", least=0)
 
 
 class TrainState(NamedTuple):
@@ -59,13 +60,12 @@ class Optimizer(NamedTuple):
 def make_transform(
     settings: Settings, clip: str, max_norm: float
 ) -> optax.GradientTransformationExtraArgs:
-    """The clipper, of gradients as they come; then AdamW in float32."""
+    """The clipper, then AdamW."""
     rate = optax.warmup_constant_schedule(0.0, settings.learning_rate, settings.warmup)
     adamw = optax.adamw(rate, b2=0.95)
 
     def update(updates, state, params=None):
-        wide = jax.tree.map(lambda x: x.astype(jnp.float32), updates)
-        updates, after = adamw.update(wide, state.adamw, params)
+        updates, after = adamw.update(updates, state.adamw, params)
         return updates, Optimizer(after)
 
     marked = optax.GradientTransformation(
@@ -169,6 +169,8 @@ def make_step(
     """The loss of parameters on passages `[batch, length + 1]`, and a step on them.
 
     The step goes from a `TrainState` to the next and a dict of scalars to log.
+    Parameters become `settings.dtype` within the loss, whose gradient, and the clip of
+    it, is float32 therefore.
     """
     narrow = lambda params: jax.tree.map(lambda x: x.astype(settings.dtype), params)
 
@@ -183,24 +185,23 @@ def make_step(
         return jax.value_and_grad(loss_of)(params, passages, key)
 
     def accumulated(params, passages, key):
-        # Each part takes from the whole batch, so that it is split as that is; sums are
-        # float32, of zeros that lie where parameters do. Newer versions of Optax than
+        # Each part takes from the whole batch, so that it is split as that is; sums
+        # begin with zeros that lie where parameters do. Newer versions of Optax than
         # the oldest that this runs on have `optax.microbatch` for it.
         parts = settings.accumulate
         cut = passages.reshape(-1, parts, passages.shape[1]).swapaxes(0, 1)
-        add = lambda x, y: x + y.astype(jnp.float32) / parts
+        add = lambda x, y: x + y / parts
 
         def step(total, each):
             return jax.tree.map(add, total, part(params, *each)), None
 
-        nothing = jax.tree.map(lambda x: 0 * x.astype(jnp.float32), params)
-        zeros = jnp.zeros([]), nothing
+        zeros = jnp.zeros([]), jax.tree.map(lambda x: 0 * x, params)
         return jax.lax.scan(step, zeros, (cut, jax.random.split(key, parts)))[0]
 
     def step(state, passages):
         key, dropout = jax.random.split(jax.random.wrap_key_data(state.key))
         gradient = part if settings.accumulate == 1 else accumulated
-        loss, grads = gradient(narrow(state.params), passages, dropout)
+        loss, grads = gradient(state.params, passages, dropout)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
         seen = {"loss": loss, "norm": clipfx.global_norm(grads)}

@@ -16,6 +16,15 @@ CSV files have a line of names, numbers, and a column of two labels, the last on
 
 Each method is shown at its best rate, by the mean over five seeds, and +- is their
 standard deviation. By default, in the share of held-out rows that are right:
+
+                   none            global          per_example
+    exponential    0.772 +- 0.09   0.944 +- 0.02   0.965 +- 0.01
+    logistic       0.953 +- 0.01   0.952 +- 0.01   0.965 +- 0.01
+
+Without a clip the exponential loss diverges with some seed at all rates above 1e-4,
+where it learns too little. A clip of the batch saves it, and one of each row makes the
+loss not matter: what remains of a gradient at the threshold is its direction. Rows
+differ between seeds more than these two clips do; with no seed is `global` ahead.
 """
 
 import csv
@@ -53,7 +62,7 @@ class Settings:
         tuple(METHODS), "Methods to compare.", among=METHODS
     )
     rates: tuple[float, ...] = _run.flag(
-        (3e-5, 0.0003, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0), "Learning rates.", above=0
+        (1e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0), "Learning rates.", above=0
     )
     max_norm: float = _run.flag(1.0, "Threshold of both clips.", above=0)
     wrong: float = _run.flag(0.1, "Fraction of wrong labels.", least=0, below=0.5)

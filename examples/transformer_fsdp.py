@@ -1,15 +1,18 @@
 """A decoder of text on a mesh of devices, in one process or many; kill it, start again.
 
     python -m examples.transformer_fsdp
-    python -m examples.transformer_fsdp --model=2 --clip=zclip --accumulate=4
+    python -m examples.transformer_fsdp --steps=300
     python -m examples.transformer_fsdp --processes=2 --out=out/two
+    python -m examples.transformer_fsdp --model=2 --clip=zclip --out=out/zclip
     srun python -m examples.transformer_fsdp --coordinator=cluster --width=2048 ...
 
 Parameters and the state of AdamW are float32 and split over both axes of the mesh: over
 "data", as in FSDP, and over "model", by the columns and rows of the dense layers.
-Gradients are taken, and clipped, in bfloat16. The clip needs no argument for any of it.
+The loss is computed in bfloat16; its gradient is that of the float32 parameters, and
+clipped in float32. The clip needs no argument for any of it.
 
-The same command resumes where it was stopped, for whatever reason: parameters, the
+The same command resumes where it was stopped, for whatever reason; the second one above
+goes on with what the first has trained, and the picture marks where. Parameters, the
 state of the clip, random keys and metrics become bit for bit what they would have been.
 To that end a batch depends on seed and step alone, a checkpoint holds everything else,
 and metrics of steps that no checkpoint has are written again. It also resumes on
@@ -21,7 +24,6 @@ pod start it once for each host, with `--coordinator=cluster`.
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import math
 import pathlib
@@ -32,58 +34,64 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from examples import _checkpoints, _common, _processes
+from clipfx import plots
+from examples import _checkpoints, _common, _processes, _run
 from examples._clippers import CLIPPERS, check_clippers
-from examples._log import Log
+from examples._log import Log, read_rows, resumes_of
 from examples._training import Settings, from_items, items_of, programs
 
-# See diffusion_digits: imported, an example keeps its flags to itself.
-FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
-_string = functools.partial(flags.DEFINE_string, flag_values=FLAGS)
-_float = functools.partial(flags.DEFINE_float, flag_values=FLAGS)
-_integer = functools.partial(flags.DEFINE_integer, flag_values=FLAGS)
-_string("text", None, "UTF-8 text file; by default Python's own manual.")
-_string("clip", "global", f"Clipping method: {', '.join(CLIPPERS)}.")
-_float("max_norm", 1.0, "Clipping threshold, if the method takes one.")
-_integer("steps", 200, "Total training steps, including those before a resume.", 1)
-_integer("save_every", 50, "Steps between checkpoints.", 1)
-_integer("width", Settings.width, "Model width.", 1)
-_integer("layers", Settings.layers, "Transformer layers.", 1)
-_integer("heads", Settings.heads, "Attention heads.", 1)
-_integer("length", Settings.length, "Sequence length, in bytes.", 1)
-_integer("batch", Settings.batch, "Global batch size, in sequences.", 1)
-_integer("accumulate", Settings.accumulate, "Gradient accumulation steps.", 1)
-_float("dropout", Settings.dropout, "Dropout rate.", 0.0, 0.9)
-flags.DEFINE_enum(
-    "dtype",
-    Settings.dtype,
-    ["bfloat16", "float32"],
-    "Compute dtype.",
-    flag_values=FLAGS,
-)
-_float("learning_rate", Settings.learning_rate, "Peak learning rate of AdamW.")
-_integer("warmup", Settings.warmup, "Warm-up steps.", 0)
-_integer("seed", Settings.seed, "Random seed of weights, batches and dropout.", 0)
-_integer("data", 0, "Data-parallel (FSDP) mesh size; 0 for all remaining devices.", 0)
-_integer("model", 1, "Tensor-parallel mesh size; must divide --heads.", 1)
-_integer("cpu_devices", 8, "Simulated devices in all, if there is only a CPU.", 1)
-_integer("processes", 1, "Processes to start on this machine's CPU.", 1)
-_string("coordinator", "", "`cluster`, or host:port of process 0.")
-_integer("process_id", -1, "Index of this process, with --coordinator.")
-flags.DEFINE_bool(
-    "reset_clip_state",
-    False,
-    "Resume with another clipping method than the checkpoint's.",
-    flag_values=FLAGS,
-)
-_string("out", "out/transformer_fsdp", "Output directory.")
-for name in ("learning_rate", "max_norm"):
-    flags.register_validator(name, lambda x: x > 0, "must be greater than 0", FLAGS)
+
+@dataclasses.dataclass(frozen=True)
+class Flags(Settings):
+    """What a run is, and what may be another when it is resumed."""
+
+    text: str | None = _run.flag(
+        None, "UTF-8 text file; by default Python's own manual.", resumes=True
+    )
+    clip: str = _run.flag(
+        "global", "Clipping method.", among=tuple(CLIPPERS), resumes=True
+    )
+    max_norm: float = _run.flag(
+        1.0, "Clipping threshold, if the method takes one.", above=0, resumes=True
+    )
+    reset_clip_state: bool = _run.flag(
+        False,
+        "Resume with another clipping method than the checkpoint's.",
+        resumes=True,
+    )
+    steps: int = _run.flag(
+        200,
+        "Total training steps, including those before a resume.",
+        least=1,
+        resumes=True,
+    )
+    save_every: int = _run.flag(50, "Steps between checkpoints.", least=1, resumes=True)
+    data: int = _run.flag(
+        0,
+        "Data-parallel (FSDP) mesh size; 0 for all remaining devices.",
+        least=0,
+        resumes=True,
+    )
+    model: int = _run.flag(
+        1, "Tensor-parallel mesh size; must divide --heads.", least=1, resumes=True
+    )
+    cpu_devices: int = _run.flag(
+        8, "Simulated devices in all, if there is only a CPU.", least=1, resumes=True
+    )
+    processes: int = _run.flag(
+        1, "Processes to start on this machine's CPU.", least=1, resumes=True
+    )
+    coordinator: str = _run.flag(
+        "", "`cluster`, or host:port of process 0.", resumes=True
+    )
+    process_id: int = _run.flag(
+        -1, "Index of this process, with --coordinator.", resumes=True
+    )
 
 
 # ------------------------------------------------------------------------------ data
@@ -262,48 +270,55 @@ def train(
     }
 
 
-def main(argv: Sequence[str]) -> None:
+def plot(rows: Sequence[dict[str, Any]], resumes: Sequence[int]) -> Figure:
+    """Draws loss, norm and thresholds over the steps, a line at each resume."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots(2, sharex=True)
+    for ax in axes:
+        for number, step in enumerate(resumes):
+            label = "" if number else "resumed"
+            ax.axvline(step - 0.5, color="k", ls=":", lw=1, label=label)
+    column = lambda name: [math.nan if r[name] is None else r[name] for r in rows]
+    limits = plots.by_clip(rows).get("clip0", {}).get("threshold", {}).values()
+    limit = {"norm": np.stack([*limits], 1)} if limits else {}
+    plots.lines(column("loss"), ylabel="loss", legend=False, ax=axes[0])
+    plots.norms({"norm": column("norm")}, limit, clipped={}, ax=axes[1])
+    axes[0].set(xlabel="")
+    return figure
+
+
+def run(settings: Flags, out: _run.Out) -> None:
     """Trains, or starts the processes that do."""
-    if not FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells of every move
-    given = FLAGS.flag_values_dict()
-    pick = lambda names: {name: given[name] for name in names}
-    settings = Settings(**pick(f.name for f in dataclasses.fields(Settings)))
-    options = ("clip", "max_norm", "steps", "save_every", "data", "model")
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}: flags begin with --.")
-        check_clippers([FLAGS.clip])
-        text = _common.load_text(FLAGS.text)
-        out = _common.make_dir(FLAGS.out)
-        if FLAGS.cpu_devices % FLAGS.processes:
-            raise ValueError(
-                f"--cpu_devices={FLAGS.cpu_devices} cannot be shared out evenly among "
-                f"--processes={FLAGS.processes}."
-            )
-        if FLAGS.processes > 1 and not FLAGS.coordinator:
-            command = [sys.executable, "-m", "examples.transformer_fsdp", *sys.argv[1:]]
-            sys.exit(_processes.start(command, FLAGS.processes))
-        _processes.set_up(
-            FLAGS.cpu_devices // FLAGS.processes,
-            FLAGS.processes,
-            FLAGS.process_id,
-            FLAGS.coordinator,
+    text = _common.load_text(settings.text)
+    count, each = settings.processes, settings.cpu_devices // settings.processes
+    if settings.cpu_devices % count:
+        raise ValueError(
+            f"--cpu_devices={settings.cpu_devices} cannot be shared out evenly among "
+            f"--processes={count}."
         )
-        row = train(
-            settings,
-            text,
-            out,
-            **pick(options),
-            reset_clip_state=FLAGS.reset_clip_state,
-        )
-    except ValueError as error:
-        raise SystemExit(f"transformer_fsdp: {error}") from None
-    if row and jax.process_index() == 0:
+    if count > 1 and not settings.coordinator:
+        command = [sys.executable, "-m", "examples.transformer_fsdp", *sys.argv[1:]]
+        sys.exit(_processes.start(command, count))
+    _processes.set_up(each, count, settings.process_id, settings.coordinator)
+    pick = lambda names: {name: getattr(settings, name) for name in names}
+    same = Settings(**pick(field.name for field in dataclasses.fields(Settings)))
+    split_text(text, same.length)
+    make_mesh(same, settings.data, settings.model)  # an error leaves nothing in `out`
+    chief = jax.process_index() == 0
+    if chief:
+        for name in ("metrics.jsonl", "tensorboard", "checkpoints"):
+            out.path(name)
+    row = train(
+        same, text, out.folder,
+        **pick(("clip", "max_norm", "reset_clip_state")),
+        **pick(("steps", "save_every", "data", "model")),
+    )  # fmt: skip
+    if row and chief:
         print("\n" + _common.format_table([row]))
         print("\nbits/byte: on held-out text. clip rate: mean over groups.")
-        print(f"Wrote {out / 'metrics.jsonl'}, {out / 'tensorboard'} and checkpoints.")
+        figure = plot(read_rows(out.folder), resumes_of(out.folder))
+        out.figure(figure, "transformer_fsdp.png")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    _run.main(run, Flags)

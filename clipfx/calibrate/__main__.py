@@ -11,7 +11,7 @@ from typing import Any
 
 from clipfx.calibrate.reading import UnreadableRun, read_run
 from clipfx.calibrate.report import page
-from clipfx.calibrate.suggest import suggest
+from clipfx.calibrate.suggest import study
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
     try:
         run = read_run(given.run, given.key, given.number)
-        found = suggest(run.norms, rates=given.rates)
+        found, replays = study(run.norms, given.rates)
     except UnreadableRun as error:
         print(error, file=sys.stderr)
         return 1
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{given.run}: {error}", file=sys.stderr)
         return 1
     if given.html:
-        text = page(str(run.source), run.norms, found, run.notes)
+        text = page(str(run.source), run.norms, found, replays, run.notes)
         try:
             pathlib.Path(given.html).write_text(text, encoding="utf-8")
         except OSError as error:

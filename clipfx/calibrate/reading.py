@@ -1,7 +1,8 @@
 """The norms that a run has left in files, of all kinds but Orbax without its package.
 
 JSON lines, CSV, NumPy's arrays, TensorBoard, Orbax, Weights & Biases: each becomes
-columns of numbers by name, of which those that look like norms are chosen.
+columns of numbers by name, of which those that look like norms are chosen. Only
+checkpoints take JAX to be read.
 """
 
 import csv
@@ -16,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipfx.calibrate import records
-from clipfx.calibrate.history import history
 
 # A norm before the clip, as `clipfx.metrics.read` names it: clip, then group.
 _OURS = re.compile(r"(?P<clip>.+)/norm/(?P<group>.+)")
@@ -238,6 +238,9 @@ def _checkpoint(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def _orbax(path: pathlib.Path) -> _Table:
+    # States are JAX's; what is read of other files is not.
+    from clipfx.calibrate.history import history
+
     try:
         checkpoint: Any = importlib.import_module("orbax.checkpoint")
     except ImportError:

@@ -19,13 +19,15 @@ class NormStats(NamedTuple):
       nonfinite: Of those, how many are infinite or NaN.
       zeros: And how many are 0; both are left out of what follows.
       median: Of the norms.
-      spread: Deviation of their natural logarithms, 1.4826 times the median distance
-        from the median: 0.1 is quiet, 1 wild.
-      tail_index: Hill's estimate from the largest tenth: below 2 the variance is
-        infinite, and z-scores mean little; infinite where those are all alike.
+      spread: Of norms over the median of the 50 before, as far as there are so many:
+        the deviation of natural logarithms, 1.4826 times the median distance from the
+        median: 0.1 is quiet, 1 wild.
+      tail_index: Of the same, Hill's estimate from the largest tenth: below 2 the
+        variance is infinite, and z-scores mean little; infinite where those are all
+        alike.
       drift: Median of the last quarter over that of the first.
-      spikes: Steps, from 0, of norms at least twice, and 5 deviations above, the median
-        of the 50 before.
+      spikes: Steps, from 0, of norms at least twice, and 5 deviations above, that
+        median.
       first: Median of the first 5.
       peak: The largest of the first 25.
 
@@ -47,8 +49,13 @@ class NormStats(NamedTuple):
 
     @property
     def explodes(self) -> bool:
-        """Whether norms grow more than tenfold within the first 25 steps."""
-        return self.peak > 10 * self.first
+        """Whether norms grow fivefold within 25 steps, and beyond their noise."""
+        return self.peak > self.first * max(5, np.exp(5 * min(self.spread, 50)))
+
+    @property
+    def wild(self) -> bool:
+        """Whether norms scatter so far that none of them is the usual one."""
+        return self.spread > 1 or self.tail_index < 1
 
 
 def describe(group: str, norms: np.ndarray) -> NormStats:
@@ -65,7 +72,7 @@ def describe(group: str, norms: np.ndarray) -> NormStats:
             f"norms must have at least {LEAST} finite steps that are not 0, got "
             f"{len(x)} of {len(norms)} in {group!r}; train longer before choosing."
         )
-    logs = np.log(x)
+    gaps = _above_usual(np.log(x))
     quarter = len(x) // 4
     return NormStats(
         group=group,
@@ -73,10 +80,10 @@ def describe(group: str, norms: np.ndarray) -> NormStats:
         nonfinite=int((~np.isfinite(norms)).sum()),
         zeros=int((norms == 0).sum()),
         median=float(np.median(x)),
-        spread=_deviation(logs),
-        tail_index=hill(x),
+        spread=_deviation(gaps),
+        tail_index=hill(np.exp(gaps)),
         drift=float(np.median(x[-quarter:]) / np.median(x[:quarter])),
-        spikes=tuple(np.flatnonzero(usable)[_spikes(logs)].tolist()),
+        spikes=tuple(np.flatnonzero(usable)[_FIRST:][_spikes(gaps)].tolist()),
         first=float(np.median(x[:_FIRST])),
         peak=float(x[:_BEGIN].max()),
     )
@@ -108,8 +115,16 @@ def _deviation(x: np.ndarray) -> float:
     return float(1.4826 * np.median(np.abs(x - np.median(x))))
 
 
-def _spikes(logs: np.ndarray) -> np.ndarray:
-    """Which stand out from the 50 before, the first 5 from nothing."""
-    usual = [np.median(logs[max(t - _SPAN, 0) : t]) for t in range(_FIRST, len(logs))]
-    gaps = logs[_FIRST:] - np.array(usual)
-    return np.flatnonzero(gaps > max(5 * _deviation(gaps), np.log(2))) + _FIRST
+def _above_usual(logs: np.ndarray) -> np.ndarray:
+    """Logarithms less the median of the 50 before, or as many; the first 5 left out."""
+    few = min(_SPAN, len(logs))
+    usual = [np.median(logs[:t]) for t in range(_FIRST, few)]
+    if len(logs) > _SPAN:
+        before = np.lib.stride_tricks.sliding_window_view(logs[:-1], _SPAN)
+        usual = [*usual, *np.median(before, axis=1)]
+    return logs[_FIRST:] - np.array(usual)
+
+
+def _spikes(gaps: np.ndarray) -> np.ndarray:
+    """Which stand out."""
+    return np.flatnonzero(gaps > max(5 * _deviation(gaps), np.log(2)))

@@ -32,6 +32,7 @@ def lines(
     *,
     step: Any = None,
     ylabel: str = "",
+    log: bool | None = None,
     legend: bool = True,
     ax: "Axes | None" = None,
 ) -> "Axes":
@@ -41,8 +42,10 @@ def lines(
       values: `[T]`, `[T, G]`, or a dict from names to `[T]`.
       step: `[T]`, 0, 1, 2, ... by default.
       ylabel: Of the axis.
-      legend: Whether to name the curves, beside the Axes or, in a figure without a
-        layout engine, in them.
+      log: Whether the axis of numbers is logarithmic; None for where they span two
+        decades.
+      legend: Whether to name the curves, beside the Axes, which are made narrower
+        in a figure without a layout engine.
       ax: Where to draw.
 
     Returns:
@@ -63,7 +66,7 @@ def lines(
     step = as_steps(step, curves)
     label_steps(ax, ylabel)
     if has_something(ax, curves.values(), "steps"):
-        choose_scale(ax, curves)
+        choose_scale(ax, log, curves)
         draw(ax, step, curves)
         mark(ax, step, curves)
     return with_legend(ax) if legend else ax
@@ -76,6 +79,7 @@ def norms(
     factor: Any = None,
     clipped: Any = None,
     step: Any = None,
+    log: bool | None = None,
     legend: bool = True,
     ax: "Axes | None" = None,
 ) -> "Axes":
@@ -96,8 +100,10 @@ def norms(
         `clipfx.metrics.read` has it. By default where a norm exceeds its threshold;
         `{}` for no dots.
       step: `[T]`, 0, 1, 2, ... by default.
-      legend: Whether to name the curves, beside the Axes or, in a figure without a
-        layout engine, in them.
+      log: Whether the axis of norms is logarithmic; None for where they span two
+        decades.
+      legend: Whether to name the curves, beside the Axes, which are made narrower
+        in a figure without a layout engine.
       ax: Where to draw.
 
     Returns:
@@ -122,7 +128,7 @@ def norms(
     factors = {} if factor is None else as_curves("factor", factor, curves)
     label_steps(ax, "norm")
     if has_something(ax, [*curves.values(), *limits.values()], "steps"):
-        choose_scale(ax, curves, limits)
+        choose_scale(ax, log, curves, limits)
         draw(ax, step, curves)
         draw_limits(ax, step, limits, curves, shared)
         mark(ax, step, curves, dots, floor=0.26 if factors else 0.0)
@@ -137,6 +143,7 @@ def compare(
     after: Mapping[str, Any] | None = None,
     *,
     step: Any = None,
+    log: bool | None = None,
     legend: bool = True,
     ax: "Axes | None" = None,
 ) -> "Axes":
@@ -151,8 +158,10 @@ def compare(
       after: From names to norms `[T]` after clipping; :math:`\min(n, c)` for those
         that are not there.
       step: `[T]`, 0, 1, 2, ... by default.
-      legend: Whether to name the curves, beside the Axes or, in a figure without a
-        layout engine, in them.
+      log: Whether the axis of norms is logarithmic; None for where they span two
+        decades.
+      legend: Whether to name the curves, beside the Axes, which are made narrower
+        in a figure without a layout engine.
       ax: Where to draw.
 
     Returns:
@@ -185,7 +194,7 @@ def compare(
     label_steps(ax, "norm")
     if has_something(ax, [before, *limits.values()], "steps"):
         after = least | given
-        choose_scale(ax, {"norm": before}, after, limits)
+        choose_scale(ax, log, {"norm": before}, after, limits)
         ax.plot(*thinned(step, drawable(ax, before)), color="0.75", lw=0.8, zorder=1,
                 label="before")  # fmt: skip
         draw(ax, step, after)
@@ -208,8 +217,8 @@ def response_curves(
       responses: From names to responses; all of `clipfx.responses` by default, with
         0.5 for the arguments that have no default.
       threshold: c > 0, finite.
-      legend: Whether to name the curves, beside the Axes or, in a figure without a
-        layout engine, in them.
+      legend: Whether to name the curves, beside the Axes, which are made narrower
+        in a figure without a layout engine.
       ax: Where to draw.
 
     Returns:

@@ -87,11 +87,26 @@ def _medians(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (x[starts] + x[ends]) / 2, table[np.arange(len(table)), middle]
 
 
-def choose_scale(ax: "Axes", *curves: Mapping[str, np.ndarray]) -> None:
+def choose_scale(
+    ax: "Axes", log: bool | None, *curves: Mapping[str, np.ndarray]
+) -> None:
     """Before anything is drawn, from all that will be."""
     values = np.concatenate([y.ravel() for each in curves for y in each.values()])
-    if is_wide(values[np.isfinite(values)]):
+    values = values[np.isfinite(values)]
+    if is_wide(values) if log is None else log and (values > 0).any():
         ax.set_yscale("log")
+        plain_ticks(ax.yaxis, values)
+
+
+def plain_ticks(axis: Any, values: np.ndarray) -> None:
+    """Labels a logarithmic axis that spans little with 2, 5, 10, 20."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    positive = values[values > 0]
+    if positive.max() < 300 * positive.min():
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def drawable(ax: "Axes", y: np.ndarray) -> np.ndarray:
@@ -261,16 +276,25 @@ def _shared(paths: list[list[str]]) -> int:
 
 
 def with_legend(ax: "Axes", beside: float = 1.02) -> "Axes":
-    """Names the curves where they are never cut off."""
+    """Names the curves beside the Axes, for which these make room."""
     handles, names = ax.get_legend_handles_labels()
     if not handles:
         return ax
     height = ax.get_window_extent().height / ax.figure.dpi * 72  # in points
-    style: dict[str, Any] = {"fontsize": 8, "labelspacing": 0.3, "handlelength": 3}
-    rows = max(int(height / 11), 1)
-    style["ncols"] = math.ceil(len(names) / rows)
-    if ax.figure.get_layout_engine() is not None:
-        style |= {"loc": "upper left", "bbox_to_anchor": (beside, 1.0),
-                  "borderaxespad": 0.0}  # fmt: skip
-    ax.legend(handles, names, **style)
+    columns = math.ceil(len(names) / max(int(height / 11), 1))
+    ax.legend(handles, names, fontsize=8, labelspacing=0.3, handlelength=3,
+              ncols=columns, loc="upper left", bbox_to_anchor=(beside, 1.0),
+              borderaxespad=0.0)  # fmt: skip
+    if ax.figure.get_layout_engine() is None:
+        make_room(ax, right=columns * (max(map(len, names)) + 10), beside=beside)
     return ax
+
+
+def make_room(ax: "Axes", left: int = 0, right: int = 0, beside: float = 1.02) -> None:
+    """Narrows Axes for as many letters, of 8 points, some 5 wide."""
+    letter = 5 / 72 / ax.figure.get_figwidth()
+    box = ax.get_position()
+    start = max(box.x0, letter * (left + 3)) if left else box.x0
+    end = box.x1 if not right else min(box.x1, 0.99 - letter * right)
+    width = (end - start) / (beside - 0.02)
+    ax.set_position((start, box.y0, max(width, 0.3 * box.width), box.height))

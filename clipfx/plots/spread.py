@@ -1,7 +1,7 @@
 """How norms spread: over groups as colours, over sizes as counts."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from clipfx.plots.drawing import (
     is_wide,
     label_steps,
     labels_of,
+    make_room,
+    plain_ticks,
     style_of,
     with_legend,
 )
@@ -20,6 +22,7 @@ from clipfx.plots.drawing import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_CURVES = 8  # of a histogram; more would hide each other
 _CELLS = 400  # of a heat map: fewer than pixels, or else some are not drawn
 
 
@@ -111,6 +114,7 @@ def histogram(
     threshold: Any = None,
     *,
     bins: int = 60,
+    log: bool | None = None,
     legend: bool = True,
     ax: "Axes | None" = None,
 ) -> "Axes":
@@ -120,13 +124,18 @@ def histogram(
     seen; the largest norms have a stroke at the lower edge besides. A threshold
     that moves is drawn at its median, from its 5th to its 95th percentile pale.
 
+    More than eight have a row each, counts as colours, with a stroke at the threshold
+    and behind the name the share above it.
+
     Args:
       norm: `[T]`, `[T, G]`, or a dict from names to numbers, `[T]` or as many as there
         are of each: steps, or examples of a kind.
       threshold: As for `norms`.
       bins: How many, of equal width, on a logarithmic axis in the logarithm.
-      legend: Whether to name what is drawn, beside the Axes or, in a figure without a
-        layout engine, in them.
+      log: Whether the axis of norms is logarithmic; None for where they span two
+        decades.
+      legend: Whether to name what is drawn, beside the Axes, which are made narrower
+        in a figure without a layout engine.
       ax: Where to draw.
 
     Returns:
@@ -151,7 +160,7 @@ def histogram(
         return ax
     together = np.concatenate([*curves.values()])
     together = together[np.isfinite(together)]
-    wide = is_wide(together)
+    wide = is_wide(together) if log is None else log and bool((together > 0).any())
     seen = {n: y[np.isfinite(y) & ((y > 0) | (not wide))] for n, y in curves.items()}
     kept = np.concatenate([*seen.values()])
     low, high = (kept.min(), kept.max()) if kept.size else (0.0, 1.0)
@@ -160,8 +169,17 @@ def histogram(
         low, high = (0.9 * low, 1.1 * low) if low else (-0.5, 0.5)
     edges = (np.geomspace if wide else np.linspace)(low, high, bins + 1)
     ax.set_xscale("log" if wide else "linear")
+    if wide:
+        plain_ticks(ax.xaxis, edges)
     counts = {name: np.histogram(y, edges)[0] for name, y in seen.items()}
     labels = dict(zip(counts, labels_of(counts), strict=True))
+    lost = sum(int((~np.isfinite(y)).sum()) for y in curves.values())
+    zero = sum(int((y == 0).sum()) for y in curves.values()) if wide else 0
+    told = [f"{n} {what}" for n, what in ((lost, "not finite"), (zero, "zero")) if n]
+    if told:
+        ax.set_title(f"Not shown: {', '.join(told)}.", fontsize=9, loc="left")
+    if len(counts) > _CURVES:
+        return _draw_rows(ax, edges, counts, labels, curves, limits)
     for number, (name, count) in enumerate(counts.items()):
         style = style_of(number)
         kind: dict[str, Any] = (
@@ -184,12 +202,47 @@ def histogram(
     if max(count.max() for count in counts.values()) > 100:
         ax.set_yscale("log")
         ax.set_ylim(0.6)
-    lost = sum(int((~np.isfinite(y)).sum()) for y in curves.values())
-    zero = sum(int((y == 0).sum()) for y in curves.values()) if wide else 0
-    told = [f"{n} {what}" for n, what in ((lost, "not finite"), (zero, "zero")) if n]
-    if told:
-        ax.set_title(f"Not shown: {', '.join(told)}.", fontsize=9, loc="left")
     return with_legend(ax) if legend else ax
+
+
+def _draw_rows(
+    ax: "Axes",
+    edges: np.ndarray,
+    counts: Mapping[str, np.ndarray],
+    labels: Mapping[str, str],
+    curves: Mapping[str, np.ndarray],
+    limits: Mapping[str, np.ndarray],
+) -> "Axes":
+    """A row of colours for each, where outlines would hide each other."""
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+
+    table = np.stack([*counts.values()])
+    places = np.arange(len(table) + 1) - 0.5
+    mesh = ax.pcolormesh(edges, places, np.ma.masked_equal(table, 0), rasterized=True,
+        cmap=colormaps["Blues"], norm=LogNorm(0.3, max(table.max(), 1)))  # fmt: skip
+    for row, name in enumerate(counts):
+        limit = limits.get(name, np.empty(0))
+        finite = limit[np.isfinite(limit)]
+        if finite.size:
+            ax.vlines(np.median(finite), row - 0.4, row + 0.4, color="#D55E00", lw=2)
+    shares = {k: f": {_above([(curves[k], x)])}" for k, x in limits.items()}
+    names = [labels[name] + shares.get(name, "") for name in counts]
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set_ylabel("")
+    ax.invert_yaxis()
+    ax.figure.colorbar(mesh, ax=ax, label="steps")
+    if ax.figure.get_layout_engine() is None:
+        make_room(ax, left=max(map(len, names)))
+    return ax
+
+
+def _above(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
+    """How many of norms `[T]` exceed their thresholds `[T, K]`."""
+    pairs = [(y, column) for y, limit in curves for column in limit.T]
+    above = sum(int((y > column).sum()) for y, column in pairs)
+    number = sum(int(np.isfinite(y).sum()) for y, _ in pairs)
+    return f"{100 * above / max(number, 1):.2g}% above"
 
 
 def _draw_limit(
@@ -203,10 +256,7 @@ def _draw_limit(
     finite = limit[np.isfinite(limit)]
     if finite.size:
         low, middle, high = np.quantile(finite, [0.05, 0.5, 0.95])
-        pairs = [(y, column) for y, limit in curves for column in limit.T]
-        above = sum(int((y > column).sum()) for y, column in pairs)
-        number = sum(int(np.isfinite(y).sum()) for y, _ in pairs)
-        share = f"{label}: {100 * above / max(number, 1):.2g}% above"
+        share = f"{label}: {_above(curves)}"
         ax.axvline(middle, color=color, ls="--", lw=1.2, label=share)
         if low < high:
             ax.axvspan(low, high, color=color, alpha=0.12, lw=0)

@@ -18,7 +18,8 @@ from clipfx.calibrate.statistics import describe, hill, round_up, threshold_for
 
 STEPS = 300
 # The package shows the function of that name.
-module = sys.modules["clipfx.calibrate.suggest"]
+study = sys.modules["clipfx.calibrate.suggest"].study
+module = sys.modules["clipfx.calibrate.settings"]
 
 
 def gradients(steps=STEPS, seed=0, spikes=True):
@@ -119,11 +120,12 @@ def test_replayed_clips_do_what_real_ones_do_to_the_step():
     grads, _ = gradients()
     norms = calibrate.history(scanned(clipfx.record_norms(groups="leaf"), grads)[0])
     rows = np.stack([*norms.values()], axis=1)
-    found = calibrate.suggest(norms)
+    found, replays = study(norms, (0.01, 0.05, 0.1))
     joint = np.sqrt((rows.astype(np.float64) ** 2).sum(axis=1))
-    numbers = module._numbers(joint, rows, found.rates, found.stats[-1])
-    replayed = module._replayed(rows, numbers, found.rates)
+    bound = float(re.search(r"([\d.]+)\)", found.begin)[1])
+    numbers = module._numbers(joint, rows, found.rates, bound)
     methods = module._methods(found.rates, 2)
+    replayed = dict(zip(methods, replays.values(), strict=True))
     made = {name: make(numbers, STEPS) for name, (make, _) in methods.items()}
     real = scanned(
         optax.named_chain(*[(n, alone(tx)) for n, tx in made.items()]), grads
@@ -168,7 +170,7 @@ def test_thresholds_clip_at_most_what_they_promise():
     norms = np.random.default_rng(0).lognormal(0, 0.5, STEPS)
     found = calibrate.suggest(norms)
     for rate, exact, setting in zip(
-        found.rates, found.thresholds["global"], found.settings, strict=False
+        found.rates, found.thresholds["global"], found.settings[1:], strict=False
     ):
         assert (norms.astype(np.float32) > exact).sum() == int(rate * STEPS)
         assert rate - 2 / STEPS <= setting.clip_rate <= rate
@@ -188,7 +190,11 @@ def test_statistics_are_those_that_norms_were_drawn_with():
     assert seen.spread == pytest.approx(0.2, rel=0.1)
     assert seen.median == pytest.approx(np.e, rel=0.03)
     assert seen.drift == pytest.approx(1, rel=0.1)
-    assert describe("global", norms).drift == pytest.approx(8**0.75, rel=0.1)
+    drifts = describe("global", norms)
+    assert drifts.drift == pytest.approx(8**0.75, rel=0.1)
+    # A drift is no spread, and makes no tail heavy.
+    assert drifts.spread == pytest.approx(0.2, rel=0.1)
+    assert drifts.tail_index == pytest.approx(seen.tail_index, rel=0.1)
     norms[[700, 1500]] *= 30
     norms[[3, 5]] = np.inf, 0
     seen = describe("global", norms)
@@ -218,13 +224,16 @@ def drifting():
         (quiet(0.3), "clip_by_global_norm.* insurance", "adagc(max_norm=", "ends at"),
         (exploding(), "clip_by_global_norm.*record again", "zclip()", "learns"),
         (drifting(), "zclip.*drifts to", "limit_norm", "no general"),
+        (quiet(2.0), "clip_by_global_norm.*scatter so far", "norm_stab", "anew"),
     ],
-    ids=["quiet", "exploding", "drifting"],
+    ids=["quiet", "exploding", "drifting", "wild"],
 )
 def test_advice_fits_the_norms(norms, begin, doubted, warning):
     found = calibrate.suggest(norms)
-    assert f"Begin with {found.advice}" in " ".join(str(found).split())
-    assert re.search(begin, found.advice)
+    sentence = f"Begin with {found.begin}: {found.advice}"
+    assert sentence in " ".join(str(found).split())
+    assert re.search(begin, sentence)
+    assert found.begin in {s.method for s in found.settings}
     setting = next(s for s in found.settings if s.method.startswith(doubted))
     assert warning in setting.warning
     assert any("drifts" in x for x in found.warnings) == ("drifts" in begin)
@@ -242,4 +251,25 @@ def test_frozen_groups_are_left_out_and_named():
     assert found.warnings == (
         "frozen has a norm of 0 on every step and is left out.",
         *alone.warnings,
+    )
+
+
+def test_a_clip_by_group_is_ready_to_paste():
+    """As it is printed it makes a clip of the groups, with the clip rate promised."""
+    layers = [f"{'attention_' * 3}{k}" for k in range(2)]
+    norms = {f"clip0/encoder/{x}": quiet(0.3) * (k + 1) for k, x in enumerate(layers)}
+    found = calibrate.suggest(norms)
+    line = found.per_layer()
+    assert f"\n\n{line}\n" in str(found)
+    assert max(map(len, line.splitlines())) <= 88
+    limits = eval(line, {"clip_per_layer": dict})
+    assert [*limits] == [f"encoder/{x}" for x in layers]
+    tx = eval(f"clipfx.{line}")
+    tx.init({"encoder": {x: {"w": jnp.ones(1)} for x in layers}})
+    (rate,) = [s.clip_rate for s in found.settings if s.method == line]
+    pairs = zip(norms.values(), limits.values(), strict=True)
+    above = [(x.astype(np.float32) > np.float32(limit)).mean() for x, limit in pairs]
+    assert rate == pytest.approx(np.mean(above))
+    assert module.written({"a": 1.0, "b/c": 2.5}) == (
+        'clip_per_layer({"a": 1, "b/c": 2.5})'
     )

@@ -3,6 +3,8 @@
 `run.wandb` holds the 40 rows that Weights & Biases 0.31 wrote of an offline run.
 """
 
+import base64
+import html
 import importlib
 import json
 import os
@@ -193,25 +195,39 @@ def test_the_program_prints_what_suggest_says(tmp_path, capsys):
     assert told["advice"] == found.advice
 
 
-def test_the_page_has_a_picture_of_every_norm_and_threshold(tmp_path, capsys):
+def test_the_page_has_pictures_for_a_window_and_a_telephone(tmp_path, capsys):
     norms = np.where(np.arange(60) == 7, np.inf, NORMS)
-    path = jsonl(tmp_path / "metrics.jsonl", rows(**{"norm/<b>": norms}))
+    columns = {"norm/<b>": norms, "norm/other": NORMS}
+    path = jsonl(tmp_path / "metrics.jsonl", rows(**columns))
     assert main([str(path), "--html", str(tmp_path / "page.html")]) == 0
     text = (tmp_path / "page.html").read_text()
-    picture = ElementTree.fromstring(re.search("<svg.*</svg>", text)[0])
-    points = picture.find("polyline").get("points").split()
-    heights = -np.array([float(point.split(",")[1]) for point in points])
-    finite = norms[np.isfinite(norms)]
-    near = np.corrcoef(heights, np.log(finite))[0, 1]
-    assert len(points) == 59
-    assert near > 0.9999
-    assert len(picture.findall("circle")) == 1
-    limits = [-float(x.get("y1")) for x in picture.findall("line[@class='at']")]
-    assert [int((heights > x + 0.2).sum()) for x in limits] == [0, 2, 5]
     assert "&lt;b&gt;" in text
     assert "<b>" not in text
+    assert not re.search(r"(src|href)=.?http", text)  # nothing to load
+    data = re.findall(r'src(?:set)?="data:image/svg\+xml;base64,([^"]+)"', text)
+    assert len(data) == 8
+    widths = set()
+    for picture in data:
+        root = ElementTree.fromstring(base64.b64decode(picture))
+        assert root.tag.endswith("svg")
+        widths.add(round(float(root.get("width").removesuffix("pt")) / 72, 1))
+    assert widths == {4.6, 9.6}
+    found = clipfx.calibrate.suggest({"<b>": norms, "other": NORMS})
+    for said in (found.begin, *found.warnings, *(s.warning for s in found.settings)):
+        assert html.escape(said) in text
     assert main([str(path), "--html", str(tmp_path)]) == 1
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_page_without_matplotlib_says_so(tmp_path, monkeypatch):
+    for name in [x for x in sys.modules if x.startswith("matplotlib")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    path = jsonl(tmp_path / "metrics.jsonl", rows(norm=NORMS))
+    assert main([str(path), "--html", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text()
+    assert "<img" not in text
+    assert "No pictures: clipfx.plots must have Matplotlib" in text
+    assert "Methods on these norms" in text
 
 
 def test_python_m_clipfx_says_which_programs_there_are(capsys):
@@ -299,6 +315,35 @@ def test_a_reader_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     with pytest.raises(UnreadableRun, match="pip install orbax-checkpoint"):
         read_run(old_checkpoint(tmp_path))
+
+
+ALONE = """
+import sys, types
+sys.modules["jax"] = sys.modules["optax"] = None
+for name, path in (("clipfx", sys.argv[1]), ("clipfx.calibrate", sys.argv[2])):
+    package = sys.modules[name] = types.ModuleType(name)
+    package.__path__ = [path]
+from clipfx.calibrate.reading import read_run
+for path in sys.argv[3:]:
+    (norms,) = read_run(path).norms.values()
+    print(norms.sum())
+"""
+
+
+def test_files_are_read_without_jax(tmp_path):
+    """With packages in place of clipfx, which itself imports JAX, and of calibrate."""
+    writers = (write_jsonl, write_csv, write_npy)
+    folders = [tmp_path / write.__name__ for write in writers]
+    for write, folder in zip(writers, folders, strict=True):
+        folder.mkdir()
+        write(folder)
+    package = clipfx.__path__[0]
+    places = [package, f"{package}/calibrate", *map(str, folders), str(WANDB)]
+    command = [sys.executable, "-c", ALONE, *places]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    totals = [float(line) for line in done.stdout.split()]
+    np.testing.assert_allclose(totals, [NORMS.sum()] * 3 + [118.0])
 
 
 def test_wrong_arguments_say_what_is_right(tmp_path, capsys):

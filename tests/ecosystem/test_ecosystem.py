@@ -736,7 +736,7 @@ def test_counts_may_be_numbers_of_numpy():
 
 
 def test_a_clip_of_what_is_trained_does_not_count_what_is_frozen():
-    """What docs/choose.md says of frozen parameters."""
+    """What docs/placement.md says of frozen parameters."""
     grads = {**GRADS, "enc": {"w": jnp.array([0.0, 1e6])}}
     labels = {"dec": "train", "enc": "frozen"}
     parts = {

@@ -1,5 +1,6 @@
 import importlib.util
 import pathlib
+import re
 import subprocess
 
 import jupytext
@@ -22,17 +23,27 @@ def test_notebook_agrees_with_its_text(name):
     cells = lambda book: [(cell.cell_type, cell.source) for cell in book.cells]
     assert cells(text) == cells(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
+    # As it was run, from its first cell to its last, without an error or a warning.
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
+    shown = [output for cell in code for output in cell.outputs]
+    assert not [
+        x for x in shown if x.output_type == "error" or x.get("name") == "stderr"
+    ]
+    assert any("image/png" in x.get("data", {}) for x in shown)
+    assert not re.search(r"/(home|root|tmp|work|usr)/", str(shown))
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-@pytest.mark.parametrize("where", ["checkout", "elsewhere", "installed"])
+@pytest.mark.parametrize("where", ["checkout", "elsewhere", "filled in", "installed"])
 def test_notebook_installs_what_is_missing(name, where, monkeypatch, tmp_path):
-    """As it is, from the checkout that it is in or from the index."""
+    """As it is, from the checkout that it is in or from the index; or as filled in."""
     cells = read(COLABS / f"{name}.ipynb").cells
     install = next(cell.source for cell in cells if cell.cell_type == "code")
     assert "assert" not in install and "OWNER" not in install
+    assert install.count('SOURCE = ""') == 1
+    if where == "filled in":
+        install = install.replace('SOURCE = ""', 'SOURCE = "git+https://a.b/c"')
     commands = []
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: commands.append((a[0], k)))
     if where != "installed":
@@ -43,8 +54,11 @@ def test_notebook_installs_what_is_missing(name, where, monkeypatch, tmp_path):
         assert not commands
         return
     ((command, options),) = commands
-    source = ROOT if where == "checkout" else "clipfx-jax"
-    assert command[1:4] == ["-m", "pip", "install"] and f"{source}[plots]" in command
+    assert command[1:4] == ["-m", "pip", "install"]
+    extras = r"\[plots(,privacy)?\]"
+    source = re.escape(str(ROOT)) if where == "checkout" else "clipfx-jax"
+    filled_in = r" @ git\+https://a\.b/c" if where == "filled in" else ""
+    assert re.fullmatch(f"{source}{extras}{filled_in}", command[5])
     assert options == {"check": True}
 
 

@@ -1,94 +1,68 @@
 import dataclasses
 import functools
-import json
 import math
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from flax import nnx
+from runs import launch as run_command
 from tiers import in_tiers
 
 from examples import _common, char_rnn
 
-SMALL = char_rnn.Settings(steps=3, hidden=8, length=10, batch=2)
+SMALL = char_rnn.Settings(rates=(0.2,), steps=3, hidden=8, length=10, batch=2)
 TEXT = "the quick brown fox jumps over the lazy dog; \n" * 20
 
 
-@pytest.fixture(autouse=True)
-def parsed():
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
+def launch(tmp_path, **given):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    small = dataclasses.asdict(SMALL) | {"text": text, "out": tmp_path / "out"}
+    return run_command(char_rnn, small | given)
 
 
-@pytest.fixture
-def text_file(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return str(path)
-
-
-def run_main(tmp_path, **given):
-    small = {f.name: getattr(SMALL, f.name) for f in dataclasses.fields(SMALL)}
-    small["out"] = str(tmp_path / "out")
-    with flagsaver.flagsaver(**(small | given)):
-        char_rnn.main(["char_rnn"])
-    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
-
-
-def test_char_rnn_end_to_end(tmp_path, text_file, capsys):
-    rows = run_main(tmp_path, text=text_file)
-    assert [(row["clip"], row["step"]) for row in rows] == [
-        (clip, step) for clip in char_rnn.DEFAULT for step in range(3)
+def test_char_rnn_end_to_end(tmp_path, capsys):
+    rows = launch(tmp_path, rates=(0.2, 1e38))
+    assert [(row["clip"], row["rate"], row["step"]) for row in rows] == [
+        (clip, rate, step)
+        for clip in SMALL.clip
+        for rate in (0.2, 1e38)
+        for step in range(3)
     ]
-    assert {"loss", "norm", "ms"} < rows[0].keys()
+    assert {"loss", "norm"} < rows[0].keys()
     assert rows[0]["clip0/threshold/global"] > 3e38  # none
-    assert rows[3]["clip0/threshold/global"] == 1.0
+    assert rows[5]["loss"] is None  # none, at the larger rate
+    assert rows[6]["clip0/threshold/global"] == 1.0
     assert "clip0/factor/recurrent" in rows[-1]
-    table = capsys.readouterr().out.splitlines()
-    for clip in char_rnn.DEFAULT:
-        assert any(line.split()[:1] == [clip] for line in table)
-        assert f"--- {clip} writes:" in table
+    out = capsys.readouterr().out
+    table = [line.split() for line in out.splitlines()]
+    for clip in SMALL.clip:
+        assert f"--- {clip}, at rate 0.2, writes:" in out
+        (row,) = [words for words in table if words[:1] == [clip]]
+        assert row[3:5] == [row[1], "0.2"]  # the best, and its rate
+        assert clip != "none" or not math.isfinite(float(row[2]))
     picture = tmp_path / "out" / "char_rnn.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
-    picture.unlink()
-
-    rows = run_main(tmp_path, text=text_file, steps=2, clip=["none", "none"])
-    assert [row["clip"] for row in rows] == ["none", "none"]
-    assert picture.exists()
 
 
 @pytest.mark.full
 def test_char_rnn_default_text(tmp_path):
-    rows = run_main(tmp_path, clip=["global"], steps=2)
+    rows = launch(tmp_path, clip="global", steps=2, text=None)
     assert len(char_rnn.load_text()) > 400_000
     assert len(rows) == 2
 
 
 @pytest.mark.full
-def test_char_rnn_few_characters(tmp_path):
-    path = tmp_path / "few.txt"
-    path.write_text("a\U0001f40d" * 30, encoding="utf-8")
-    rows = run_main(tmp_path, text=str(path), steps=1, clip=["global"])
-    assert all(row["loss"] is not None for row in rows)
-
-
-@pytest.mark.full
-def test_char_rnn_nonfinite_run(tmp_path, text_file, capsys):
-    rows = run_main(tmp_path, text=text_file, learning_rate=1e38, clip=["none"])
+def test_char_rnn_best_of_nothing_finite_is_told(tmp_path, capsys):
+    rows = launch(tmp_path, rates=1e38, clip="none", steps=2)
     assert rows[-1]["loss"] is None
-    out = capsys.readouterr().out
-    assert "none writes" not in out
-    row = next(line for line in out.splitlines() if line.startswith("none"))
-    assert int(row.split()[-2]) > 0  # the column of non-finite steps
+    assert "writes" not in capsys.readouterr().out
 
 
 @functools.cache
 def small_run(clip):
-    return char_rnn.train(TEXT, clip, SMALL)
+    return char_rnn.train(TEXT, clip, 0.2, SMALL)
 
 
 @pytest.mark.parametrize("clip", ["global", "layer"])
@@ -102,7 +76,7 @@ def test_char_rnn_clipped_is_finite(clip):
 def test_char_rnn_bounds_what_flows_back_in_every_cell(cell):
     settings = dataclasses.replace(SMALL, cell=cell, steps=1)
     first, loose, tight = (
-        char_rnn.train(TEXT, clip, dataclasses.replace(settings, max_norm=limit))
+        char_rnn.train(TEXT, clip, 0.2, dataclasses.replace(settings, max_norm=limit))
         for clip, limit in [("none", 1.0), ("cotangent", 1e30), ("cotangent", 1e-3)]
     )
     assert loose.rows[0]["norm"] == pytest.approx(first.rows[0]["norm"], rel=1e-6)
@@ -113,10 +87,8 @@ def test_char_rnn_bounds_what_flows_back_in_every_cell(cell):
 
 @pytest.mark.full
 def test_char_rnn_same_seed_same_result():
-    a, b = small_run("layer"), char_rnn.train(TEXT, "layer", SMALL)
-    assert a.held_out == b.held_out
-    without_time = lambda row: {k: v for k, v in row.items() if k != "ms"}
-    assert list(map(without_time, a.rows)) == list(map(without_time, b.rows))
+    a, b = small_run("layer"), char_rnn.train(TEXT, "layer", 0.2, SMALL)
+    assert (a.held_out, a.rows) == (b.held_out, b.rows)
     assert char_rnn.sample(a, 20) == char_rnn.sample(b, 20)
     assert len(char_rnn.sample(a, 20)) == 20
 
@@ -138,7 +110,7 @@ def test_char_rnn_norm_is_of_the_whole_gradient():
 @pytest.mark.full
 def test_char_rnn_learns():
     settings = char_rnn.Settings(steps=60, hidden=32, length=10, batch=8)
-    history = char_rnn.train(TEXT, "global", settings)
+    history = char_rnn.train(TEXT, "global", 0.2, settings)
     first, last = history.rows[0]["loss"], history.held_out
     assert last < 0.8 * first
 
@@ -156,10 +128,29 @@ def test_char_rnn_bits_of_a_uniform_guess():
     np.testing.assert_allclose(bits, math.log2(7), rtol=1e-6)
 
 
+BAD = {
+    "short": (
+        {"length": 500},
+        "the text has 920 characters, and at length 500 it take",
+    ),
+    "clip": (
+        {"clip": "none,sgd"},
+        "--clip must be one or more of none, global, layer,",
+    ),
+    "max_norm": ({"max_norm": -1.0}, "--max_norm must be a number greater than 0"),
+    "rates": ({"rates": "nan"}, "--rates must be one or more numbers greater than 0"),
+    "missing": ({"text": "no.txt"}, "cannot read 'no.txt': No such file"),
+}
+
+
+@pytest.mark.parametrize("given, message", BAD.values(), ids=BAD)
+def test_char_rnn_bad_arguments(tmp_path, given, message):
+    with pytest.raises(SystemExit, match=f"^char_rnn: .*{message}"):
+        launch(tmp_path, **given)
+
+
 BAD_TEXTS = {
-    "missing": (None, "cannot read .*No such file"),
     "empty": (b"", "the text has 0 characters, and at length 10 it takes 22"),
-    "short": (b"x" * 21, "the text has 21 characters"),
     "one character": (b"x" * 50, "the text is nothing but 'x'"),
     "undecodable": (b"abc\xff" * 20, "not UTF-8 text: byte 3 cannot be decoded"),
 }
@@ -168,53 +159,14 @@ BAD_TEXTS = {
 @pytest.mark.parametrize("content, message", BAD_TEXTS.values(), ids=BAD_TEXTS)
 def test_char_rnn_bad_text(tmp_path, content, message):
     path = tmp_path / "bad.txt"
-    if content is not None:
-        path.write_bytes(content)
+    path.write_bytes(content)
     with pytest.raises(SystemExit, match=message):
-        run_main(tmp_path, text=str(path))
-
-
-def test_char_rnn_bad_out(tmp_path, text_file):
-    with pytest.raises(SystemExit, match=r"cannot write to .*text\.txt"):
-        run_main(tmp_path, text=text_file, out=text_file)
-
-
-BAD_CLIPS = {
-    "unknown": (["none", "sgd"], "unknown clipper 'sgd': known are none, global, "),
-    "nothing": ([], "no clipper given: known are none, global, layer, "),
-}
-
-
-@pytest.mark.parametrize("clip, message", BAD_CLIPS.values(), ids=BAD_CLIPS)
-def test_char_rnn_bad_clip(tmp_path, clip, message):
-    with pytest.raises(SystemExit, match=message):
-        run_main(tmp_path, clip=clip)
-
-
-def test_char_rnn_stray_argument():
-    with pytest.raises(SystemExit, match="unexpected argument 'layer'"):
-        char_rnn.main(["char_rnn", "layer"])
-
-
-BAD_FLAGS = {
-    "steps": ({"steps": 0}, "positive"),
-    "max_norm": ({"max_norm": -1.0}, "must be greater than 0"),
-    "nan": ({"learning_rate": math.nan}, "must be greater than 0"),
-}
-
-
-@pytest.mark.parametrize("given, message", BAD_FLAGS.values(), ids=BAD_FLAGS)
-def test_char_rnn_bad_flag(given, message):
-    with (
-        pytest.raises(flags.IllegalFlagValueError, match=message),
-        flagsaver.flagsaver(**given),
-    ):
-        pass
+        launch(tmp_path, text=path)
 
 
 def test_char_rnn_bad_clip_from_a_notebook():
     with pytest.raises(ValueError, match="unknown clipper 'sgd': known are none, glob"):
-        char_rnn.train(TEXT, "sgd", SMALL)
+        char_rnn.train(TEXT, "sgd", 0.2, SMALL)
 
 
 def test_format_table_aligns():
@@ -226,14 +178,45 @@ def test_format_table_aligns():
     ]
 
 
+def test_char_rnn_picture_names_every_method(tmp_path):
+    small = small_run("layer")
+    runs = [
+        dataclasses.replace(small, clip=clip, rate=rate, held_out=rate + number)
+        for number, clip in enumerate(char_rnn.CLIPS)
+        for rate in (0.1, 0.2)
+    ]
+    figure = char_rnn.plot(runs)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert set(names) >= {f"{clip}, rate 0.1" for clip in char_rnn.CLIPS}
+    box, page = legend.get_window_extent(), figure.bbox
+    assert page.x0 <= box.x0 and box.x1 <= page.x1
+    assert page.y0 <= box.y0 and box.y1 <= page.y1
+
+
+@pytest.mark.full
+def test_char_rnn_explodes_at_a_rate_that_a_clip_trains_at():
+    settings = char_rnn.Settings(steps=40)
+    none, clipped = (
+        char_rnn.train(char_rnn.load_text(), clip, 0.2, settings)
+        for clip in ("none", "global")
+    )
+    first = none.rows[0]["loss"]
+    assert none.column("loss").max() > 1.5 * first
+    assert clipped.column("loss").max() < 1.1 * first
+    assert clipped.held_out < 0.8 * first
+
+
 @pytest.mark.full
 def test_char_rnn_takes_every_method():
-    clips = [clip for clip in char_rnn.CLIPPERS if clip not in char_rnn.DEFAULT]
+    clips = [clip for clip in char_rnn.CLIPPERS if clip not in SMALL.clip]
     assert len(clips) == 20
+    settings = dataclasses.replace(SMALL, steps=2)
     for clip in clips:
-        history = char_rnn.train(TEXT, clip, dataclasses.replace(SMALL, steps=2))
-        assert np.isfinite(history.column("loss")).all()
-        assert char_rnn.summarize(history)["clip"] == clip
+        run = char_rnn.train(TEXT, clip, 0.2, settings)
+        assert np.isfinite(run.column("loss")).all()
+        assert char_rnn.summarize([run])["clip"] == clip
         if clip == "skip_spikes":
-            loss = history.column("clip0/norm/loss")
-            np.testing.assert_allclose(loss, history.column("loss"), rtol=1e-6)
+            loss = run.column("clip0/norm/loss")
+            np.testing.assert_allclose(loss, run.column("loss"), rtol=1e-6)

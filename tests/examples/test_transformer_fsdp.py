@@ -18,8 +18,9 @@ from runs import assert_same_numbers, environment, kill_when, numbers_of
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tiers import in_tiers
 
-from examples import _checkpoints, _training, transformer_fsdp
+from examples import _checkpoints, _run, _training, transformer_fsdp
 from examples._clippers import CLIPPERS
+from examples._log import read_rows, resumes_of
 from examples._training import Settings
 from examples.transformer_fsdp import train
 
@@ -196,6 +197,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, out, capsys, da
     assert "Checkpoint 4 cannot be read and is put aside: " in said
     assert "Goes on after step 2" in said
     assert_same_run(out, whole, 4)
+    assert resumes_of(whole) == [] and resumes_of(out) == [2]
+    upper, lower = transformer_fsdp.plot(read_rows(out), resumes_of(out)).axes
+    for ax in (upper, lower):
+        (mark,) = [x for x in ax.lines if x.get_label() == "resumed"]
+        assert [*mark.get_xdata()] == [1.5, 1.5]
+    assert "threshold" in lower.get_legend_handles_labels()[1]
 
 
 @pytest.mark.full
@@ -310,6 +317,23 @@ def test_accumulated_gradients_are_those_of_the_batch():
     assert_close_rows(seen[1:], seen[:1])
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_gradients_are_float32_where_they_are_clipped(parts):
+    half = dataclasses.replace(SMALL, dtype="bfloat16", accumulate=parts)
+    tx, seen = _training.make_transform(half, "global", 1.0), []
+
+    def update(updates, *args, **extra):
+        seen.extend(x.dtype.name for x in jax.tree.leaves(updates))
+        return tx.update(updates, *args, **extra)
+
+    graph, init = _training.make_init(half, tx)
+    step = _training.make_step(half, graph, tx._replace(update=update))[1]
+    passages = jax.ShapeDtypeStruct((half.batch, half.length + 1), "int32")
+    logits = "bf16[8,8,256]" if parts == 1 else "bf16[4,8,256]"
+    assert logits in str(jax.make_jaxpr(step)(jax.eval_shape(init), passages))
+    assert set(seen) == {"float32"}
+
+
 BAD_MESHES = {
     "too many": ({}, {"data": 8, "model": 2}, "takes 16 devices, and there are 8"),
     "heads": (
@@ -414,7 +438,10 @@ def test_two_processes_killed_and_resumed_equal_one(tmp_path):
         time.sleep(0.1)
     saved = [path.name for path in (out / "checkpoints").iterdir()]
     steps = max(int(name) for name in saved if name.isdigit()) + 2
-    assert "Goes on after step" in run(cache, out, processes=2, steps=steps, **flags)
+    said = run(cache, out, processes=2, steps=steps, **flags)
+    assert "Goes on after step" in said
+    assert "Gloo" not in said
+    assert (out / "transformer_fsdp.png").read_bytes().startswith(b"\x89PNG")
     run(cache, tmp_path / "one", steps=steps, **flags)
     assert_same_run(out, tmp_path / "one", steps)
 
@@ -436,10 +463,6 @@ def test_an_error_of_all_processes_is_told_and_ends_them(tmp_path):
 
 
 def test_devices_that_cannot_be_shared_out_are_an_error(tmp_path):
-    done = subprocess.run(
-        command(tmp_path, processes=3), cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert (
-        "--cpu_devices=8 cannot be shared out evenly among --processes=3" in done.stderr
-    )
+    given = [f"--out={tmp_path / 'out'}", "--processes=3"]
+    with pytest.raises(SystemExit, match="cpu_devices=8 cannot be shared out evenly"):
+        _run.launch(transformer_fsdp.run, transformer_fsdp.Flags, given)

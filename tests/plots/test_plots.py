@@ -212,6 +212,41 @@ def test_histogram_of_kinds_of_different_number():
         plots.histogram(kinds, {"wrong": [1.0, 2.0, 3.0]})
 
 
+def test_histogram_of_many_has_a_row_each_with_its_threshold():
+    table = many()
+    ax = plots.histogram(table, {"method_3": 1.0, "method_9": 2.0}, bins=20)
+    counts = ax.collections[0].get_array()
+    assert counts.shape == (16, 20)
+    assert counts.sum(axis=1).tolist() == [101] * 16
+    strokes = [x.get_segments()[0].mean(axis=0).tolist() for x in ax.collections[1:]]
+    assert strokes == [[1.0, 3.0], [2.0, 9.0]]
+    share = 100 * (table["method_3"] > 1).mean()
+    told = [x.get_text() for x in ax.get_yticklabels()]
+    assert told[:4] == [*SIXTEEN[:3], f"method_3: {share:.2g}% above"]
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_scale_as_told(log):
+    scale = "log" if log else "linear"
+    for y in ([1.0, 2.0], [1.0, 1000.0], [0.0, 0.0]):
+        wanted = "linear" if not any(y) else scale
+        assert plots.lines(y, log=log).get_yscale() == wanted
+        assert plots.norms(y, log=log).get_yscale() == wanted
+        assert plots.compare(y, {"a": 2.0}, log=log).get_yscale() == scale
+        assert plots.histogram(y, log=log).get_xscale() == wanted
+    ticks = plots.lines([1.0, 30.0], log=True).get_yticklabels()
+    assert {"1", "2", "5", "10", "20"} <= {x.get_text() for x in ticks}
+
+
+def test_legend_without_a_layout_engine_covers_nothing():
+    for draw in (plots.lines, plots.norms):
+        ax = Figure(figsize=(6.4, 4.8)).subplots()
+        draw(many(), ax=ax)
+        ax.figure.draw_without_rendering()
+        assert ax.get_legend().get_window_extent().x0 >= ax.get_window_extent().x1
+        assert_inside(ax)
+
+
 def test_heat_map_keeps_spikes_and_marks():
     y = np.ones((100_000, 3))
     y[4321, 0], y[7, 1], y[:, 2] = 1e6, np.nan, 0

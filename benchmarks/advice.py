@@ -1,0 +1,209 @@
+"""Whether what calibrate advises is as good as the best threshold of six.
+
+    python -m benchmarks.advice
+
+Each example trains without a clip, `clipfx.calibrate.suggest` reads the norms, and the
+example trains again as it says; where it says to record again, a third time by the
+norms of the second run. Beside it a sweep: six thresholds of the global norm, the same
+for all examples and chosen without looking. Every seed goes by the norms of its own
+run. A run takes seconds to a minute; those that are in `--out` are not repeated.
+
+Examples are smaller than by default, at their default learning rate; of those that
+compare rates, at the one that is best without a clip.
+"""
+
+import json
+import math
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from absl import app, flags, logging
+
+import clipfx
+from clipfx.calibrate.reading import read_run
+from examples import (
+    _common,
+    char_rnn,
+    diffusion_digits,
+    outliers,
+    sharp_attention,
+    transformer_fsdp,
+)
+
+SWEEP = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+_OUT = flags.DEFINE_string("to", "out/advice.jsonl", "Runs, one a line.")
+_ONLY = flags.DEFINE_list("examples", [], "Names; by default all.")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each run.", 2)
+
+
+class Run(NamedTuple):
+    """Norms `[T]` before the clip, and the score on held-out data, best when small."""
+
+    norms: np.ndarray
+    score: float
+
+
+def run_char_rnn(clip: str, max_norm: float, seed: int) -> Run:
+    """SGD at 0.2: bits per character."""
+    small = {"steps": 200, "hidden": 128, "batch": 32}
+    settings = char_rnn.Settings(max_norm=max_norm, seed=seed, **small)
+    history = char_rnn.train(_common.load_text(), clip, 0.2, settings)
+    return Run(history.column("norm"), history.held_out)
+
+
+def run_sharp_attention(clip: str, max_norm: float, seed: int) -> Run:
+    """Muon at 0.03: bits per byte."""
+    small = {"steps": 200, "length": 32}
+    settings = sharp_attention.Settings(max_norm=max_norm, seed=seed, **small)
+    history = sharp_attention.train(_common.load_text(), clip, 0.03, settings)
+    return Run(history.column("gradient/norm/global"), history.held_out)
+
+
+def run_diffusion_digits(clip: str, max_norm: float, seed: int) -> Run:
+    """Adam at 0.001: the error of the digits predicted."""
+    small = {"steps": 2000, "hidden": 128, "batch": 64}
+    settings = diffusion_digits.Settings(max_norm=max_norm, seed=seed, **small)
+    history = diffusion_digits.train(clip, settings)
+    return Run(history.column("norm"), history.held_out)
+
+
+def run_transformer_fsdp(clip: str, max_norm: float, seed: int) -> Run:
+    """AdamW at 0.002: bits per byte."""
+    small = {"layers": 1, "length": 32, "dtype": "float32"}
+    settings = transformer_fsdp.Settings(seed=seed, **small)
+    given: dict[str, Any] = {"clip": clip, "max_norm": max_norm, "save_every": 10**6}
+    with tempfile.TemporaryDirectory() as out:
+        row = transformer_fsdp.train(
+            settings, _common.load_text(), pathlib.Path(out), **given
+        )
+        (norms,) = read_run(out).norms.values()
+    return Run(norms, row["bits/byte"] if row else math.nan)
+
+
+def run_outliers(clip: str, max_norm: float, seed: int) -> Run:
+    """SGD at 0.003, a tenth of the labels wrong: the share of errors."""
+    settings = outliers.Settings(seed=seed)
+    data = outliers.load_data(settings.wrong, seed)
+    bound = clipfx.zclip if clip == "zclip" else clipfx.clip_by_global_norm
+    schedule = optax.cosine_decay_schedule(0.003, settings.steps)
+    tx = optax.chain(bound(max_norm=max_norm), optax.sgd(schedule, momentum=0.9))
+
+    def step(learner, batch):
+        params, state = learner
+        sums, _ = outliers.plain_sum(params, batch)
+        grads = jax.tree.map(lambda x: x / batch.where.sum(), sums)
+        updates, state = tx.update(grads, state, params)
+        norm = clipfx.metrics.read(state)["clip0/norm/global"]
+        return (optax.apply_updates(params, updates), state), norm
+
+    epoch = jax.jit(lambda learner, batches: jax.lax.scan(step, learner, batches))
+    learner, norms = outliers.start(tx, 1.0, seed)[:2], []
+    for batches in outliers.draw_batches(data, settings, seed):
+        learner, seen = epoch(learner, batches)
+        norms.append(np.asarray(seen))
+    said = np.asarray(outliers.predict(learner[0], data.test_images))
+    return Run(np.concatenate(norms), float((said != data.test_labels).mean()))
+
+
+EXAMPLES: dict[str, Callable[[str, float, int], Run]] = {
+    "char_rnn": run_char_rnn,
+    "outliers": run_outliers,
+    "sharp_attention": run_sharp_attention,
+    "transformer_fsdp": run_transformer_fsdp,
+    "diffusion_digits": run_diffusion_digits,
+}
+
+
+class Runs:
+    """Those of a file, and new ones that are added to it."""
+
+    def __init__(self, path: pathlib.Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.path, self.known = path, {}
+        for line in lines:
+            *key, norms, score = json.loads(line)
+            self.known[tuple(key)] = Run(np.array(norms, np.float64), score)
+
+    def get(self, example: str, clip: str, max_norm: float, seed: int) -> Run:
+        """A run, trained if it is not there."""
+        key = (example, clip, max_norm, seed)
+        if key not in self.known:
+            run = EXAMPLES[example](clip, max_norm, seed)
+            norms = [float(f"{x:.6g}") for x in run.norms]
+            with self.path.open("a") as file:
+                file.write(json.dumps([*key, norms, run.score]) + "\n")
+            self.known[key] = run
+        return self.known[key]
+
+
+def follow(runs: Runs, example: str, seed: int) -> tuple[str, float]:
+    """What was advised in the end, and the score with it."""
+    run = runs.get(example, "global", math.inf, seed)
+    said = []
+    for _ in range(2):
+        found = clipfx.calibrate.suggest(run.norms)
+        named = re.fullmatch(r"(\w+)\((?:max_norm=)?([\d.e+-]+)\)", found.begin)
+        assert named is not None  # of one group nothing else is advised
+        method, max_norm = named.groups()
+        clip = {"clip_by_global_norm": "global"}.get(method, method)
+        run = runs.get(example, clip, float(max_norm), seed)
+        said.append(f"{clip} {max_norm}" if clip != "global" else max_norm)
+        if "record again" not in found.advice:
+            break
+    return ", then ".join(said), run.score
+
+
+def show(mean: float, deviation: float) -> str:
+    """Both, or that most runs diverged."""
+    return f"{mean:.4g} ({deviation:.2g})" if math.isfinite(mean) else "diverged"
+
+
+def compare(runs: Runs, example: str, seeds: int) -> dict[str, str]:
+    """A row of the table: means over seeds, and deviations."""
+    score = lambda c, seed: runs.get(example, "global", c, seed).score
+    scores = {c: [score(c, k) for k in range(seeds)] for c in (*SWEEP, math.inf)}
+    means = {c: float(np.mean(x)) for c, x in scores.items()}
+    best = min(SWEEP, key=lambda c: np.inf if np.isnan(means[c]) else means[c])
+    advised = [follow(runs, example, seed) for seed in range(seeds)]
+    found = [x for _, x in advised]
+    spread = lambda x: float(np.std(x, ddof=1))
+    noise = math.hypot(spread(scores[best]), spread(found))
+    gap = float(np.mean(found)) - means[best]
+    verdict = "within noise" if abs(gap) <= noise else "worse" if gap > 0 else "better"
+    return {
+        "example": example,
+        "no clip": show(means[math.inf], spread(scores[math.inf])),
+        **{f"{c:g}": f"{means[c]:.4g}" for c in SWEEP},
+        "best of six": show(means[best], spread(scores[best])),
+        "advised": show(float(np.mean(found)), spread(found)),
+        "": verdict,
+        "at": "; ".join(text for text, _ in advised),
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Prints the table as Markdown, a row as soon as it is known."""
+    del argv
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every move
+    runs = Runs(pathlib.Path(_OUT.value))
+    for k, example in enumerate(_ONLY.value or EXAMPLES):
+        row = compare(runs, example, _SEEDS.value)
+        if k == 0:
+            print(f"| {' | '.join(row)} |\n|{'---|' * len(row)}")
+        print(f"| {' | '.join(row.values())} |", flush=True)
+    print(
+        "\nScores on held-out data, best when small: means of seeds (deviations). "
+        "within noise: the gap to\nthe best of six is at most the root of the sum of "
+        "both squared deviations. at: of each seed."
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)

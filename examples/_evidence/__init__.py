@@ -1,0 +1,1 @@
+"""Claims about clipping, a file for each theme: see `examples.evidence`."""

@@ -1,0 +1,42 @@
+import math
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from examples import _sweep
+
+ROWS = [
+    {"method": method, "rate": rate, "seed": seed, "error": error}
+    for method, rate, seed, error in [
+        ("a", 1, 0, 0.0),
+        ("a", 1, 1, 4.0),
+        ("a", 2, 0, 1.0),
+        ("a", 2, 1, 2.0),
+        ("b", 1, 0, 3.0),
+        ("b", 1, 1, math.nan),
+        ("b", 2, 0, 9.0),
+        ("b", 2, 1, 9.0),
+    ]
+]
+
+
+def test_the_best_is_that_of_the_mean_and_finite():
+    shown = [*_sweep.compared(ROWS, ("method",), ("rate",), "-error", ("error",))]
+    assert shown == [
+        {"method": "a", "rate": 2, "error": "1.5 +- 0.5"},
+        {"method": "b", "rate": 2, "error": "9 +- 0"},
+    ]
+    largest = _sweep.best(ROWS[:4], ("rate",), "error")
+    assert [row["rate"] for row in largest] == [1, 1]
+
+
+def test_what_is_not_finite_is_told():
+    assert _sweep.mean_and_deviation(ROWS[4:6], "error") == "1 of 2 finite"
+
+
+def test_lines_go_through_means():
+    axes = Figure().subplots()
+    _sweep.draw_over(axes, ROWS, "rate", "error", {"a": "C0", "b": "C1"})
+    a, b = (line.get_ydata() for line in axes.lines)
+    np.testing.assert_array_equal(a, [2.0, 1.5])
+    np.testing.assert_array_equal(b, [math.nan, 9.0])
