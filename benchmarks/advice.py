@@ -9,9 +9,11 @@ for all examples and chosen without looking. Every seed goes by the norms of its
 run. A run takes seconds to a minute; those that are in `--out` are not repeated.
 
 Examples are smaller than by default, at their default learning rate; of those that
-compare rates, at the one that is best without a clip.
+compare rates, at the one that is best without a clip. The last row is of
+`benchmarks.spikes`, on which no rule of the advice was tried before.
 """
 
+import functools
 import json
 import math
 import pathlib
@@ -24,8 +26,10 @@ import jax
 import numpy as np
 import optax
 from absl import app, flags, logging
+from tqdm import tqdm
 
 import clipfx
+from benchmarks import spikes
 from clipfx.calibrate.reading import read_run
 from examples import (
     _common,
@@ -36,10 +40,11 @@ from examples import (
     transformer_fsdp,
 )
 
+SEEDS = 3
+BOUNDS = {"global": clipfx.clip_by_global_norm, "zclip": clipfx.zclip}
 SWEEP = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _OUT = flags.DEFINE_string("to", "out/advice.jsonl", "Runs, one a line.")
 _ONLY = flags.DEFINE_list("examples", [], "Names; by default all.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each run.", 2)
 
 
 class Run(NamedTuple):
@@ -90,9 +95,8 @@ def run_outliers(clip: str, max_norm: float, seed: int) -> Run:
     """SGD at 0.003, a tenth of the labels wrong: the share of errors."""
     settings = outliers.Settings(seed=seed)
     data = outliers.load_data(settings.wrong, seed)
-    bound = clipfx.zclip if clip == "zclip" else clipfx.clip_by_global_norm
     schedule = optax.cosine_decay_schedule(0.003, settings.steps)
-    tx = optax.chain(bound(max_norm=max_norm), optax.sgd(schedule, momentum=0.9))
+    tx = optax.chain(BOUNDS[clip](max_norm=max_norm), optax.sgd(schedule, momentum=0.9))
 
     def step(learner, batch):
         params, state = learner
@@ -111,12 +115,29 @@ def run_outliers(clip: str, max_norm: float, seed: int) -> Run:
     return Run(np.concatenate(norms), float((said != data.test_labels).mean()))
 
 
+@functools.cache
+def train_on_outlier_batches(clip: str, max_norm: float) -> spikes.Runs:
+    """Three seeds at once."""
+    scenario = spikes.SCENARIOS["outliers"]
+    batches = spikes.make_batches("outliers", scenario.steps, 3)
+    tx = spikes.before(BOUNDS[clip](max_norm=max_norm))(scenario.b2)
+    with tqdm(total=scenario.steps, desc=f"{clip} {max_norm:g}") as progress:
+        return spikes.train(tx, [0.004], batches, 20.0, progress)
+
+
+def run_outlier_batches(clip: str, max_norm: float, seed: int) -> Run:
+    """AdamW at 0.004, of `benchmarks.spikes`: bits per character."""
+    runs = train_on_outlier_batches(clip, max_norm)
+    return Run(runs.norm[:, 0, seed], float(runs.held_out[0, seed]))
+
+
 EXAMPLES: dict[str, Callable[[str, float, int], Run]] = {
     "char_rnn": run_char_rnn,
     "outliers": run_outliers,
     "sharp_attention": run_sharp_attention,
     "transformer_fsdp": run_transformer_fsdp,
     "diffusion_digits": run_diffusion_digits,
+    "outlier_batches": run_outlier_batches,
 }
 
 
@@ -165,13 +186,13 @@ def show(mean: float, deviation: float) -> str:
     return f"{mean:.4g} ({deviation:.2g})" if math.isfinite(mean) else "diverged"
 
 
-def compare(runs: Runs, example: str, seeds: int) -> dict[str, str]:
+def compare(runs: Runs, example: str) -> dict[str, str]:
     """A row of the table: means over seeds, and deviations."""
     score = lambda c, seed: runs.get(example, "global", c, seed).score
-    scores = {c: [score(c, k) for k in range(seeds)] for c in (*SWEEP, math.inf)}
+    scores = {c: [score(c, k) for k in range(SEEDS)] for c in (*SWEEP, math.inf)}
     means = {c: float(np.mean(x)) for c, x in scores.items()}
     best = min(SWEEP, key=lambda c: np.inf if np.isnan(means[c]) else means[c])
-    advised = [follow(runs, example, seed) for seed in range(seeds)]
+    advised = [follow(runs, example, seed) for seed in range(SEEDS)]
     found = [x for _, x in advised]
     spread = lambda x: float(np.std(x, ddof=1))
     noise = math.hypot(spread(scores[best]), spread(found))
@@ -194,7 +215,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every move
     runs = Runs(pathlib.Path(_OUT.value))
     for k, example in enumerate(_ONLY.value or EXAMPLES):
-        row = compare(runs, example, _SEEDS.value)
+        row = compare(runs, example)
         if k == 0:
             print(f"| {' | '.join(row)} |\n|{'---|' * len(row)}")
         print(f"| {' | '.join(row.values())} |", flush=True)

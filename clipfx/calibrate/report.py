@@ -106,11 +106,12 @@ def page(
     """The page, of norms `[T]` by group and what each method did on them."""
     say = html.escape
     warnings = (*notes, *found.warnings)
+    why = found.advice.removeprefix(f"{found.begin}: ")
     return _PAGE.format(
         style=_STYLE,
         source=say(source),
         begin=say(found.begin),
-        why=say(found.advice[:1].upper() + found.advice[1:]),
+        why=say(why[:1].upper() + why[1:]),
         warnings="\n".join(f'<p class="warn">{say(x)}</p>' for x in warnings),
         facts=_facts(found),
         pictures=_pictures(norms, found, replays),

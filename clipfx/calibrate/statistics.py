@@ -80,7 +80,7 @@ def describe(group: str, norms: np.ndarray) -> NormStats:
         nonfinite=int((~np.isfinite(norms)).sum()),
         zeros=int((norms == 0).sum()),
         median=float(np.median(x)),
-        spread=_deviation(gaps),
+        spread=deviation(gaps),
         tail_index=hill(np.exp(gaps)),
         drift=float(np.median(x[-quarter:]) / np.median(x[:quarter])),
         spikes=tuple(np.flatnonzero(usable)[_FIRST:][_spikes(gaps)].tolist()),
@@ -111,7 +111,8 @@ def round_up(x: float) -> float:
     return float(f"{near + 10.0 ** (np.floor(np.log10(x)) - 3):.4g}")
 
 
-def _deviation(x: np.ndarray) -> float:
+def deviation(x: np.ndarray) -> float:
+    """That of normal numbers with this median distance from the median."""
     return float(1.4826 * np.median(np.abs(x - np.median(x))))
 
 
@@ -127,4 +128,4 @@ def _above_usual(logs: np.ndarray) -> np.ndarray:
 
 def _spikes(gaps: np.ndarray) -> np.ndarray:
     """Which stand out."""
-    return np.flatnonzero(gaps > max(5 * _deviation(gaps), np.log(2)))
+    return np.flatnonzero(gaps > max(5 * deviation(gaps), np.log(2)))

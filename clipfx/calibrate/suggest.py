@@ -10,7 +10,13 @@ import numpy as np
 from clipfx._core.checks import helpful
 from clipfx.calibrate.replay import Replay, as_groups
 from clipfx.calibrate.settings import Setting, try_all
-from clipfx.calibrate.statistics import NormStats, describe, round_up, threshold_for
+from clipfx.calibrate.statistics import (
+    NormStats,
+    describe,
+    deviation,
+    round_up,
+    threshold_for,
+)
 
 _ALL = "together"
 _FEW = 100  # steps, fewer than which hold no rare event
@@ -25,7 +31,7 @@ class Suggestion(NamedTuple):
       rates: The clip rates asked for, as shares.
       settings: One `Setting` for each method and rate.
       begin: The `method` of the setting to begin with.
-      advice: One sentence: why that one.
+      advice: That, and why.
       warnings: Sentences on the history itself.
 
     Reference: none.
@@ -65,7 +71,7 @@ class Suggestion(NamedTuple):
             "mean factor: what norms are multiplied by, 1 where nothing is clipped.",
             *(["", each] if each else []),
             "",
-            _sentence(f"Begin with {self.begin}: {self.advice}"),
+            _sentence(f"Begin with {self.advice}"),
             *(_sentence(f"- {x}") for x in (*self.warnings, *self._doubts())),
         ]
         return "\n".join(lines)
@@ -144,15 +150,16 @@ def study(norms: Any, rates: Any) -> tuple[Suggestion, dict[str, Replay]]:
         name: tuple(threshold_for(column, rate) for rate in rates)
         for name, column in whole.items()
     }
-    begin, bound, advice = _advise(stats, joint)
+    form, bound, why = _advise(stats, joint)
+    begin = form.format(bound)
     settings, replays = try_all(joint, columns, stats, rates, bound)
     found = Suggestion(
         stats=tuple(stats),
         thresholds=thresholds,
         rates=rates,
         settings=settings,
-        begin=begin.format(bound),
-        advice=advice,
+        begin=begin,
+        advice=f"{begin}: {why}",
         warnings=_warn(stats, still),
     )
     return found, replays
@@ -172,6 +179,16 @@ _GLOBAL, _ZCLIP = "clip_by_global_norm({:g})", "zclip(max_norm={:g})"
 _ADAGC = "adagc(1.5, max_norm={:g})"
 
 
+def _above_usual(norms: np.ndarray) -> float:
+    """What 5% exceed, or would exceed without spikes and the large norms after them.
+
+    Those make the upper quantiles of an unclipped run, hardly its median and spread.
+    """
+    logs = np.log(norms)
+    usual = np.exp(np.median(logs) + 1.645 * deviation(logs))
+    return float(min(threshold_for(norms, 0.05), usual))
+
+
 def _advise(stats: Sequence[NormStats], joint: np.ndarray) -> tuple[str, float, str]:
     """Where to begin, the threshold of it, and why, in one sentence."""
     whole, each = stats[-1], stats[:-1]
@@ -184,9 +201,9 @@ def _advise(stats: Sequence[NormStats], joint: np.ndarray) -> tuple[str, float, 
             "run that you want: record again, with it.",
         )
     # What the first steps exceed would protect none of those that come.
-    settled = joint[len(joint) // 2 :]
-    usual = settled[np.isfinite(settled) & (settled > 0)]
-    middle = round_up(float(np.median(usual if len(usual) else joint)))
+    known = joint[np.isfinite(joint) & (joint > 0)]
+    usual = known[len(known) // 2 :]
+    middle = round_up(float(np.median(usual)))
     if whole.nonfinite:
         return (
             _GLOBAL,
@@ -203,7 +220,7 @@ def _advise(stats: Sequence[NormStats], joint: np.ndarray) -> tuple[str, float, 
             f"index {whole.tail_index:.1f}) that they say little of how far to go. With"
             " SGD choose the learning rate anew.",
         )
-    above = round_up(threshold_for(usual, 0.05))
+    above = round_up(_above_usual(usual))
     alone = [s for s in each if len(s.spikes) > len(whole.spikes)]
     if alone:
         return _ADAGC, above, f"{alone[0].group} spikes where the whole does not."
@@ -218,8 +235,8 @@ def _advise(stats: Sequence[NormStats], joint: np.ndarray) -> tuple[str, float, 
         return (
             _GLOBAL,
             above,
-            f"what 5% of the second half exceed. {spikes}, and the norm stays where it "
-            "is.",
+            "what 5% of the second half exceed, spikes and their aftermath aside. "
+            f"{spikes}, and the norm stays where it is.",
         )
     return (
         _GLOBAL,

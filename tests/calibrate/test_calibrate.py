@@ -1,5 +1,6 @@
 """Recorded norms are those of the run, and replayed clips do what real ones do."""
 
+import html
 import re
 import sys
 
@@ -14,9 +15,11 @@ from trees import assert_same
 
 import clipfx
 from clipfx import calibrate
+from clipfx.calibrate.report import page
 from clipfx.calibrate.statistics import describe, hill, round_up, threshold_for
 
 STEPS = 300
+RATES = (0.01, 0.05, 0.1)
 # The package shows the function of that name.
 study = sys.modules["clipfx.calibrate.suggest"].study
 module = sys.modules["clipfx.calibrate.settings"]
@@ -120,7 +123,7 @@ def test_replayed_clips_do_what_real_ones_do_to_the_step():
     grads, _ = gradients()
     norms = calibrate.history(scanned(clipfx.record_norms(groups="leaf"), grads)[0])
     rows = np.stack([*norms.values()], axis=1)
-    found, replays = study(norms, (0.01, 0.05, 0.1))
+    found, replays = study(norms, RATES)
     joint = np.sqrt((rows.astype(np.float64) ** 2).sum(axis=1))
     bound = float(re.search(r"([\d.]+)\)", found.begin)[1])
     numbers = module._numbers(joint, rows, found.rates, bound)
@@ -230,13 +233,31 @@ def drifting():
 )
 def test_advice_fits_the_norms(norms, begin, doubted, warning):
     found = calibrate.suggest(norms)
-    sentence = f"Begin with {found.begin}: {found.advice}"
+    assert found.advice.startswith(f"{found.begin}: ")
+    sentence = f"Begin with {found.advice}"
     assert sentence in " ".join(str(found).split())
     assert re.search(begin, sentence)
     assert found.begin in {s.method for s in found.settings}
     setting = next(s for s in found.settings if s.method.startswith(doubted))
     assert warning in setting.warning
     assert any("drifts" in x for x in found.warnings) == ("drifts" in begin)
+
+
+def test_advice_goes_by_settled_norms_without_spikes_and_aftermath():
+    """Their 95th percentile, whatever comes before, behind or above."""
+    advised = lambda norms: float(
+        re.findall(r"[\d.]+", study(norms, RATES)[0].begin)[0]
+    )
+    norms, exact = quiet(), np.exp(0.1 * 1.645)
+    assert advised(norms) == pytest.approx(exact, rel=0.05)
+    first = np.where(np.arange(STEPS) < 50, 8 * norms, norms)
+    assert advised(first) == pytest.approx(exact, rel=0.05)
+    after = np.where(np.arange(STEPS) % 60 > 52, 3 * norms, norms)
+    after[53::60] *= 10
+    assert np.quantile(after[STEPS // 2 :], 0.95) > 2
+    assert advised(after) == pytest.approx(exact, rel=0.1)
+    fitted = np.where(np.arange(STEPS) < STEPS // 2, norms, 0.0)
+    assert advised(fitted) == pytest.approx(exact, rel=0.1)
 
 
 def test_what_is_no_trouble_is_not_warned_of():
@@ -258,8 +279,11 @@ def test_a_clip_by_group_is_ready_to_paste():
     """As it is printed it makes a clip of the groups, with the clip rate promised."""
     layers = [f"{'attention_' * 3}{k}" for k in range(2)]
     norms = {f"clip0/encoder/{x}": quiet(0.3) * (k + 1) for k, x in enumerate(layers)}
-    found = calibrate.suggest(norms)
+    found, replays = study(norms, RATES)
     line = found.per_layer()
+    text = page("run", norms, found, replays)
+    assert f"<pre>{html.escape(line)}</pre>" in text
+    assert text.count("<picture>") == 4  # of groups too
     assert f"\n\n{line}\n" in str(found)
     assert max(map(len, line.splitlines())) <= 88
     limits = eval(line, {"clip_per_layer": dict})
