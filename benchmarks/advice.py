@@ -9,8 +9,8 @@ for all examples and chosen without looking. Every seed goes by the norms of its
 run. A run takes seconds to a minute; those that are in `--out` are not repeated.
 
 Examples are smaller than by default, at their default learning rate; of those that
-compare rates, at the one that is best without a clip. The last row is of
-`benchmarks.spikes`, on which no rule of the advice was tried before.
+compare rates, at the one that is best without a clip. The last row is a scenario of
+`benchmarks.spikes`.
 """
 
 import functools
@@ -195,7 +195,7 @@ def compare(runs: Runs, example: str) -> dict[str, str]:
     advised = [follow(runs, example, seed) for seed in range(SEEDS)]
     found = [x for _, x in advised]
     spread = lambda x: float(np.std(x, ddof=1))
-    noise = math.hypot(spread(scores[best]), spread(found))
+    noise = math.sqrt(2) * spread(scores[best])
     gap = float(np.mean(found)) - means[best]
     verdict = "within noise" if abs(gap) <= noise else "worse" if gap > 0 else "better"
     return {
@@ -221,8 +221,8 @@ def main(argv: list[str]) -> None:
         print(f"| {' | '.join(row.values())} |", flush=True)
     print(
         "\nScores on held-out data, best when small: means of seeds (deviations). "
-        "within noise: the gap to\nthe best of six is at most the root of the sum of "
-        "both squared deviations. at: of each seed."
+        "within noise: the gap to\nthe best of six is at most the root of two times "
+        "the deviation of that. at: of each seed."
     )
 
 

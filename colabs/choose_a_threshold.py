@@ -204,8 +204,7 @@ for name, threshold in sweep.items():
 # advice above is one of them, with a bound:
 
 # %%
-bound = suggestion.thresholds["global"][0]
-advised = {f"zclip(max_norm={bound:.3g})": clipfx.zclip(max_norm=bound)}
+advised = {suggestion.begin: eval(f"clipfx.{suggestion.begin}")}
 for name, clip in (METHODS | advised).items():
     runs = [train(clip, seed=s)[2] for s in range(3)]
     span = f"{np.mean(runs):.3f} ({min(runs):.3f} to {max(runs):.3f})"

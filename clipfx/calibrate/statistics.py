@@ -55,7 +55,7 @@ class NormStats(NamedTuple):
     @property
     def wild(self) -> bool:
         """Whether norms scatter so far that none of them is the usual one."""
-        return self.spread > 1 or self.tail_index < 1
+        return self.spread > 1
 
 
 def describe(group: str, norms: np.ndarray) -> NormStats:

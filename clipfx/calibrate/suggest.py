@@ -216,9 +216,8 @@ def _advise(stats: Sequence[NormStats], joint: np.ndarray) -> tuple[str, float, 
             _GLOBAL,
             round_up(threshold_for(usual, 0.75)),
             "what three in four steps of the second half exceed, so that most steps "
-            f"are normalised: norms scatter so far (spread {whole.spread:.1f}, tail "
-            f"index {whole.tail_index:.1f}) that they say little of how far to go. With"
-            " SGD choose the learning rate anew.",
+            f"are normalised: norms scatter so far (spread {whole.spread:.1f}) that "
+            "they say little of how far to go. With SGD choose the learning rate anew.",
         )
     above = round_up(_above_usual(usual))
     alone = [s for s in each if len(s.spikes) > len(whole.spikes)]
