@@ -24,11 +24,11 @@ By default: 3.70 bits per byte before, 3.33 to 3.34 with epsilon 1, 3.25 with 8 
 to 3.13 without privacy, by the secret. Trained for longer, with `--base_steps=300
 --steps=80`, it is 3.53 before, 3.04, 2.88 and 2.71. With the flags of the second line
 above and `--epsilons=3,inf`: at epsilon 3 thresholds by layer cost nothing, 3.28 where
-one has 3.30, and all weights gain little by being trained: 3.26, and 3.28 by layer. Without privacy
-they gain more, 2.95. A private step of factors takes 0.9 to 1.1 times as long as a plain one,
-and as much memory; of all weights 1.0 to 1.2 times as long and 1.3 times the memory.
-Learning rates were chosen by the docstrings held out, with 80 steps; epsilon does not
-count that choice.
+one has 3.30, and all weights gain little by being trained: 3.26, and 3.28 by layer.
+Without privacy they gain more, 2.95. A private step of factors takes 0.9 to 1.1 times
+as long as a plain one, and as much memory; of all weights 1.0 to 1.2 times as long and
+1.3 times the memory. Learning rates were chosen by the docstrings held out, with 80
+steps; epsilon does not count that choice.
 """
 
 import dataclasses
