@@ -1,6 +1,7 @@
 """A small diffusion model of 8x8 digits: eight ways to bound its weighted gradient.
 
     python -m examples.diffusion_digits
+    python -m examples.diffusion_digits --data=images.npz --variants=none,global
 
 The loss is the squared error of the predicted digits times SNR(t), which is 24,000 at
 the first timestep and 2e-9 at the last. A batch has one timestep, and so one weight and
@@ -8,16 +9,17 @@ one threshold; in the variants called mixed each example has a timestep of its o
 weight and a threshold. All runs share initial weights and digits, and all but the mixed
 ones timesteps and noise.
 
-By default, and with seeds 1 and 2: without a clip, digits come out blurred and alike.
-The plain clip of the weighted gradient, `global`, is best at one timestep; the inverse
-rule before the weight is the same thing. `min_snr` is close behind, ahead of the
-Min-SNR weighting it is named after (Hang et al., 2023, arXiv 2303.09556), but not with
---max_norm=1 --learning_rate=3e-3. The inverse rule after the weight suppresses early
-timesteps twice, and its samples are the worst of the six bounds'.
+What to use: with one timestep in a batch, the plain clip of the weighted gradient or
+`clip_by_snr` in front of the weight; with a timestep for each example, a clip of each
+example by the same rule. By default, as distances from samples to held-out digits, of
+which training digits have 0.06: `none` 0.41, blurred and alike; `global` 0.089, and
+exactly so the inverse rule before the weight; `min_snr` 0.096, where the Min-SNR
+weighting that it is named after (Hang et al., 2023, arXiv 2303.09556) has 0.166. The
+inverse rule after the weight suppresses early timesteps twice: 0.221, the worst bound.
 
-Mixing helps without a clip, but does not replace one. `mixed_min_snr` clips every
-example, with the same rule; its held-out error is the lowest of all, and its samples
-are between those of `global` and `min_snr`.
+Mixing helps without a clip, 0.213, but does not replace one. `mixed_min_snr` clips
+every example: 0.094, with the lowest held-out error of all, 0.090 where `global` has
+0.097.
 """
 
 import dataclasses

@@ -20,13 +20,15 @@ but the secret, from which keys of noise and of batches follow: that is a file, 
 when there is none, which whoever gets the model must not get. Nothing is logged while
 training, for losses of private text are private.
 
-By default: 3.53 bits per byte before, 3.04 with epsilon 1, 2.93 to 2.95 with 3, 2.89 to
-2.90 with 8 and 2.70 to 2.71 without privacy, by the secret. At epsilon 3 thresholds by
-layer cost nothing, 2.93 to 2.94, nor do all weights gain by being trained: 2.92, and
-2.93 by layer. Without privacy they do, 2.44. A private step of factors takes as long as
-a plain one, and as much memory; of all weights 1.4 times as long and 1.3 times the
-memory. Learning rates were chosen by the docstrings held out; epsilon does not count
-that choice.
+By default: 3.70 bits per byte before, 3.33 to 3.35 with epsilon 1, 3.25 to 3.26 with 8
+and 3.12 to 3.13 without privacy, by the secret. Trained for longer, with
+`--base_steps=300 --steps=80`, it is 3.53 before, 3.04, 2.88 and 2.71. With the flags of
+the second line above and `--epsilons=3,inf`: at epsilon 3 thresholds by layer cost
+nothing, 3.28 where one has 3.30, and all weights gain little by being trained: 3.26,
+and 3.28 by layer. Without privacy they gain more, 2.95. A private step of factors takes
+0.9 to 1.1 times as long as a plain one, and as much memory; of all weights 1.0 to 1.2
+times as long and 1.3 times the memory. Learning rates were chosen by the docstrings
+held out, with 80 steps; epsilon does not count that choice.
 """
 
 import dataclasses
@@ -68,7 +70,7 @@ from examples._secret import Secret
 
 PACKAGES = ("numpy", "scipy", "sklearn")
 RATES = {"lora": 0.02, "all": 0.003}  # learning rates by what is trained
-ROUNDS = 10  # of timing, each with one step of every kind
+ROUNDS = 5  # of timing, each with one step of every kind
 GROUPS = ("global", "layer")
 # Of the base, besides what flags say of both.
 PUBLIC: dict[str, Any] = {"batch": 64, "dropout": 0.0, "learning_rate": 4e-3}
@@ -84,7 +86,7 @@ class Tuning:
     max_norm: float = _run.flag(0.1, "Bound on what one text contributes.", above=0)
     delta: float = _run.flag(1e-5, "Target delta.", above=0, below=1)
     batch: int = _run.flag(256, "Expected batch size of private steps.", least=1)
-    steps: int = _run.flag(80, "Private steps of each run.", least=1)
+    steps: int = _run.flag(40, "Private steps of each run.", least=1)
     learning_rate: float | None = _run.flag(
         None, "First learning rate; by default by what is trained.", above=0
     )
@@ -105,7 +107,7 @@ class Settings(Tuning):
         None, "UTF-8 file, a private text a line; by default docstrings.", resumes=True
     )
     epsilons: tuple[float, ...] = _run.flag(
-        (1.0, 3.0, 8.0, math.inf), "Target epsilons; inf is not private.",
+        (1.0, 8.0, math.inf), "Target epsilons; inf is not private.",
         above=0, most=math.inf, resumes=True,
     )  # fmt: skip
     train: tuple[str, ...] = _run.flag(
@@ -114,7 +116,7 @@ class Settings(Tuning):
     groups: tuple[str, ...] = _run.flag(
         ("global",), "What has a norm of its own.", among=GROUPS, resumes=True
     )
-    base_steps: int = _run.flag(300, "Steps of training on public text.", least=1)
+    base_steps: int = _run.flag(200, "Steps of training on public text.", least=1)
     save_every: int = _run.flag(
         20, "Private steps between checkpoints.", least=1, resumes=True
     )
@@ -138,7 +140,7 @@ class Settings(Tuning):
         1, "Tensor-parallel mesh size; must divide --heads.", least=1, resumes=True
     )
     cpu_devices: int = _run.flag(
-        8, "Simulated devices in all, if there is only a CPU.", least=1, resumes=True
+        4, "Simulated devices in all, if there is only a CPU.", least=1, resumes=True
     )
 
 

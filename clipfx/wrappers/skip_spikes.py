@@ -85,7 +85,7 @@ def skip_spikes(
       axis_name: See `clipfx.clip_by_norm`. Static.
 
     Returns:
-      A transform with `SkipState`. In the metrics, `[2]`, of `skip0/clipped/global`
+      A transform with `SkipState`. In the metrics, `[2]`, of `clip0/clipped/global`
       kind, `clipped` counts the spikes of norm and loss each, `threshold` is where they
       begin, and `factor` is 0 where the step was skipped.
 
