@@ -51,8 +51,9 @@ from sklearn.datasets import load_digits
 import clipfx
 from clipfx import calibrate, plots
 
-quick = jax.devices()[0].platform == "cpu" or "CLIPFX_QUICK" in os.environ
-steps = 300 if quick else 3000
+kind = "test" if "CLIPFX_QUICK" in os.environ else jax.devices()[0].platform
+steps = {"test": 60, "cpu": 300}.get(kind, 3000)
+SEEDS = range(1 if kind == "test" else 3)
 print(f"JAX has found {jax.device_count()} x {jax.devices()[0].device_kind}.")
 
 # %% [markdown]
@@ -195,7 +196,8 @@ sweep = {f"{k:g} x median": k * median for k in (0.1, 0.3, 1, 3, 10, 30)}
 sweep["5% clipped"] = suggestion.thresholds["global"][1]
 sweep["none"] = math.inf
 for name, threshold in sweep.items():
-    runs = [train(clipfx.clip_by_global_norm(threshold), seed=s)[2] for s in range(3)]
+    clip = clipfx.clip_by_global_norm(threshold)
+    runs = [train(clip, seed=seed)[2] for seed in SEEDS]
     span = f"{np.mean(runs):.3f} ({min(runs):.3f} to {max(runs):.3f})"
     print(f"{name:20} {threshold:8.3g}  accuracy {span}")
 
@@ -206,6 +208,6 @@ for name, threshold in sweep.items():
 # %%
 advised = {suggestion.begin: eval(f"clipfx.{suggestion.begin}")}
 for name, clip in (METHODS | advised).items():
-    runs = [train(clip, seed=s)[2] for s in range(3)]
+    runs = [train(clip, seed=seed)[2] for seed in SEEDS]
     span = f"{np.mean(runs):.3f} ({min(runs):.3f} to {max(runs):.3f})"
     print(f"{name:20} accuracy {span}")
