@@ -3,6 +3,7 @@
 A run is a dict: what it was (method, rate, seed, ...) and what it scored.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -11,6 +12,12 @@ import numpy as np
 from matplotlib.axes import Axes
 
 Row = dict[str, Any]
+
+
+def every(**choices: Iterable[Any]) -> list[Row]:
+    """A run for each combination, the last key changing first."""
+    combined = itertools.product(*choices.values())
+    return [dict(zip(choices, values, strict=True)) for values in combined]
 
 
 def groups(

@@ -248,13 +248,9 @@ def run(settings: Settings, out: _run.Out) -> None:
         raise ValueError(f"{len(labels)} rows are too few to learn from.")
     seeds = range(settings.seed, settings.seed + settings.runs)
     data = {seed: split(rows, labels, settings, seed) for seed in seeds}
-    runs = [
-        {"loss": loss, "method": method, "rate": rate, "seed": seed}
-        for loss in settings.loss
-        for method in settings.clip
-        for rate in settings.rates
-        for seed in seeds
-    ]
+    runs = _sweep.every(
+        loss=settings.loss, method=settings.clip, rate=settings.rates, seed=seeds
+    )
     norms = []
     progress = tqdm(runs, desc="runs")
     for row in progress:

@@ -225,13 +225,9 @@ def run(settings: Settings, out: _run.Out) -> None:
     """Trains with every loss, method and rate; prints and writes what came out."""
     seeds = range(settings.seed, settings.seed + settings.runs)
     data = {seed: make_data(settings, seed) for seed in seeds}
-    rows = [
-        {"loss": loss, "method": method, "rate": rate, "seed": seed}
-        for loss in settings.loss
-        for method in settings.clip
-        for rate in settings.rates
-        for seed in seeds
-    ]
+    rows = _sweep.every(
+        loss=settings.loss, method=settings.clip, rate=settings.rates, seed=seeds
+    )
     progress = tqdm(rows, desc="runs")
     for row in progress:
         seen = train(

@@ -318,12 +318,7 @@ def run(settings: Settings, out: _run.Out) -> None:
     seeds = range(settings.seed, settings.seed + settings.runs)
     given = read_clusters(settings.data) if settings.data else None
     clusters = {seed: given or make_clusters(settings, seed) for seed in seeds}
-    rows = [
-        {"method": method, "rate": rate, "seed": seed}
-        for method in settings.clip
-        for rate in settings.rates
-        for seed in seeds
-    ]
+    rows = _sweep.every(method=settings.clip, rate=settings.rates, seed=seeds)
     norms = []
     progress = tqdm(rows, desc="runs")
     for row in progress:
