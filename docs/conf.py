@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import shutil
 
 import latex2mathml.converter
 from docutils import nodes
@@ -15,14 +16,17 @@ ELSEWHERE = {
     "contributing": "BUILD.md",
     "changelog": "clipfx/CHANGELOG.md",
 }
+NOTEBOOKS = "notebooks"  # a folder of the site, copied from colabs, as they were saved
 
 project = "clipfx"
 author = "The clipfx authors"
 copyright = author
 version = release = clipfx.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
+nb_execution_mode = "off"
+nb_merge_streams = True
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4  # as GitHub names them
 
@@ -58,6 +62,14 @@ def skip_fields(app, what, name, obj, skip, options):
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
+def copy_notebooks(app):
+    """Puts notebooks where Sphinx finds them."""
+    folder = pathlib.Path(app.srcdir, NOTEBOOKS)
+    folder.mkdir(exist_ok=True)
+    for file in (ROOT / "colabs").glob("*.ipynb"):
+        shutil.copy2(file, folder)
+
+
 def read_elsewhere(app, name, source):
     """Takes the text from where it is, and leads links to pages of the site."""
     path = pathlib.Path(app.srcdir, f"{name}.md")
@@ -65,15 +77,19 @@ def read_elsewhere(app, name, source):
         path = ROOT / ELSEWHERE[name]
         app.env.note_dependency(str(path))
         source[0] = path.read_text()
-    pages = {(ROOT / text).resolve(): page for page, text in ELSEWHERE.items()}
+    if name.startswith(NOTEBOOKS):
+        path = ROOT / "colabs" / f"{pathlib.Path(name).name}.ipynb"
+    pages = {(ROOT / text).resolve(): f"{page}.md" for page, text in ELSEWHERE.items()}
+    for file in (ROOT / "colabs").glob("*.ipynb"):
+        pages[file.resolve()] = f"{NOTEBOOKS}/{file.name}"
 
     def lead(match):
         text, target, anchor = match.groups()
         file = (path.parent / target).resolve()
         if file in pages:
-            return f"[{text}]({pages[file]}.md{anchor or ''})"
+            return f"[{text}](/{pages[file]}{anchor or ''})"
         if file.is_relative_to(ROOT / "docs"):
-            return f"[{text}]({file.relative_to(ROOT / 'docs')}{anchor or ''})"
+            return f"[{text}](/{file.relative_to(ROOT / 'docs')}{anchor or ''})"
         return text  # a file of the repository, which the site has not
 
     link = r"(?<!!)\[([^\]]+)\]\((?!https?:)([^)#\s]+)(#[^)]*)?\)"
@@ -109,6 +125,7 @@ def math(display):
 def setup(app):
     """What Sphinx calls."""
     app.add_html_math_renderer("mathml", math("inline"), math("block"))
+    app.connect("builder-inited", copy_notebooks)
     app.connect("source-read", read_elsewhere)
     app.connect("doctree-resolved", link_names)
     app.connect("autodoc-process-docstring", bold_leads)

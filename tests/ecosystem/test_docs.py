@@ -77,7 +77,8 @@ def test_site_lists_every_page_and_every_public_name():
     index = (ROOT / "docs" / "index.md").read_text()
     entries = set(re.findall(r"^(?:[\w ]+<)?([a-z_/]+)>?$", index, re.M))
     pages = {path.stem for path in DOCS} - {"index"}
-    assert entries == pages | {"api/index"}
+    notebooks = {f"notebooks/{x.stem}" for x in (ROOT / "colabs").glob("*.ipynb")}
+    assert entries == pages | {"api/index"} | notebooks
 
 
 def test_page_of_the_index_stands_alone():
