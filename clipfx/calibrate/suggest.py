@@ -192,6 +192,18 @@ def _above_usual(norms: np.ndarray) -> float:
 def _advise(stats: Sequence[NormStats], joint: np.ndarray) -> tuple[str, float, str]:
     """Where to begin, the threshold of it, and why, in one sentence."""
     whole, each = stats[-1], stats[:-1]
+    # What the first steps exceed would protect none of those that come.
+    known = joint[np.isfinite(joint) & (joint > 0)]
+    usual = known[len(known) // 2 :]
+    if whole.wild and not whole.nonfinite:
+        low = threshold_for(usual, 0.95)
+        return (
+            _GLOBAL,
+            round_up(min(low, whole.first) if whole.explodes else low),
+            "what 19 in 20 steps of the second half exceed, so that hardly one is not "
+            f"normalised: norms scatter so far (spread {whole.spread:.1f}) that they "
+            "say nothing of how far to go. With SGD choose the learning rate anew.",
+        )
     if whole.explodes:
         return (
             _GLOBAL,
@@ -200,9 +212,6 @@ def _advise(stats: Sequence[NormStats], joint: np.ndarray) -> tuple[str, float, 
             f"{whole.peak / whole.first:.0f} times that within 25. This is hardly the "
             "run that you want: record again, with it.",
         )
-    # What the first steps exceed would protect none of those that come.
-    known = joint[np.isfinite(joint) & (joint > 0)]
-    usual = known[len(known) // 2 :]
     middle = round_up(float(np.median(usual)))
     if whole.nonfinite:
         return (
@@ -210,14 +219,6 @@ def _advise(stats: Sequence[NormStats], joint: np.ndarray) -> tuple[str, float, 
             middle,
             f"the median, since {whole.nonfinite} steps were not finite. This is "
             "hardly the run that you want: record again, with it.",
-        )
-    if whole.wild:
-        return (
-            _GLOBAL,
-            round_up(threshold_for(usual, 0.75)),
-            "what three in four steps of the second half exceed, so that most steps "
-            f"are normalised: norms scatter so far (spread {whole.spread:.1f}) that "
-            "they say little of how far to go. With SGD choose the learning rate anew.",
         )
     above = round_up(_above_usual(usual))
     alone = [s for s in each if len(s.spikes) > len(whole.spikes)]
