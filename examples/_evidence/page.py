@@ -17,11 +17,12 @@ from examples._evidence import (
     layers,
     noise,
     optimizers,
+    sequences,
     training,
 )
 from examples._evidence.claims import AGREES, FALSE, LIMITS, Row
 
-THEMES = (growth, clips, noise, optimizers, layers, games, bounds, training)
+THEMES = (growth, clips, noise, optimizers, layers, games, bounds, training, sequences)
 CLAIMS: dict[str, Callable[[], Row]] = {
     claim.__name__: claim for theme in THEMES for claim in theme.CLAIMS
 }
