@@ -40,15 +40,19 @@ import pathlib
 import time
 import warnings
 from ast import (
+    AST,
     AsyncFunctionDef,
     ClassDef,
+    ExceptHandler,
     FunctionDef,
     Module,
     get_docstring,
+    iter_child_nodes,
+    match_case,
     parse,
-    walk,
+    stmt,
 )
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -140,7 +144,7 @@ class Settings(Tuning):
         1, "Tensor-parallel mesh size; must divide --heads.", least=1, resumes=True
     )
     cpu_devices: int = _run.flag(
-        4, "Simulated devices in all, if there is only a CPU.", least=1, resumes=True
+        2, "Simulated devices in all, if there is only a CPU.", least=1, resumes=True
     )
 
 
@@ -174,8 +178,17 @@ def docstrings(packages: Iterable[str] = PACKAGES) -> list[str]:
             with warnings.catch_warnings(action="ignore"):  # backslashes that are none
                 tree = parse(path.read_text(encoding="utf-8"))
             kinds = (Module, ClassDef, FunctionDef, AsyncFunctionDef)
-            found += [get_docstring(x) for x in walk(tree) if isinstance(x, kinds)]
+            found += [get_docstring(x) for x in blocks(tree) if isinstance(x, kinds)]
     return [text for text in found if text]
+
+
+def blocks(tree: Module) -> Iterator[AST]:
+    """As `ast.walk`, but of expressions, in which none is defined."""
+    found: list[AST] = [tree]
+    for node in found:
+        yield node
+        inner = (stmt, ExceptHandler, match_case)
+        found += [x for x in iter_child_nodes(node) if isinstance(x, inner)]
 
 
 def load_private(path: str | None, length: int) -> Data:
