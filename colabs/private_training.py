@@ -108,7 +108,7 @@ measure = jax.jit(per_example.norms(loss))
 norms = np.asarray(measure(init_params(), (x_train, y_train)).norm)[:, 0]
 figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
 plots.histogram(norms, 1.0, ax=axes)
-axes.set(xlabel="norm of the gradient of one example")
+axes.set(xlabel="norm of the gradient of one example", ylabel="examples")
 plt.show()
 
 # %% [markdown]

@@ -242,7 +242,8 @@ def _above(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
     pairs = [(y, column) for y, limit in curves for column in limit.T]
     above = sum(int((y > column).sum()) for y, column in pairs)
     number = sum(int(np.isfinite(y).sum()) for y, _ in pairs)
-    return f"{100 * above / max(number, 1):.2g}% above"
+    share = 100 * above / max(number, 1)
+    return f"{float(f'{share:.2g}'):g}% above"  # 100, not 1e+02
 
 
 def _draw_limit(

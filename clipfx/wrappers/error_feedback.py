@@ -65,7 +65,7 @@ def error_feedback(
       dtypes. On a step that is not finite the error stays as it was.
 
     Raises:
-      TypeError: If `clip` is not a transform or `max_ratio` not a number.
+      TypeError: If `inner` is not a transform or `max_ratio` not a number.
       ValueError: If `max_ratio` is negative.
 
     Example:

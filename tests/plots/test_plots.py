@@ -198,6 +198,15 @@ def test_histogram_counts_all_and_says_what_it_does_not_show():
     assert named(ax) == ["norm", "threshold: 40% above"]
 
 
+@pytest.mark.parametrize(
+    ("threshold", "share"), [(0.5, "100%"), (5.0, "80%"), (24.5, "4%"), (99.0, "0%")]
+)
+def test_histogram_writes_the_share_above_out(threshold, share):
+    ax = plots.histogram(np.arange(1.0, 26.0), threshold)
+    told = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert told == ["norm", f"threshold: {share} above"]
+
+
 def test_histogram_of_kinds_of_different_number():
     kinds = {"right": np.array([1.0, 2.0, 3.0]), "wrong": np.array([2.0, 5.0])}
     ax = plots.histogram(kinds, 2.5)
