@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from clipfx import _compat
 from clipfx._core.leaves import times, widen
-from clipfx._core.reductions import Layout, by_device, combine
+from clipfx._core.reductions import Layout, by_device, combine, varying
 
 # What the loops here pass on.
 _Carry: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
@@ -42,7 +42,11 @@ def sums_in_range(
     separate = functools.partial(_at_once, _separate, layout=layout, ord=ord)
     # Over several devices no loop: with a collective inside devices of XLA:CPU may wait
     # for each other for ever. And what is reduced together XLA gathers first.
-    ways = {"cpu": loop, "gpu": together, "tpu": separate, "mesh": separate}
+    stacked = functools.partial(_at_once, _stacked, layout=layout, ord=ord)
+    mesh = functools.partial(jax.lax.platform_dependent, cpu=stacked, default=separate)
+    if layout.axis_names or varying(leaves):  # in shard_map
+        mesh = separate
+    ways = {"cpu": loop, "gpu": together, "tpu": separate, "mesh": mesh}
     return by_device(ways, layout.device, leaves)
 
 
@@ -75,6 +79,14 @@ def _together(x: jax.Array, dtype: Any, ord: int) -> list[jax.Array]:
     zero = _compat.vary(jnp.zeros([], dtype), _compat.varying_axes(x))
     add = functools.partial(jax.tree.map, jnp.add)
     return list(jax.lax.reduce(powers, (zero,) * 3, add, tuple(range(x.ndim))))
+
+
+# With Auto axes XLA:CPU sends every 256 sums together: one vector of a leaf, not three
+# numbers. A TPU would not fuse it into what makes the gradient, and sends all at once.
+@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+def _stacked(x: jax.Array, dtype: Any, ord: int) -> list[jax.Array]:
+    powers = jnp.stack(_powers(x, dtype, ord))
+    return list(add_up(powers, tuple(range(1, powers.ndim))))
 
 
 def _powers(x: jax.Array, dtype: Any, ord: int) -> tuple[jax.Array, ...]:

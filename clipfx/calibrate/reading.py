@@ -26,6 +26,12 @@ _THEIRS = [
     for name in (r"grad(ient)?s?[/._ -]?norm", r"grad_2\.0_norm_total", "gnorm",
                  r"(global|total)[/._ -]?norm", "norm")
 ]  # fmt: skip
+# Norms of something else, thresholds, and one number for many steps.
+_NO_GRADIENT = re.compile(
+    r"(^|[/._ -])(batch|clipped|group|largest|layer|max|median|min|params?|parameters?|"
+    r"peak|std|updates?|weights?)[/._ -]",
+    re.IGNORECASE,
+)
 _READABLE = (
     "metrics.jsonl, CSV, .npy or .npz, TensorBoard events, an Orbax checkpoint, an "
     "offline run of Weights & Biases, or the folder of one"
@@ -304,7 +310,8 @@ def _choose(
         note = f"These are of {clips[0]}/norm; --key takes {more}." if more else ""
         return groups, [note] if note else []
     for pattern in _THEIRS:
-        names = [name for name in columns if pattern.fullmatch(name)]
+        names = [x for x in columns if pattern.fullmatch(x)]
+        names = [x for x in names if not _NO_GRADIENT.search(x)]
         groups = [x for x in columns if x.startswith("norm/")]
         if names:
             return {names[0]: names[0]}, []

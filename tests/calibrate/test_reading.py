@@ -113,6 +113,24 @@ def test_what_was_written_is_read(write, tmp_path):
     np.testing.assert_allclose(norms, NORMS, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [("grad_norm", True), ("train/grad_norm", True), ("gradient norm", True),
+     ("optimizer/global_norm", True), ("norm", True), ("loss/norm", True),
+     ("max_grad_norm", False), ("train/param_norm", False), ("median norm", False),
+     ("layer_norm", False), ("update/norm", False), ("peak norm", False)],
+)  # fmt: skip
+def test_columns_that_look_like_norms_of_gradients(name, is_one, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({name: x}) + "\n" for x in NORMS.tolist()))
+    if is_one:
+        assert [*read_run(path).norms] == [name]
+    else:
+        with pytest.raises(UnreadableRun, match="no column that looks like"):
+            read_run(path)
+    assert [*read_run(path, name).norms] == [name]
+
+
 def test_weights_and_biases():
     norms = read_run(WANDB).norms["grad_norm"]
     np.testing.assert_array_equal(norms, 1 + np.arange(40) / 10)

@@ -91,3 +91,20 @@ def test_leaves_split_in_several_ways_take_one_reduction_and_more_with_optax():
         text = update.lower(grads).compile().as_text()
         numbers.append(number_of("all-reduce", text))
     assert numbers[0] == 1 < numbers[1]
+
+
+def test_many_leaves_take_no_more_reductions_than_with_optax():
+    """Of 256 results or less at a time, as XLA:CPU combines them."""
+    auto = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    leaf = jax.ShapeDtypeStruct(
+        (16, 4), "float32", sharding=NamedSharding(auto, P("x"))
+    )
+    grads = {f"{k:03}": {"kernel": leaf} for k in range(300)}
+
+    def count(tx):
+        update = jax.jit(lambda g: tx.update(g, tx.init(g))[0])
+        return number_of("all-reduce", update.lower(grads).compile().as_text())
+
+    assert count(clipfx.clip_by_global_norm(1.0)) == 2
+    assert count(clipfx.clip_per_layer(1.0)) == 2
+    assert count(optax.clip_by_global_norm(1.0)) == 2
