@@ -176,4 +176,64 @@ def warm_up() -> Row:
     )  # fmt: skip
 
 
-CLAIMS = [adam_moment, adam_cap, decay_cancels, decay_radius, warm_up]
+def _path(gradient: Any, start: float, rule: Any, steps: int) -> jax.Array:
+    """Where descent of a number goes."""
+    state = rule.init(jnp.zeros(()))
+
+    def step(carry, _):
+        x, state = carry
+        update, state = rule.update(gradient(x), state)
+        return (x + update, state), x
+
+    return jax.lax.scan(step, (jnp.float32(start), state), None, length=steps)[1]
+
+
+def steep_walls() -> Row:
+    """Steps to the minimum of cosh, at the best of many rates."""
+    rates = single(10.0 ** np.arange(-5, 0.01, 0.05))
+
+    def fewest(max_norm, start):
+        clip = clipfx.clip_by_global_norm(max_norm)
+        way = lambda rate: _path(
+            jnp.sinh, start, optax.chain(clip, optax.sgd(rate)), 20_000
+        )
+        there = np.abs(np.asarray(jax.jit(jax.vmap(way))(rates))) < 0.01
+        return there.argmax(1)[there.any(1)].min()
+
+    free, clip = ([fewest(c, start) for start in (4.0, 8.0)] for c in (math.inf, 1.0))
+    return judge(
+        "Where curvature grows with the gradient, descent takes as many steps as its "
+        "start is steep; with a clip, as many as it is far.",
+        "cosh(x), c = 1, each at the best of 101 rates: steps to the minimum from "
+        "x = 8, e⁴ times as steep, over those from 4.",
+        [at_least(free[1] / free[0], math.exp(4) / 2, label="without"),
+         at_most(clip[1] / clip[0], 3.0, label="with")],
+        source="[Zhang et al., 2020](https://arxiv.org/abs/1905.11881)",
+    )  # fmt: skip
+
+
+def heavy_ball() -> Row:
+    """Momentum on a parabola, at a rate beyond 2 (1 + beta)."""
+    rate, decay = 4.0, 0.5
+
+    def last(max_norm):
+        clip = clipfx.clip_by_global_norm(max_norm)
+        rule = optax.chain(clip, optax.sgd(rate, decay))
+        return np.asarray(_path(lambda x: x, 0.5, rule, 60)[-2:], np.float64)
+
+    cycle = abs(np.diff(last(1.0))[0]) / 2
+
+    return judge(
+        "A clip in front of momentum keeps rates from diverging that are too large.",
+        "x²/2, η = 4 where 2(1 + β) = 3 is the limit, c = 1: distance after 60 steps "
+        "without a clip; half the way of a step with it, that of a cycle of two steps, "
+        "ηc / (2(1 + β)); and whether it settles.",
+        [at_least(abs(last(math.inf)[1]), 1e6, label="without"),
+         near(cycle, rate / (2 * (1 + decay)), label="with")],
+        [at_most(cycle, 0.01, label="settles")],
+    )  # fmt: skip
+
+
+CLAIMS = [
+    adam_moment, adam_cap, decay_cancels, decay_radius, warm_up, steep_walls, heavy_ball
+]  # fmt: skip

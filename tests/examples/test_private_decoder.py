@@ -396,7 +396,7 @@ def test_another_base_is_an_error(shared, whole, tmp_path):
 @pytest.mark.full
 def test_killed_equals_undisturbed(tmp_path):
     folder_of(tmp_path)
-    given = {**TINY, "steps": 200, "save_every": 7, "cpu_devices": 4, "model": 2}
+    given = {**TINY, "steps": 91, "save_every": 7, "cpu_devices": 4, "model": 2}
     given |= {"epsilons": "3", "private": tmp_path / "private.txt"}
     given |= {"text": tmp_path / "public.txt", "secret": tmp_path / "secret"}
 
@@ -412,13 +412,13 @@ def test_killed_equals_undisturbed(tmp_path):
     killed, name = tmp_path / "killed", "lora_global_3"
     shutil.copytree(tmp_path / "whole" / "base", killed / "base")
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    for step in (7, 63):
+    for step in (7, 35):
         process = subprocess.Popen(command(killed), **how, **quiet)
         kill_when((killed / name / str(step)).exists, process)
     done = run(killed)
     assert "Goes on after step" in done.stdout
     assert "TPU" not in done.stderr
-    assert not (killed / name / "63").exists()
+    assert not (killed / name / "35").exists()
     assert_same_numbers(
-        *(numbers_of(out / name, 200) for out in (killed, tmp_path / "whole"))
+        *(numbers_of(out / name, 91) for out in (killed, tmp_path / "whole"))
     )
