@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags, logging
@@ -128,13 +129,13 @@ def boosting_task() -> Task:
         params, data.test_rows, data.test_labels
     )
     return Task(
-        lambda seed: boosting_loss.split(*table, settings, seed),
-        lambda data, key: boosting_loss.init(data.rows.shape[1], settings, key),
-        lambda data, key: _pick((data.rows, data.labels), settings.batch, key),
-        lambda params, batch: one(params, *batch).mean(),
-        optax.sgd(optax.cosine_decay_schedule(1e-4, settings.steps)),
-        settings.steps,
-        lambda params, data: 1 - (said(params, data) > 0).mean(),
+        data=lambda seed: boosting_loss.split(*table, settings, seed),
+        init=lambda data, key: boosting_loss.init(data.rows.shape[1], settings, key),
+        draw=lambda data, key: _pick((data.rows, data.labels), settings.batch, key),
+        loss=lambda params, batch: one(params, *batch).mean(),
+        rule=optax.sgd(optax.cosine_decay_schedule(1e-4, settings.steps)),
+        steps=settings.steps,
+        error=lambda params, data: 1 - (said(params, data) > 0).mean(),
     )
 
 
@@ -147,16 +148,16 @@ def boxes_task() -> Task:
 
     def error(params, data):
         iou = boxes.compare(boxes.frame(params, data.test_images), data.test_boxes).iou
-        return 1 - jax.numpy.where(jax.numpy.isfinite(iou), iou, 0).mean()
+        return 1 - jnp.where(jnp.isfinite(iou), iou, 0).mean()
 
     return Task(
-        lambda seed: boxes.make_data(settings, seed),
-        lambda data, key: boxes.init(settings, key),
-        lambda data, key: _pick((data.images, data.boxes), settings.batch, key),
-        lambda params, batch: jax.vmap(one, (None, 0, 0))(params, *batch).mean(),
-        optax.sgd(optax.cosine_decay_schedule(3e-4, settings.steps), momentum=0.9),
-        settings.steps,
-        error,
+        data=lambda seed: boxes.make_data(settings, seed),
+        init=lambda data, key: boxes.init(settings, key),
+        draw=lambda data, key: _pick((data.images, data.boxes), settings.batch, key),
+        loss=lambda params, batch: jax.vmap(one, (None, 0, 0))(params, *batch).mean(),
+        rule=optax.sgd(optax.cosine_decay_schedule(3e-4, settings.steps), momentum=0.9),
+        steps=settings.steps,
+        error=error,
     )
 
 
@@ -175,13 +176,15 @@ def potential_task() -> Task:
         return found.train, (found.test, found.test.calm(settings.calm))
 
     return Task(
-        data,
-        lambda data, key: potential.init(settings, key),
-        lambda data, key: _pick(data[0], settings.batch, key),
-        lambda params, batch: jax.vmap(potential.loss, (None, 0))(params, batch).mean(),
-        optax.adam(optax.cosine_decay_schedule(0.01, settings.steps)),
-        settings.steps,
-        lambda params, data: error(params, data[1]),
+        data=data,
+        init=lambda data, key: potential.init(settings, key),
+        draw=lambda data, key: _pick(data[0], settings.batch, key),
+        loss=lambda params, batch: jax.vmap(potential.loss, (None, 0))(
+            params, batch
+        ).mean(),
+        rule=optax.adam(optax.cosine_decay_schedule(0.01, settings.steps)),
+        steps=settings.steps,
+        error=lambda params, data: error(params, data[1]),
     )
 
 
@@ -193,13 +196,13 @@ def normalizer_free_task() -> Task:
         normalizer_free.apply(params, digits).argmax(-1) == labels
     )
     return Task(
-        lambda seed: normalizer_free.load_data(),
-        lambda data, key: make(key, settings.blocks, settings.width),
-        lambda data, key: _pick(data[0], settings.batch, key),
-        lambda params, batch: normalizer_free.loss_of(params, *batch),
-        optax.sgd(0.03, momentum=0.9, nesterov=True),
-        settings.steps,
-        lambda params, data: 1 - right(params, *data[1]).mean(),
+        data=lambda seed: normalizer_free.load_data(),
+        init=lambda data, key: make(key, settings.blocks, settings.width),
+        draw=lambda data, key: _pick(data[0], settings.batch, key),
+        loss=lambda params, batch: normalizer_free.loss_of(params, *batch),
+        rule=optax.sgd(0.03, momentum=0.9, nesterov=True),
+        steps=settings.steps,
+        error=lambda params, data: 1 - right(params, *data[1]).mean(),
     )
 
 
@@ -245,7 +248,7 @@ def make_trainer(name: str, clip: str) -> tuple[Task, Callable[..., Any]]:
 def run_task(name: str, clip: str, max_norm: float, seed: int) -> Run:
     """One of `TASKS`."""
     task, train = make_trainer(name, clip)
-    data = jax.tree.map(jax.numpy.asarray, task.data(seed))
+    data = jax.tree.map(jnp.asarray, task.data(seed))
     norms, error = train(data, np.float32(max_norm), jax.random.key(seed))
     return Run(np.asarray(norms), float(error))
 
