@@ -5,9 +5,11 @@ A run is a dict: what it was (method, rate, seed, ...) and what it scored.
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from matplotlib.axes import Axes
 
@@ -18,6 +20,24 @@ def every(**choices: Iterable[Any]) -> list[Row]:
     """A run for each combination, the last key changing first."""
     combined = itertools.product(*choices.values())
     return [dict(zip(choices, values, strict=True)) for values in combined]
+
+
+def timed(call: Callable[[], Any], kind: Any, known: set[Any]) -> tuple[Any, float]:
+    """What a compiled training returns, and the seconds that it takes.
+
+    The first of a kind compiles, and is not what is timed.
+
+    Args:
+      call: The training, with its arguments.
+      kind: What has a program of its own.
+      known: Kinds that were trained before; this one is added.
+    """
+    if kind not in known:
+        jax.block_until_ready(call())
+        known.add(kind)
+    start = time.perf_counter()
+    found = jax.block_until_ready(call())
+    return found, time.perf_counter() - start
 
 
 def groups(

@@ -253,27 +253,32 @@ def run(settings: Settings, out: _run.Out) -> None:
     )
     norms = []
     progress = tqdm(runs, desc="runs")
+    known: set[Any] = set()
     for row in progress:
-        seen = train(
-            data[row["seed"]], np.float32(row["rate"]), jax.random.key(row["seed"]),
+        call = functools.partial(
+            train, data[row["seed"]], np.float32(row["rate"]),
+            jax.random.key(row["seed"]),
             loss=row["loss"], method=row["method"], settings=settings,
         )  # fmt: skip
+        seen, seconds = _sweep.timed(call, (row["loss"], row["method"]), known)
         norms.append(np.asarray(seen["norms"]))
         row |= {
             "accuracy": float(seen["accuracy"]),
             "median norm": float(np.median(norms[-1])),
             "largest norm": float(norms[-1].max()),
             "diverged": not bool(seen["finite"]),
+            "ms/step": 1000 * seconds / settings.steps,
         }
         note = f"{row['loss']}, {row['method']}, rate {row['rate']:g}: "
         progress.set_postfix_str(note + f"{row['accuracy']:.3f} right", refresh=False)
-    by, shown = ("loss", "method"), ("accuracy", "median norm", "largest norm")
+    by = ("loss", "method")
+    shown = ("accuracy", "median norm", "largest norm", "ms/step")
     table = _sweep.compared(runs, by, ("rate",), "accuracy", shown)
     print("\n" + _common.format_table([*table]))
     print(
         "accuracy: of held-out rows, 0 where a run diverged; norms: of the gradient of "
-        "a batch,\nbefore a global clip; +-: standard deviation over seeds. rate: the "
-        "one with the best accuracy."
+        "a batch,\nbefore a global clip; ms/step: of a training, after compiling; +-: "
+        "standard deviation\nover seeds. rate: the one with the best accuracy."
     )
     for (loss, method), own in _sweep.groups(runs, by).items():
         lost = sorted({row["rate"] for row in own if row["diverged"]})

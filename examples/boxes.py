@@ -21,7 +21,9 @@ deviation. By default, in mean IoU on held-out images:
 
 Without a clip the logarithm loses all boxes with some seed at every rate, and any clip
 keeps them. GIoU and CIoU need none: here their gradients stay below 10. `value` helps
-them a little, and bounds of a norm do not, but train at larger rates.
+them a little, and bounds of a norm do not, but train at larger rates. On two CPU cores
+a step takes 0.10 to 0.11 ms without a clip, as long with `value`, and up to 0.01 ms and
+0.02 ms more with `global` and `per_example`.
 """
 
 import dataclasses
@@ -229,27 +231,31 @@ def run(settings: Settings, out: _run.Out) -> None:
         loss=settings.loss, method=settings.clip, rate=settings.rates, seed=seeds
     )
     progress = tqdm(rows, desc="runs")
+    known: set[Any] = set()
     for row in progress:
-        seen = train(
-            data[row["seed"]], np.float32(row["rate"]), jax.random.key(row["seed"]),
+        call = functools.partial(
+            train, data[row["seed"]], np.float32(row["rate"]),
+            jax.random.key(row["seed"]),
             loss=row["loss"], method=row["method"], settings=settings,
         )  # fmt: skip
+        seen, seconds = _sweep.timed(call, (row["loss"], row["method"]), known)
         norms, iou = np.asarray(seen["norms"]), np.asarray(seen["iou"])
         row |= {
             "iou": float(iou.mean()),
             "no overlap": float((iou == 0).mean()),
             "median norm": float(np.median(norms)),
             "largest norm": float(norms.max()),
+            "ms/step": 1000 * seconds / settings.steps,
         }
         note = f"{row['loss']}, {row['method']}, rate {row['rate']:g}: "
         progress.set_postfix_str(note + f"IoU {row['iou']:.3f}", refresh=False)
     by, at = ("loss", "method"), ("rate",)
-    shown = ("iou", "no overlap", "median norm", "largest norm")
+    shown = ("iou", "no overlap", "median norm", "largest norm", "ms/step")
     print("\n" + _common.format_table([*_sweep.compared(rows, by, at, "iou", shown)]))
     print(
         "iou: mean of held-out images, 0 where a run diverged; no overlap: share of "
-        "them whose IoU\nis 0; norms: of the gradient, before a clip of the batch. +-: "
-        "standard deviation over seeds."
+        "them whose IoU\nis 0; norms: of the gradient, before a clip of the batch; "
+        "ms/step: of a training, after\ncompiling. +-: standard deviation over seeds."
     )
     out.jsonl(rows)
     out.figure(plot(rows), "boxes.png")

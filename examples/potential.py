@@ -34,7 +34,9 @@ Forces of 0 everywhere have the same calm error as `none`, 0.658: that has learn
 nothing. A clip of the batch bounds the step, but leaves its direction to the one
 cluster that outweighs all others. With a bound on each all are of use, and calm ones
 are learned a little better than `filtered` does, which sees no others. The order is the
-same with --calculator=emt --shake=0.5: 0.43, 0.20, 0.16, 0.074, 0.020 and 0.016.
+same with --calculator=emt --shake=0.5: 0.43, 0.20, 0.16, 0.074, 0.020 and 0.016. On two
+CPU cores a step takes 0.27 ms without a clip, as long with a clip of the batch, and
+0.43 ms with one of each cluster.
 """
 
 import dataclasses
@@ -320,23 +322,29 @@ def run(settings: Settings, out: _run.Out) -> None:
     clusters = {seed: given or make_clusters(settings, seed) for seed in seeds}
     rows = _sweep.every(method=settings.clip, rate=settings.rates, seed=seeds)
     norms = []
+    known: set[Any] = set()
     progress = tqdm(rows, desc="runs")
     for row in progress:
         seed, method = row["seed"], row["method"]
         data = split(clusters[seed], method, settings, seed)
         rate, key = np.float32(row["rate"]), jax.random.key(seed)
-        seen = train(data, rate, key, method=method, settings=settings)
+        call = functools.partial(
+            train, data, rate, key, method=method, settings=settings
+        )
+        seen, seconds = _sweep.timed(call, method, known)
         norms.append(np.asarray(seen["norms"]))
         row |= score(seen, data, settings)
+        row["ms/step"] = 1000 * seconds / settings.steps
         note = f"{method}, rate {row['rate']:g}: error {row['calm error']:.3f}"
         progress.set_postfix_str(note, refresh=False)
-    shown = ("calm error", "median error", "median norm", "largest norm")
+    shown = ("calm error", "median error", "median norm", "largest norm", "ms/step")
     table = _sweep.compared(rows, ("method",), ("rate",), "-calm error", shown)
     print("\n" + _common.format_table([*table]))
     print(
         "calm error: mean absolute error of forces on held-out clusters that are calm; "
         "median\nerror: of all those held out; in eV/angstrom. norms: of the gradient "
-        "of a batch, before\na clip of the batch. +-: standard deviation over seeds."
+        "of a batch, before\na clip of the batch; ms/step: of a training, after "
+        "compiling. +-: standard deviation\nover seeds."
     )
     zero = sum(float(row["calm force"]) for row in rows) / len(rows)
     print(f"Forces of 0 everywhere have a calm error of {zero:.3g}.")

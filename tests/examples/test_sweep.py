@@ -1,4 +1,5 @@
 import math
+import time
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -40,3 +41,18 @@ def test_lines_go_through_means():
     a, b = (line.get_ydata() for line in axes.lines)
     np.testing.assert_array_equal(a, [2.0, 1.5])
     np.testing.assert_array_equal(b, [math.nan, 9.0])
+
+
+def test_what_compiles_is_not_timed():
+    calls, known = [], set()
+
+    def train():
+        calls.append(len(calls))
+        time.sleep(0.2 if len(calls) == 1 else 0.0)
+        return len(calls)
+
+    found, seconds = _sweep.timed(train, "a", known)
+    assert (found, calls, known) == (2, [0, 1], {"a"})
+    assert 0 <= seconds < 0.2
+    assert _sweep.timed(train, "a", known)[0] == 3
+    assert _sweep.timed(train, "b", known)[0] == 5
