@@ -16,7 +16,11 @@ ELSEWHERE = {
     "contributing": "BUILD.md",
     "changelog": "clipfx/CHANGELOG.md",
 }
-NOTEBOOKS = "notebooks"  # a folder of the site, copied from colabs, as they were saved
+# Notebooks as they were saved; Sphinx must find a file of that name.
+NOTEBOOKS = {
+    f"notebooks/{x.stem}": f"colabs/{x.name}" for x in ROOT.glob("colabs/*.ipynb")
+}
+ELSEWHERE |= NOTEBOOKS
 
 project = "clipfx"
 author = "The clipfx authors"
@@ -64,10 +68,10 @@ def skip_fields(app, what, name, obj, skip, options):
 
 def copy_notebooks(app):
     """Puts notebooks where Sphinx finds them."""
-    folder = pathlib.Path(app.srcdir, NOTEBOOKS)
-    folder.mkdir(exist_ok=True)
-    for file in (ROOT / "colabs").glob("*.ipynb"):
-        shutil.copy2(file, folder)
+    for page, text in NOTEBOOKS.items():
+        file = pathlib.Path(app.srcdir, f"{page}.ipynb")
+        file.parent.mkdir(exist_ok=True)
+        shutil.copy2(ROOT / text, file)
 
 
 def read_elsewhere(app, name, source):
@@ -77,11 +81,10 @@ def read_elsewhere(app, name, source):
         path = ROOT / ELSEWHERE[name]
         app.env.note_dependency(str(path))
         source[0] = path.read_text()
-    if name.startswith(NOTEBOOKS):
-        path = ROOT / "colabs" / f"{pathlib.Path(name).name}.ipynb"
-    pages = {(ROOT / text).resolve(): f"{page}.md" for page, text in ELSEWHERE.items()}
-    for file in (ROOT / "colabs").glob("*.ipynb"):
-        pages[file.resolve()] = f"{NOTEBOOKS}/{file.name}"
+    pages = {
+        (ROOT / text).resolve(): page + pathlib.Path(text).suffix
+        for page, text in ELSEWHERE.items()
+    }
 
     def lead(match):
         text, target, anchor = match.groups()

@@ -22,21 +22,24 @@ def every(**choices: Iterable[Any]) -> list[Row]:
     return [dict(zip(choices, values, strict=True)) for values in combined]
 
 
-def timed(call: Callable[[], Any], kind: Any, known: set[Any]) -> tuple[Any, float]:
+def timed(
+    train: Callable[..., Any], known: set[Any], *args: Any, **static: Any
+) -> tuple[Any, float]:
     """What a compiled training returns, and the seconds that it takes.
 
-    The first of a kind compiles, and is not what is timed.
+    The first of a program compiles, and is not what is timed.
 
     Args:
-      call: The training, with its arguments.
-      kind: What has a program of its own.
-      known: Kinds that were trained before; this one is added.
+      train: The training.
+      known: Programs that have run before; this one is added.
+      *args: Its arguments.
+      **static: Those that have a program of their own.
     """
-    if kind not in known:
-        jax.block_until_ready(call())
-        known.add(kind)
+    if (program := tuple(static.items())) not in known:
+        jax.block_until_ready(train(*args, **static))
+        known.add(program)
     start = time.perf_counter()
-    found = jax.block_until_ready(call())
+    found = jax.block_until_ready(train(*args, **static))
     return found, time.perf_counter() - start
 
 

@@ -233,12 +233,11 @@ def run(settings: Settings, out: _run.Out) -> None:
     progress = tqdm(rows, desc="runs")
     known: set[Any] = set()
     for row in progress:
-        call = functools.partial(
-            train, data[row["seed"]], np.float32(row["rate"]),
-            jax.random.key(row["seed"]),
+        seen, seconds = _sweep.timed(
+            train, known,
+            data[row["seed"]], np.float32(row["rate"]), jax.random.key(row["seed"]),
             loss=row["loss"], method=row["method"], settings=settings,
         )  # fmt: skip
-        seen, seconds = _sweep.timed(call, (row["loss"], row["method"]), known)
         norms, iou = np.asarray(seen["norms"]), np.asarray(seen["iou"])
         row |= {
             "iou": float(iou.mean()),

@@ -328,10 +328,9 @@ def run(settings: Settings, out: _run.Out) -> None:
         seed, method = row["seed"], row["method"]
         data = split(clusters[seed], method, settings, seed)
         rate, key = np.float32(row["rate"]), jax.random.key(seed)
-        call = functools.partial(
-            train, data, rate, key, method=method, settings=settings
+        seen, seconds = _sweep.timed(
+            train, known, data, rate, key, method=method, settings=settings
         )
-        seen, seconds = _sweep.timed(call, method, known)
         norms.append(np.asarray(seen["norms"]))
         row |= score(seen, data, settings)
         row["ms/step"] = 1000 * seconds / settings.steps

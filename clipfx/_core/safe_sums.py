@@ -40,13 +40,16 @@ def sums_in_range(
     loop = functools.partial(_in_a_loop, layout=layout, ord=ord)
     together = functools.partial(_at_once, _together, layout=layout, ord=ord)
     separate = functools.partial(_at_once, _separate, layout=layout, ord=ord)
-    # Over several devices no loop: with a collective inside devices of XLA:CPU may wait
-    # for each other for ever. And what is reduced together XLA gathers first.
-    stacked = functools.partial(_at_once, _stacked, layout=layout, ord=ord)
-    mesh = functools.partial(jax.lax.platform_dependent, cpu=stacked, default=separate)
-    if layout.axis_names or varying(leaves):  # in shard_map
-        mesh = separate
-    ways = {"cpu": loop, "gpu": together, "tpu": separate, "mesh": mesh}
+
+    def on_mesh(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        # No loop: with a collective inside devices of XLA:CPU may wait for each other
+        # for ever. And what is reduced together XLA gathers first.
+        if layout.axis_names or varying(leaves):  # in shard_map
+            return separate(leaves)
+        stacked = functools.partial(_at_once, _stacked, layout=layout, ord=ord)
+        return jax.lax.platform_dependent(leaves, cpu=stacked, default=separate)
+
+    ways = {"cpu": loop, "gpu": together, "tpu": separate, "mesh": on_mesh}
     return by_device(ways, layout.device, leaves)
 
 

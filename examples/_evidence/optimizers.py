@@ -222,7 +222,6 @@ def heavy_ball() -> Row:
         return np.asarray(_path(lambda x: x, 0.5, rule, 60)[-2:], np.float64)
 
     cycle = abs(np.diff(last(1.0))[0]) / 2
-
     return judge(
         "A clip in front of momentum keeps rates from diverging that are too large.",
         "x²/2, η = 4 where 2(1 + β) = 3 is the limit, c = 1: distance after 60 steps "

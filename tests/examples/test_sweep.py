@@ -46,13 +46,13 @@ def test_lines_go_through_means():
 def test_what_compiles_is_not_timed():
     calls, known = [], set()
 
-    def train():
+    def train(x, *, kind):
         calls.append(len(calls))
         time.sleep(0.2 if len(calls) == 1 else 0.0)
         return len(calls)
 
-    found, seconds = _sweep.timed(train, "a", known)
-    assert (found, calls, known) == (2, [0, 1], {"a"})
+    found, seconds = _sweep.timed(train, known, 1, kind="a")
+    assert (found, calls, known) == (2, [0, 1], {(("kind", "a"),)})
     assert 0 <= seconds < 0.2
-    assert _sweep.timed(train, "a", known)[0] == 3
-    assert _sweep.timed(train, "b", known)[0] == 5
+    assert _sweep.timed(train, known, 2, kind="a")[0] == 3
+    assert _sweep.timed(train, known, 2, kind="b")[0] == 5
