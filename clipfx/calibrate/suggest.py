@@ -113,8 +113,8 @@ def suggest(
       rates: Shares of steps in (0, 1) to give thresholds for.
 
     Returns:
-      A `Suggestion`. Its thresholds are exact quantiles, those in `settings` rounded to
-      four digits as they are written there.
+      A `Suggestion`. Its thresholds are exact quantiles of norms above 0, those in
+      `settings` rounded to four digits as they are written there.
 
     Raises:
       TypeError: If `norms` are no numbers.
@@ -249,6 +249,12 @@ def _advise(stats: Sequence[NormStats], joint: np.ndarray) -> tuple[str, float, 
 def _warn(stats: Sequence[NormStats], still: Sequence[str]) -> tuple[str, ...]:
     whole = stats[-1]
     found = [f"{name} has a norm of 0 on every step and is left out." for name in still]
+    found += [
+        f"{s.group} has a norm of 0 on {s.zeros} of {s.steps} steps, which count in no "
+        "threshold: find out why nothing was learned there."
+        for s in stats[:-1] or stats
+        if s.zeros
+    ]
     if whole.steps < _FEW:
         found.append(
             f"{whole.steps} steps hold few rare events; record some hundred before "
