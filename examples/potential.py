@@ -347,7 +347,8 @@ def run(settings: Settings, out: _run.Out) -> None:
     )
     zero = sum(float(row["calm force"]) for row in rows) / len(rows)
     print(f"Forces of 0 everywhere have a calm error of {zero:.3g}.")
-    out.jsonl(rows)
+    by_step = _sweep.norms_by_step(rows, norms, ("method",), "-calm error")
+    out.jsonl([*rows, *by_step])
     out.figure(plot(rows, norms), "potential.png")
 
 

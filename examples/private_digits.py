@@ -36,7 +36,6 @@ import functools
 import gzip
 import math
 import pathlib
-import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -51,7 +50,7 @@ from matplotlib.ticker import NullLocator
 from tqdm import tqdm
 
 from clipfx import plots, privacy, responses
-from examples import _common, _run, _sampling
+from examples import _common, _run, _sampling, _sweep
 
 CLASSES = 10
 # And the scale that gradients are clipped and noised in, by what was released before.
@@ -384,12 +383,7 @@ def measure_times(plans: Sequence[Plan], data: Data, seed: int) -> dict[str, flo
     tx = privacy.add_gaussian_noise(1.0, jax.random.key(seed))
     params = start(plans[0], data, seed)[0][0]
     calls["noise"] = functools.partial(jax.jit(tx.update), params, tx.init(params))
-    times = {name: [] for name in calls}
-    for name in [*calls] * (ROUNDS + 1):  # the first compiles
-        begin = time.perf_counter()
-        jax.block_until_ready(calls[name]())
-        times[name].append(1000 * (time.perf_counter() - begin))
-    return {name: float(np.median(x[1:])) for name, x in times.items()}
+    return _sweep.in_turns(calls, ROUNDS)
 
 
 def select(rows: Sequence[dict], name: str, target: float, key: str) -> np.ndarray:

@@ -21,6 +21,7 @@ SMALL = Settings(rates=(0.3, 1.0), steps=3, batch=64, runs=2)
 FEW = ("none", "fixed", "dpsgd_f", "adapt")  # compiling takes seconds
 KEYS = {
     "variant", "rate", "seed", "epsilon", "overall", "digit_2", "digit_8", "threshold",
+    "noise_multiplier",
 }  # fmt: skip
 
 
