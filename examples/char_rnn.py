@@ -24,6 +24,9 @@ has 2.97, and `cotangent` 3.04 at a rate of 0.1, beyond which it diverges.
 Gates leave less to clip. The GRU of the third command reaches 2.39 without a clip and
 2.33 with, both at a rate of 1; at 2 it diverges without (32.5), and has 2.62 with. With
 --cell=lstm no norm of the best run exceeds 0.8, and both reach 2.27, at a rate of 2.
+
+On two busy CPU cores a step takes 5 ms without a clip, 1.02 to 1.06 times as long with
+one of the global norm, and 1.06 to 1.12 times per layer.
 """
 
 import dataclasses

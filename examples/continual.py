@@ -18,6 +18,10 @@ and reaches 91.3%. Compared at the same accuracy on the second task, the thresho
 The five classes that come first are lost to 2.6% without a clip. A threshold of 0.1
 keeps 17.9%, less than a rate that learns as much; 0.03 keeps 77% +- 10% but reaches 70%
 +- 20%, 4% +- 2% beyond the control, whose curve is steep there. No clip keeps both.
+
+`python -m clipfx.calibrate out/continual` begins with 1.4, to train the second task; to
+keep the first takes less. On two busy CPU cores a step takes 0.06 ms without a clip and
+1.2 times as long with one.
 """
 
 import dataclasses

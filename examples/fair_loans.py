@@ -34,6 +34,9 @@ the gap from 0.157 to 0.074, in 92 of 100 splits. `at most 1` has 0.633 and 0.59
 has learned less of all else. After 150 steps nothing is left of it: AUC of the others
 is 0.641 without a bound and 0.639 with 2, and the gap 0.056 and 0.072. Here a bound is
 for runs that stop early, not for those that converge.
+
+`python -m clipfx.calibrate out/fair_loans` reads norms of the gradient of a batch, and
+says nothing of ratios: that of contributions is in the last table.
 """
 
 import dataclasses

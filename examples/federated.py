@@ -30,6 +30,10 @@ clients send does little harm, and there `feedback` is ahead with every seed, bu
 hardly more than seeds differ. Noise, which grows with the threshold, leaves small ones
 alone, and of these `clip` gets no digit from 7 to 9 right, `feedback` 0.71. For
 so few clients this noise is no privacy yet: epsilon is 136.
+
+On two busy CPU cores a round takes 0.25 ms without a clip, as long with `clip`, and at
+most 1.1 times as long with `feedback`. `python -m clipfx.calibrate out/federated` reads
+the norm of each change that was sent without a clip, and begins with 0.095.
 """
 
 import dataclasses
@@ -246,10 +250,11 @@ def train(
 
 def measure_times(data: Data, settings: Settings) -> dict[str, float]:
     """Milliseconds of a round by method, all of them without noise."""
+    settings = dataclasses.replace(settings, rounds=2 * settings.period)
     server = Server(*map(np.float32, (0.3, 1.0, 0.0)), noise=None)
     given = data, server, jax.random.key(settings.seed)
     of = lambda name: functools.partial(train, *given, method=name, settings=settings)
-    times = _sweep.in_turns({name: of(name) for name in METHODS}, 10)
+    times = _sweep.in_turns({name: of(name) for name in METHODS})
     return {name: ms / settings.rounds for name, ms in times.items()}
 
 

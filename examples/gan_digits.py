@@ -20,6 +20,10 @@ A threshold can be too small: at rate 0.003, 1 and 0.3 give 5.6 and 6.6 classes,
 gives 0.3, for the critic runs away from a generator that hardly moves. And where
 nothing oscillates there is nothing to gain: without momentum (`--optimizer=sgd
 --rates=0.03,0.1,0.3`), as with Adam, all ten classes are drawn with no clip.
+
+Norms do not show it: `python -m clipfx.calibrate out/gan_digits` finds no step that
+stands out, and begins with 7.4. On two busy CPU cores a step of both networks takes
+0.19 ms without a clip, and up to 1.1 times as long with either.
 """
 
 import dataclasses

@@ -30,6 +30,9 @@ of 0.03: nothing of digit 8. In `dpsgd_f` the digits with the largest threshold 
 noise for all, and it learns best at 0.3; 0.12 of digit 8 at a rate of 1, for 0.83 of
 all. A batch has one 8, and counts have noise of 6. `global` drops what exceeds 20 and
 takes a twentieth of the rest: less signal for the same noise.
+
+No norms are written: those of private examples are private, and may choose a threshold
+only as the adaptive variants do, within epsilon.
 """
 
 import dataclasses
