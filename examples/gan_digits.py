@@ -22,8 +22,8 @@ nothing oscillates there is nothing to gain: without momentum (`--optimizer=sgd
 --rates=0.03,0.1,0.3`), as with Adam, all ten classes are drawn with no clip.
 
 Norms do not show it: `python -m clipfx.calibrate out/gan_digits` finds no step that
-stands out, and begins with 7.4. On two busy CPU cores a step of both networks takes
-0.19 ms without a clip, and up to 1.1 times as long with either.
+stands out, and begins with 7.4. On two busy CPU cores a step of both networks takes 0.16
+to 0.2 ms without a clip, and up to 1.1 times as long with either.
 """
 
 import dataclasses
@@ -362,9 +362,9 @@ def run(settings: Settings, out: _run.Out) -> None:
         "quarter of the steps.\nclasses: those that 1% of the samples or more belong "
         "to and look like; entropy: of the classes,\nin bits, 3.32 at most; realistic: "
         "samples as near to a digit as 99% of held-out digits are;\nmoved: how far a "
-        f"sample is from what its latents gave {CHUNK} steps before; mean norm: of the "
-        "generator's\ngradient before the clip. The nearest digit tells the class: "
-        f"right for {load_data()[2]:.1%} of held-out digits.\n"
+        f"sample is from what its latents gave {CHUNK} steps before; mean norm: of "
+        "the\ngenerator's gradient before the clip. The nearest digit tells the class: "
+        f"right for {load_data()[2]:.1%}\nof held-out digits. "
         + _sweep.told(measure_times(settings))
     )
     out.jsonl(_grid.lines(histories, rows, "score"))
