@@ -22,8 +22,8 @@ nothing oscillates there is nothing to gain: without momentum (`--optimizer=sgd
 --rates=0.03,0.1,0.3`), as with Adam, all ten classes are drawn with no clip.
 
 Norms do not show it: `python -m clipfx.calibrate out/gan_digits` finds no step that
-stands out, and begins with 7.4. On two busy CPU cores a step of both networks takes 0.16
-to 0.2 ms without a clip, and up to 1.1 times as long with either.
+stands out, and begins with 7.4. On two busy CPU cores a step of both networks takes
+0.16 to 0.2 ms without a clip, and up to 1.1 times as long with either.
 """
 
 import dataclasses
