@@ -15,8 +15,8 @@ at 0.3. So each clip makes the largest rate 3 times as large, and AGC does no mo
 the plain bound. Tighter bounds move the range rather than widen it: AGC at 0.0025
 trains from 0.1 to 1, the global norm at 0.1 from 0.1 to 3 and at 0.03 from 0.3 to 10,
 and all three learn too slowly at 0.03. The paper has convolutions, and batches of up to
-4096; here they are of 64. On two busy CPU cores a step takes 0.4 ms without a clip, 1.1
-times as long with the global norm, and 1.1 to 1.3 times with AGC.
+4096; here they are of 64. On two busy CPU cores a step takes 0.4 ms without a clip, 1.0
+to 1.1 times as long with the global norm, and 1.1 to 1.3 times with AGC.
 """
 
 import dataclasses
