@@ -1,8 +1,9 @@
 """Small networks trained side by side, in one program: what differs are numbers."""
 
+import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,11 +30,29 @@ class Variant(NamedTuple):
 
 
 class History(NamedTuple):
-    """A run: its variant, a dict for each look at it, and what it ended with."""
+    """A run.
+
+    Attributes:
+      variant: What it was.
+      rows: A dict for each look at it.
+      norms: Of the gradient, before any clip, `[steps]`.
+      last: What it ended with.
+    """
 
     variant: Variant
     rows: list[dict[str, Any]]
+    norms: np.ndarray
     last: Any = None
+
+
+def lines(
+    histories: Sequence[History], scores: Sequence[_sweep.Row], score: str
+) -> Iterator[_sweep.Row]:
+    """Of `metrics.jsonl`: all looks, and norms as `_sweep.norms_by_step` has them."""
+    for history in histories:
+        yield from history.rows
+    norms = [history.norms for history in histories]
+    yield from _sweep.norms_by_step(scores, norms, ("clip",), score)
 
 
 def variants(
@@ -46,10 +65,38 @@ def variants(
 
 
 def stack(numbers: Sequence[Any]) -> Any:
-    """Many `NamedTuple`s of numbers as one of arrays, in JAX's default dtypes."""
-    columns = map(np.array, zip(*numbers, strict=True))
+    """Many `NamedTuple`s of numbers as one of arrays, in JAX's default dtypes.
+
+    What is None in all stays None.
+    """
     narrow = {"f": np.float32, "i": np.int32}
-    return type(numbers[0])(*(x.astype(narrow[x.dtype.kind]) for x in columns))
+    column = lambda *x: np.array(x, narrow[np.array(x).dtype.kind])
+    return jax.tree.map(column, *numbers)
+
+
+def ms_per_step(
+    programs: tuple[Any, Any], numbers: Mapping[str, Any], steps: int, *args: Any
+) -> dict[str, float]:
+    """Milliseconds of a step of one run alone, by name, taken in turns.
+
+    Args:
+      programs: From numbers to learners, and from numbers, learners and `args` to
+        learners that are so many steps further, and what was measured.
+      numbers: What differs; None for a clip that is not to be in the program.
+      steps: How many.
+      *args: For the second program.
+    """
+    init, advance = programs
+    alone = jax.jit(lambda *args: advance(*args)[0])  # measures nothing
+    one = {name: stack([each]) for name, each in numbers.items()}
+    # Values change nothing of how long it takes, and `init` takes long to compile.
+    value = lambda x: jnp.full(x.shape, 0.01, x.dtype)
+    start = lambda each: jax.tree.map(value, jax.eval_shape(init, each))
+    calls = {
+        name: functools.partial(alone, each, start(each), *args)
+        for name, each in one.items()
+    }
+    return {name: ms / steps for name, ms in _sweep.in_turns(calls).items()}
 
 
 def title(clip: str, bound: float) -> str:

@@ -6,7 +6,7 @@ A run is a dict: what it was (method, rate, seed, ...) and what it scored.
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +41,32 @@ def timed(
     start = time.perf_counter()
     found = jax.block_until_ready(train(*args, **static))
     return found, time.perf_counter() - start
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], Any]], rounds: int = 50
+) -> dict[str, float]:
+    """The least milliseconds of each call, taken in turns; the first compiles.
+
+    That is what a call takes while nothing else does; medians are of the load, too.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for name in [*calls] * (rounds + 1):
+        begin = time.perf_counter()
+        jax.block_until_ready(calls[name]())
+        times[name].append(1000 * (time.perf_counter() - begin))
+    return {name: min(x[1:]) for name, x in times.items()}
+
+
+def told(times: Mapping[str, float], what: str = "step") -> str:
+    """What a clip costs, in a sentence: of milliseconds by clip, of `none` too."""
+    plain = times["none"]
+    more = [
+        f"{ms / plain:.2f} times as long with {name}"
+        for name, ms in times.items()
+        if name != "none"
+    ]
+    return ", ".join([f"A {what} takes {plain:.3g} ms without a clip", *more]) + "."
 
 
 def groups(
@@ -92,6 +118,38 @@ def compared(
         chosen = best(runs, at, score)
         line = dict(zip(by, names, strict=True)) | {key: chosen[0][key] for key in at}
         yield line | {key: mean_and_deviation(chosen, key) for key in shown}
+
+
+def norms_by_step(
+    rows: Iterable[Row],
+    norms: Iterable[Any],
+    by: Sequence[str],
+    score: str,
+    at: Sequence[str] = ("rate",),
+) -> Iterator[Row]:
+    """Norms of runs without a clip, for `python -m clipfx.calibrate`: a row each step.
+
+    Of the runs named `none` at their best settings that with the first seed.
+
+    Args:
+      rows: Runs.
+      norms: Of each of them `[steps]`, of the gradient before any clip.
+      by: As for `compared`.
+      score: As for `best`.
+      at: As for `compared`.
+    """
+    runs = [row | {"norms": x} for row, x in zip(rows, norms, strict=True)]
+    for names, own in groups(runs, by).items():
+        if "none" in names:
+            first = best(own, at, score)[0]
+            told = {key: first[key] for key in (*by, *at, "seed")}
+            yield from each_step(told, first["norms"])
+
+
+def each_step(run: Row, norms: Any) -> Iterator[Row]:
+    """Norms `[steps]` of one run, in digits that a threshold needs."""
+    for step, norm in enumerate(np.asarray(norms).tolist()):
+        yield run | {"step": step, "norm": float(f"{norm:.6g}")}
 
 
 def mean_and_deviation(rows: Iterable[Row], key: str) -> str:

@@ -283,7 +283,7 @@ def run(settings: Settings, out: _run.Out) -> None:
         lost = sorted({row["rate"] for row in own if row["diverged"]})
         if lost:
             print(f"{loss}, {method}: some run diverged at rate {lost[0]:g} and above.")
-    out.jsonl(runs)
+    out.jsonl([*runs, *_sweep.norms_by_step(runs, norms, by, "accuracy")])
     out.figure(plot(runs, norms), "boosting_loss.png")
 
 

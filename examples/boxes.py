@@ -231,6 +231,7 @@ def run(settings: Settings, out: _run.Out) -> None:
         loss=settings.loss, method=settings.clip, rate=settings.rates, seed=seeds
     )
     progress = tqdm(rows, desc="runs")
+    norms = []
     known: set[Any] = set()
     for row in progress:
         seen, seconds = _sweep.timed(
@@ -238,12 +239,13 @@ def run(settings: Settings, out: _run.Out) -> None:
             data[row["seed"]], np.float32(row["rate"]), jax.random.key(row["seed"]),
             loss=row["loss"], method=row["method"], settings=settings,
         )  # fmt: skip
-        norms, iou = np.asarray(seen["norms"]), np.asarray(seen["iou"])
+        norms.append(np.asarray(seen["norms"]))
+        iou = np.asarray(seen["iou"])
         row |= {
             "iou": float(iou.mean()),
             "no overlap": float((iou == 0).mean()),
-            "median norm": float(np.median(norms)),
-            "largest norm": float(norms.max()),
+            "median norm": float(np.median(norms[-1])),
+            "largest norm": float(norms[-1].max()),
             "ms/step": 1000 * seconds / settings.steps,
         }
         note = f"{row['loss']}, {row['method']}, rate {row['rate']:g}: "
@@ -256,7 +258,7 @@ def run(settings: Settings, out: _run.Out) -> None:
         "them whose IoU\nis 0; norms: of the gradient, before a clip of the batch; "
         "ms/step: of a training, after\ncompiling. +-: standard deviation over seeds."
     )
-    out.jsonl(rows)
+    out.jsonl([*rows, *_sweep.norms_by_step(rows, norms, by, "iou")])
     out.figure(plot(rows), "boxes.png")
 
 

@@ -30,6 +30,10 @@ clients send does little harm, and there `feedback` is ahead with every seed, bu
 hardly more than seeds differ. Noise, which grows with the threshold, leaves small ones
 alone, and of these `clip` gets no digit from 7 to 9 right, `feedback` 0.71. For
 so few clients this noise is no privacy yet: epsilon is 136.
+
+On two busy CPU cores a round takes 0.25 ms without a clip, as long with `clip`, and at
+most 1.1 times as long with `feedback`. `python -m clipfx.calibrate out/federated` reads
+the norm of each change that was sent without a clip, and begins with 0.095.
 """
 
 import dataclasses
@@ -98,7 +102,7 @@ class Server(NamedTuple):
       max_norm: Threshold of a client's change.
       rate: The learning rate.
       corrupt: Probability that a message is spoiled.
-      noise: Standard deviation of the noise on the sum, in thresholds.
+      noise: Standard deviation of the noise on the sum, in thresholds; None for none.
     """
 
     max_norm: Any
@@ -193,7 +197,7 @@ def summed(
 
 
 def _noise(method: str, server: Server, key: Any) -> optax.GradientTransformation:
-    if method == "none":
+    if method == "none" or server.noise is None:
         return optax.identity()
     return privacy.add_gaussian_noise(server.noise * server.max_norm, key)
 
@@ -202,7 +206,12 @@ def _noise(method: str, server: Server, key: Any) -> optax.GradientTransformatio
 def train(
     data: Data, server: Server, key: Any, *, method: str, settings: Settings
 ) -> dict[str, jax.Array]:
-    """Trains one model; held-out accuracies and loss after each round, `[rounds]`."""
+    """Trains one model.
+
+    Returns:
+      Held-out accuracies and loss after each round `[rounds]`, and the `norms` of what
+      clients send `[rounds, clients]`.
+    """
     params = {"w": jnp.zeros((64, CLASSES)), "b": jnp.zeros(CLASSES)}
     # A real run would draw the key of the noise from the system and tell nobody.
     noise_key, key = jax.random.split(key)
@@ -222,6 +231,7 @@ def train(
         spoiled = jax.random.uniform(spoil_key, shape) < server.corrupt
         times = jax.vmap(optax.tree.scale)
         changes = times(jnp.where(spoiled, SPOILED, 1.0), changes)
+        norms = jax.vmap(optax.tree.norm)(changes)
         updates, state = tx.update(changes, state, params)
         params: Any = optax.apply_updates(params, updates)
         logits = data.test_images @ params["w"] + params["b"]
@@ -230,11 +240,22 @@ def train(
             "accuracy": right.mean(),
             "on 7 to 9": right.mean(where=rare),
             "loss": loss(params, data.test_images, data.test_labels),
+            "norms": norms,
         }
         return (params, state), seen
 
     start = params, tx.init(params)
     return jax.lax.scan(one_round, start, jnp.arange(settings.rounds))[1]
+
+
+def measure_times(data: Data, settings: Settings) -> dict[str, float]:
+    """Milliseconds of a round by method, all of them without noise."""
+    settings = dataclasses.replace(settings, rounds=2 * settings.period)
+    server = Server(*map(np.float32, (0.3, 1.0, 0.0)), noise=None)
+    given = data, server, jax.random.key(settings.seed)
+    of = lambda name: functools.partial(train, *given, method=name, settings=settings)
+    times = _sweep.in_turns({name: of(name) for name in METHODS})
+    return {name: ms / settings.rounds for name, ms in times.items()}
 
 
 def servers(settings: Settings) -> dict[str, tuple[float, float]]:
@@ -263,7 +284,7 @@ def variants(settings: Settings) -> list[dict[str, Any]]:
 def score(curves: dict[str, Any]) -> dict[str, float]:
     """Means over the last quarter of the rounds."""
     tail = lambda x: float(np.mean(x[-max(1, len(x) // 4) :]))
-    return {name: tail(np.asarray(x)) for name, x in curves.items()}
+    return {name: tail(np.asarray(x)) for name, x in curves.items() if name != "norms"}
 
 
 def plot(rows: Sequence[dict[str, Any]], curves: Sequence[np.ndarray]) -> Figure:
@@ -293,7 +314,7 @@ def run(settings: Settings, out: _run.Out) -> None:
         )
     seeds = range(settings.seed, settings.seed + settings.runs)
     data = {seed: load_data(settings, seed) for seed in seeds}
-    rows, curves = [], []
+    rows, curves, norms = [], [], []
     progress = tqdm(variants(settings), desc="runs")
     for row in progress:
         server = Server(row["max_norm"], row["rate"], *servers(settings)[row["server"]])
@@ -304,6 +325,8 @@ def run(settings: Settings, out: _run.Out) -> None:
         )  # fmt: skip
         rows.append(row | score(seen))
         curves.append(np.asarray(seen["accuracy"]))
+        sent = np.asarray(seen["norms"]).ravel()
+        norms.append(sent[sent != 0])  # a step for each message
         note = (
             f"{row['method']}, rate {row['rate']:g}: {rows[-1]['accuracy']:.3f} right"
         )
@@ -314,7 +337,8 @@ def run(settings: Settings, out: _run.Out) -> None:
     print("\n" + _common.format_table([*table]))
     print(
         "Means over the last quarter of the rounds, of held-out digits; +-: standard "
-        "deviation over\nseeds. max_norm, rate: those with the best accuracy."
+        "deviation over\nseeds. max_norm, rate: those with the best accuracy.\n"
+        + _sweep.told(measure_times(data[settings.seed], settings), "round")
     )
     if settings.noise:
         released = privacy.event(settings.noise, settings.rounds)
@@ -323,7 +347,7 @@ def run(settings: Settings, out: _run.Out) -> None:
             f"With the noise a client's epsilon is {spent:.3g}, at delta "
             f"{0.1 / settings.clients:g}. More clients allow more noise."
         )
-    out.jsonl(rows)
+    out.jsonl([*rows, *_sweep.norms_by_step(rows, norms, by, "accuracy", at)])
     out.figure(plot(rows, curves), "federated.png")
 
 

@@ -28,10 +28,11 @@ _THEIRS = [
 ]  # fmt: skip
 # Norms of something else, thresholds, and one number for many steps.
 _NO_GRADIENT = re.compile(
-    r"(^|[/._ -])(batch|clipped|group|largest|layer|max|median|min|params?|parameters?|"
-    r"peak|std|updates?|weights?)[/._ -]",
+    r"(^|[/._ -])(batch|clipped|group|largest|layer|max|mean|median|min|params?|"
+    r"parameters?|peak|std|updates?|weights?)[/._ -]",
     re.IGNORECASE,
 )
+_PRIVATE = re.compile(r"(.*[/.])?noise[_ -]multiplier", re.IGNORECASE)
 _READABLE = (
     "metrics.jsonl, CSV, .npy or .npz, TensorBoard events, an Orbax checkpoint, an "
     "offline run of Weights & Biases, or the folder of one"
@@ -85,7 +86,7 @@ def read_run(path: str | pathlib.Path, key: str | None = None, number: int = 1) 
         raise UnreadableRun(f"{path} cannot be read: {why}.") from None
     if not table.columns:
         raise UnreadableRun(f"{source} holds no numbers; expected {_READABLE}.")
-    columns, notes = _one_run(table, number, source)
+    columns, notes = _one_run(table, key, number, source)
     names, note = _choose(columns, key, source)
     norms = {group: columns[name] for group, name in names.items()}
     # Rows without a norm are of something else, unless none of them has one.
@@ -317,6 +318,12 @@ def _choose(
             return {names[0]: names[0]}, []
         if groups and pattern is _THEIRS[-1]:
             return {x.removeprefix("norm/"): x for x in groups}, []
+    if any(map(_PRIVATE.fullmatch, columns)):
+        raise UnreadableRun(
+            f"{source} is of private training and has no norms, which would tell of "
+            "the examples: take a threshold from public data, or one that adapts "
+            "within the same epsilon, as clipfx.privacy.quantile does."
+        )
     some = ", ".join([*columns][:8])
     raise UnreadableRun(
         f"{source} has no column that looks like a gradient norm, but {some}; name one "
@@ -324,17 +331,27 @@ def _choose(
     )
 
 
+def _is_norm(name: str, key: str | None) -> bool:
+    if key is not None:
+        return name == key or name.startswith(key.rstrip("/") + "/")
+    theirs = any(pattern.fullmatch(name) for pattern in _THEIRS)
+    theirs &= not _NO_GRADIENT.search(name)
+    return theirs or name.startswith("norm/") or _OURS.fullmatch(name) is not None
+
+
 def _one_run(
-    table: _Table, number: int, source: pathlib.Path
+    table: _Table, key: str | None, number: int, source: pathlib.Path
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The columns of one run; where steps begin again the next follows."""
-    steps = table.columns.get("step", np.zeros(0))
-    known = np.flatnonzero(~np.isnan(steps))
+    """The columns of one run; where steps of norms begin again the next follows."""
+    size = len(next(iter(table.columns.values())))
+    steps = table.columns.get("step", np.full(size, np.nan))
+    norms = [x for name, x in table.columns.items() if _is_norm(name, key)]
+    known = np.flatnonzero(~np.isnan(steps) & (~np.isnan(norms)).any(axis=0))
     steps = steps[known]
     highest = np.maximum.accumulate(steps)
     back = (steps[1:] <= steps[:1]) & (highest[:-1] > steps[1:])
     again = known[1:][back]
-    bounds = [0, *again.tolist(), len(next(iter(table.columns.values())))]
+    bounds = [0, *again.tolist(), size]
     if not 0 < number < len(bounds):
         raise UnreadableRun(
             f"{source} holds {len(bounds) - 1} runs, got number {number}; they count "
@@ -343,7 +360,7 @@ def _one_run(
     if not len(again):
         return table.columns, []
     here = slice(*bounds[number - 1 : number + 1])
-    label = (table.labels[here.start :] or [""])[0]
+    label = (table.labels[[known[0], *again][number - 1] :] or [""])[0]
     note = (
         f"It holds {len(again) + 1} runs; these are the norms of number {number}"
         f"{f' ({label})' if label else ''}, --run takes others."

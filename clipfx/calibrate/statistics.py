@@ -98,9 +98,9 @@ def hill(x: np.ndarray) -> float:
 
 
 def threshold_for(norms: np.ndarray, rate: float) -> float:
-    """The smallest norm that at most a share `rate` of the norms `[T]` exceeds."""
-    finite = np.sort(norms[np.isfinite(norms)])
-    return float(finite[len(finite) - 1 - int(rate * len(finite))])
+    """The smallest norm that at most a share `rate` of those above 0 exceeds."""
+    usable = np.sort(norms[np.isfinite(norms) & (norms > 0)])
+    return float(usable[len(usable) - 1 - int(rate * len(usable))])
 
 
 def round_up(x: float) -> float:

@@ -113,8 +113,8 @@ def suggest(
       rates: Shares of steps in (0, 1) to give thresholds for.
 
     Returns:
-      A `Suggestion`. Its thresholds are exact quantiles, those in `settings` rounded to
-      four digits as they are written there.
+      A `Suggestion`. Its thresholds are exact quantiles of norms above 0, those in
+      `settings` rounded to four digits as they are written there.
 
     Raises:
       TypeError: If `norms` are no numbers.
@@ -249,6 +249,13 @@ def _advise(stats: Sequence[NormStats], joint: np.ndarray) -> tuple[str, float, 
 def _warn(stats: Sequence[NormStats], still: Sequence[str]) -> tuple[str, ...]:
     whole = stats[-1]
     found = [f"{name} has a norm of 0 on every step and is left out." for name in still]
+    for s in stats[:-1] or stats:
+        if s.zeros:
+            of = f" in {s.group}" * (len(stats) > 1)
+            found.append(
+                f"{s.zeros} of {s.steps} steps had a norm of 0{of}, which count in no "
+                "threshold: nothing was learned there."
+            )
     if whole.steps < _FEW:
         found.append(
             f"{whole.steps} steps hold few rare events; record some hundred before "

@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 import xla
 
+from clipfx.calibrate.reading import read_run
 from examples import _run
 
 
@@ -21,6 +22,17 @@ def launch(example, given):
     _run.launch(example.run, example.Settings, arguments)
     lines = (pathlib.Path(given["out"]) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+
+
+def without_norms(folder, runs=1):
+    """Lines of `metrics.jsonl` without a norm; calibrate reads the others, by run."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    seen = [read_run(folder, number=k + 1).norms["norm"] for k in range(runs)]
+    norms = [row["norm"] for row in rows if "norm" in row]
+    assert norms and [len(x) for x in seen] == [len(norms) // runs] * runs
+    np.testing.assert_array_equal(np.concatenate(seen), norms)
+    return [row for row in rows if "norm" not in row]
 
 
 def environment(cache):

@@ -275,6 +275,15 @@ def test_frozen_groups_are_left_out_and_named():
     )
 
 
+def test_steps_of_norm_zero_choose_no_threshold():
+    """As where a network is thrown so far that nothing reaches it any more."""
+    norms = np.where(np.arange(STEPS) < 40, quiet(), 0)
+    found = calibrate.suggest(norms)
+    assert found.thresholds == calibrate.suggest(quiet()[:40]).thresholds
+    (told,) = [x for x in found.warnings if "norm of 0" in x]
+    assert told.startswith(f"{STEPS - 40} of {STEPS} steps had a norm of 0, which")
+
+
 def test_a_clip_by_group_is_ready_to_paste():
     """As it is printed it makes a clip of the groups, with the clip rate promised."""
     layers = [f"{'attention_' * 3}{k}" for k in range(2)]

@@ -118,7 +118,8 @@ def test_what_was_written_is_read(write, tmp_path):
     [("grad_norm", True), ("train/grad_norm", True), ("gradient norm", True),
      ("optimizer/global_norm", True), ("norm", True), ("loss/norm", True),
      ("max_grad_norm", False), ("train/param_norm", False), ("median norm", False),
-     ("layer_norm", False), ("update/norm", False), ("peak norm", False)],
+     ("layer_norm", False), ("update/norm", False), ("peak norm", False),
+     ("mean norm", False)],
 )  # fmt: skip
 def test_columns_that_look_like_norms_of_gradients(name, is_one, tmp_path):
     path = tmp_path / "metrics.jsonl"
@@ -199,6 +200,18 @@ def test_our_own_metrics_are_read_by_group_and_of_one_run(tmp_path):
         read_run(tmp_path, number=3)
 
 
+def test_runs_that_have_norms_are_those_counted(tmp_path):
+    scores = [{"method": name, "step": 60, "median norm": 1.0} for name in "abc"]
+    own = [row | {"method": "none"} for row in rows(norm=NORMS)]
+    path = jsonl(tmp_path / "metrics.jsonl", [*scores, *own])
+    run = read_run(path)
+    assert not run.notes
+    np.testing.assert_allclose(run.norms["norm"], NORMS)
+    run = read_run(jsonl(path, [*scores, *own, *scores, *own]))
+    assert "holds 2 runs; these are the norms of number 1 (none)" in run.notes[0]
+    np.testing.assert_allclose(run.norms["norm"], NORMS)
+
+
 def test_the_program_prints_what_suggest_says(tmp_path, capsys):
     path = write_jsonl(tmp_path)
     assert main([str(path)]) == 0
@@ -277,6 +290,10 @@ def no_norm(path):
     return jsonl(path / "metrics.jsonl", rows(loss=NORMS))
 
 
+def private(path):
+    return jsonl(path / "metrics.jsonl", rows(noise_multiplier=NORMS, accuracy=NORMS))
+
+
 def zeros(path):
     return jsonl(path / "metrics.jsonl", rows(norm=0 * NORMS))
 
@@ -316,6 +333,7 @@ def old_checkpoint(path):
         (not_numbers, "at least 20 finite steps that are not 0, got 0 of 60"),
         (negative, "norms must be >= 0"),
         (no_norm, "no column that looks like a gradient norm, but step, loss"),
+        (private, "is of private training and has no norms, which would tell of"),
         (old_checkpoint, "cannot be restored by Orbax"),
     ],
 )

@@ -9,6 +9,7 @@ from flax import nnx
 from runs import launch as run_command
 from tiers import in_tiers
 
+from clipfx.calibrate.reading import read_run
 from examples import _common, char_rnn
 
 SMALL = char_rnn.Settings(rates=(0.2,), steps=3, hidden=8, length=10, batch=2)
@@ -42,6 +43,8 @@ def test_char_rnn_end_to_end(tmp_path, capsys):
         (row,) = [words for words in table if words[:1] == [clip]]
         assert row[3:5] == [row[1], "0.2"]  # the best, and its rate
         assert clip != "none" or not math.isfinite(float(row[2]))
+    assert " times as long with layer." in out
+    assert [*read_run(tmp_path / "out", number=3).norms] == ["global"]
     picture = tmp_path / "out" / "char_rnn.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -1,10 +1,10 @@
-import json
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 
 import clipfx
 from examples import _grid, _run, gan_digits
@@ -25,8 +25,7 @@ def standard():
 def launch(tmp_path, *given):
     arguments = ["--hidden=4", "--batch=2", f"--out={tmp_path / 'out'}", *given]
     _run.launch(gan_digits.run, Settings, arguments)
-    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    return runs.without_norms(tmp_path / "out")
 
 
 def test_end_to_end(tmp_path, capsys):
@@ -35,10 +34,14 @@ def test_end_to_end(tmp_path, capsys):
     assert [(row["clip"], row["step"]) for row in rows] == [
         (clip, step) for clip in gan_digits.CLIPS for step in (CHUNK, 2 * CHUNK)
     ]
-    assert len({row["norm"] for row in rows}) == len(rows)  # each clip does something
+    assert len({row["mean norm"] for row in rows}) == len(
+        rows
+    )  # each clip does something
     picture = tmp_path / "out" / "gan_digits.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "\ngenerator " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "\ngenerator " in printed
+    assert " times as long with samples." in printed
 
 
 def step(numbers, **given):
@@ -98,7 +101,7 @@ def test_scores_are_of_the_last_quarter():
     row = dict.fromkeys(gan_digits.SHOWN, 0.0)
     rows = [row] * 3 + [row | {"classes": 4, "realistic": 0.5}]
     variant = Variant("none", math.inf, 0.1, 0)
-    found = gan_digits.scores(History(variant, rows))
+    found = gan_digits.scores(History(variant, rows, np.ones(4)))
     assert (found["classes"], found["score"], found["rate"]) == (4, 4.5, 0.1)
 
 

@@ -19,6 +19,7 @@ pytest.importorskip("dp_accounting")
 from tiers import in_tiers
 
 from clipfx import privacy
+from clipfx.calibrate.reading import UnreadableRun, read_run
 from examples import private_digits
 from examples.private_digits import VARIANTS, Plan, Settings
 
@@ -101,6 +102,8 @@ def test_end_to_end(small):
     starts = [line.split("  ")[0] for line in printed.splitlines()]
     for name in FEW:  # accuracies, rates and times; noise and epsilon
         assert starts.count(name) == 5 if name in ("hard", "laplace") else 3
+    with pytest.raises(UnreadableRun, match="of private training and has no norms"):
+        read_run(folder / "out")
     picture = folder / "out" / "private_digits.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
 

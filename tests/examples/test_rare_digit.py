@@ -14,6 +14,7 @@ pytest.importorskip("jax_privacy")
 
 import clipfx
 from clipfx import privacy
+from clipfx.calibrate.reading import UnreadableRun, read_run
 from examples import _common, rare_digit
 from examples.rare_digit import VARIANTS, Result, Settings
 
@@ -21,6 +22,7 @@ SMALL = Settings(rates=(0.3, 1.0), steps=3, batch=64, runs=2)
 FEW = ("none", "fixed", "dpsgd_f", "adapt")  # compiling takes seconds
 KEYS = {
     "variant", "rate", "seed", "epsilon", "overall", "digit_2", "digit_8", "threshold",
+    "noise_multiplier",
 }  # fmt: skip
 
 
@@ -51,6 +53,8 @@ def assert_complete(small):
         assert any(line.split()[:1] == [variant] for line in printed.splitlines())
     assert "Trained on 822 digits, 8 of them 8." in printed
     assert "nan" not in printed
+    with pytest.raises(UnreadableRun, match="of private training and has no norms"):
+        read_run(folder / "out")
     picture = folder / "out" / "rare_digit.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -56,3 +56,20 @@ def test_what_compiles_is_not_timed():
     assert 0 <= seconds < 0.2
     assert _sweep.timed(train, known, 2, kind="a")[0] == 3
     assert _sweep.timed(train, known, 2, kind="b")[0] == 5
+
+
+def test_norms_by_step_are_of_the_best_run_without_a_clip():
+    rows = [row | {"method": {"a": "none"}.get(row["method"])} for row in ROWS]
+    norms = [np.full(2, k, np.float32) / 3 for k in range(len(rows))]
+    found = _sweep.norms_by_step(rows, norms, ("method",), "-error")
+    run = {"method": "none", "rate": 2, "seed": 0}
+    assert [*found] == [run | {"step": step, "norm": 0.666667} for step in (0, 1)]
+
+
+def test_times_in_turns_are_the_least():
+    waits = {"none": iter([0.1, 0.0, 0.1]), "clip": iter([0.0, 0.1, 0.1])}
+    calls = {name: lambda x=x: time.sleep(next(x)) for name, x in waits.items()}
+    times = _sweep.in_turns(calls, rounds=2)
+    assert times["none"] < 100 <= times["clip"]
+    told = _sweep.told({"none": 0.5, "clip": 0.6}, "round")
+    assert told == "A round takes 0.5 ms without a clip, 1.20 times as long with clip."
