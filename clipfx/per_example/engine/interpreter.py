@@ -163,16 +163,12 @@ def run(
             outs = [lax.select_n(inputs[0], *xs) for xs in zip(*every, strict=True)]
         else:
             outs = _compat.evaluate(eqn, inputs)
-            for site in node.sites.get(k, ()):
-                if site.number not in sites or site.operand is None:
-                    continue
-                assert site.data is not None
-                data = inputs[site.operand]
-                if site.number in given.slots:
-                    slot = given.slots[site.number]
-                    outs[0] = keep(outs[0], as_floats(data), slot)
-                else:
-                    records[site.data] = data
+            for n, number, operand, data in node.recorded(k):
+                if n in sites and number in given.slots:
+                    slot = given.slots[number]
+                    outs[0] = keep(outs[0], as_floats(inputs[operand]), slot)
+                elif n in sites:
+                    records[data] = inputs[operand]
         if used and node.taps.get(k) in given.taps:
             outs[used[0]] = tap(outs[used[0]], given.taps[node.taps[k]])
         env.update((eqn.outvars[i], outs[i]) for i in used)
