@@ -67,6 +67,22 @@ def one_by_one(p, e):
     return jnp.sum(jax.vmap(look_up)(e["ids"] + 1) * e["d"]) + more
 
 
+def by_id(p, e):
+    """A matrix for each position, that of `ids`."""
+    x, matrices = cast(e["x"], p["w"]), p["w"].at[e["ids"]].get(mode="clip")
+    return jnp.sum(jnp.einsum("tk,tkn->tn", x, matrices) * e["d"])
+
+
+def attended_by_id(p, e):
+    """Positions of one id add up to nothing."""
+    d = e["d"] - e["d"].mean(0, keepdims=True)
+    x = 1 + e["tiny"] * cast(e["x"], p["w"])
+    return by_id(p, {"x": x, "d": d, "ids": e["ids"][:1].repeat(TIME)})
+
+
+by_id.shape = attended_by_id.shape = (ROWS, WIDE, NARROW)
+
+
 def tied(p, e):
     rows = p["w"].at[e["ids"]].get(mode="fill", fill_value=0)
     return jnp.sum(rows * e["d"]) + jnp.sum((e["d"] @ p["w"].T) * e["y"])
@@ -196,6 +212,7 @@ def functions(loss, groups, response, weight):
     """Compiled once: contributions one by one, of a batch, and `jax.grad`."""
     tables = tuple(table.__name__ for table in TABLES)
     shape = (ROWS if loss.__name__.startswith(tables) else WIDE, NARROW)
+    shape = getattr(loss, "shape", shape)
     params = {"b": jnp.zeros(NARROW), "w": jnp.zeros(shape, weight)}
     grad = per_example.clipped_grad(loss, 1.0, groups=groups, response=response)
     one = lambda e, c: grad(params, jax.tree.map(lambda x: x[None], e), max_norm=c)
@@ -283,6 +300,8 @@ SOME = {
         (convolved, "float16", "int32", "global", "hard"),
         (LOOKED_UP[0], "float32", "int8", "global", "hard"),
         (one_by_one, "float32", "int32", "leaf", "normalize"),
+        (by_id, "bfloat16", "int8", "global", "hard"),
+        (attended_by_id, "float32", "int32", "leaf", "normalize"),
         (tied, "float32", "int32", "global", "hard"),
         (with_scales, "float32", "int32", "leaf", "normalize"),
         (with_scales_in_loops, "float32", "int32", "leaf", "normalize"),
