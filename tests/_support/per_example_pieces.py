@@ -227,6 +227,19 @@ def experts_by_id(p, h, e):
     return jax.vmap(lambda x, k: expert(x, (2 * p["o"])[k]))(h, ids)
 
 
+@piece(w=(2, D, 3), v=(2, 3, 3, D), u=(2, 3), c=(2, 3, 3))
+def experts_by_group(p, h, e):
+    """Of rows that are sorted, some of which no group takes."""
+    sizes = jnp.stack([e["k"], jnp.where(e["flag"], 1, T - e["k"])])
+
+    def layer(h, v):
+        h = jnp.tanh(jax.lax.ragged_dot(jnp.tanh(h), p["w"], sizes) * p["u"][:1])
+        h = jax.lax.ragged_dot(h, jnp.sin(p["c"]), sizes) + h
+        return h @ v[2] + jax.lax.ragged_dot(h, v[:2], sizes), None
+
+    return jax.lax.scan(layer, h, p["v"])[0]
+
+
 @piece(w=(3, D, D), v=(2, V, D, 2, 2), u=(2, V, D, D), t=(V, D, D))
 def experts_in_loops(p, h, e):
     def layer(h, q):

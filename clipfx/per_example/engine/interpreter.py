@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from clipfx import _compat
-from clipfx.per_example.engine import primitives
+from clipfx.per_example.engine import primitives, rules
 from clipfx.per_example.engine.plan import Plan
 from clipfx.per_example.engine.primitives import CALLS, REMAT
 from clipfx.per_example.engine.rules.site import Door, Site
@@ -162,7 +162,7 @@ def run(
             # As `jax.vmap` does it, where examples choose different branches.
             outs = [lax.select_n(inputs[0], *xs) for xs in zip(*every, strict=True)]
         else:
-            outs = _compat.evaluate(eqn, inputs)
+            outs = rules.evaluate(eqn, inputs)
             for n, number, operand, data in node.recorded(k):
                 if n in sites and number in given.slots:
                     slot = given.slots[number]

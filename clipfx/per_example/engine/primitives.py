@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 DOT, CONVOLUTION, GATHER = "dot_general", "conv_general_dilated", "gather"
+RAGGED_DOT = "ragged_dot_general"
 CONVERT = "convert_element_type"
 CUSTOM_VJP = "custom_vjp_call"
 COND, SCAN = "cond", "scan"
@@ -131,6 +132,18 @@ def convolution(eqn: Any) -> Convolution:
 def dot_dimensions(eqn: Any) -> tuple[Any, Any]:
     """Contracted dimensions of both inputs of a `dot_general`, and batch dimensions."""
     return eqn.params["dimension_numbers"]
+
+
+def ragged_dot(eqn: Any) -> tuple[Any, tuple[int, ...], tuple[int, ...], Any]:
+    """Dimensions of a `ragged_dot_general`.
+
+    Contracted and batch dimensions as of a `dot_general`, those that groups of rows
+    follow each other along, those that matrices do, and where groups start.
+    """
+    dn = eqn.params["ragged_dot_dimension_numbers"]
+    rows, matrices = dn.lhs_ragged_dimensions, dn.rhs_group_dimensions
+    offset = eqn.params["group_offset"]
+    return dn.dot_dimension_numbers, tuple(rows), tuple(matrices), offset
 
 
 def precision(eqn: Any) -> Any:

@@ -103,10 +103,12 @@ class JaxprPlan(NamedTuple):
 
         Of each the site, the number there, which input it is, the number of the record.
         """
+        seen: list[tuple[Site, Site | Product | None]]
+        seen = [(site, site) for site in self.sites.get(k, ())]
+        seen += [(site, site.product) for site in self.products.get(k, ())]
         return [
-            (s.number, x.number, x.operand, x.data)
-            for s in [*self.sites.get(k, ()), *self.products.get(k, ())]
-            for x in ([s] if s.eqn is self.jaxpr.eqns[k] else [s.product])
+            (site.number, x.number, x.operand, x.data)
+            for site, x in seen
             if x is not None and x.operand is not None and x.data is not None
         ]
 
@@ -281,7 +283,11 @@ class _Walk:
                 if dims is not None:
                     self.look_ups.append(LookUp(use, info.view, [], []))
                     return Rows(len(self.look_ups) - 1, dims)
-                self.place(use, self.site(use, rule, info.view))
+                product = None
+                if rule.second is not None:
+                    number = next(self.number)
+                    product = Product(eqn, j, rule.second, number, number, ())
+                self.place(use, self.site(use, rule, info.view, product), use)
         return None
 
     def site(
@@ -295,26 +301,26 @@ class _Walk:
             use.region, product,
         )  # fmt: skip
 
-    def place(self, use: Use, site: Site, tapped: Use | None = None) -> None:
+    def place(self, use: Use, site: Site, tapped: Use) -> None:
         """Puts a site into the program, where it shares what others record.
 
         Args:
           use: Where.
           site: From `site`.
-          tapped: Where its product is, if it has one.
+          tapped: Where its product is, if it has one; else where it is.
         """
         share = lambda node, v, number: node.data.setdefault(v, number)
         if site.operand is not None:
             data = share(use.node, use.eqn.invars[site.operand], site.number)
             site = site._replace(data=data)
-        if site.product is not None and tapped is not None:
+        if site.product is not None:
             v = tapped.eqn.invars[site.product.operand]
             data = share(tapped.node, v, site.product.number)
             site = site._replace(product=site.product._replace(data=data))
-        node, k, *_ = tapped or use
+        node, k, *_ = tapped
         tap = node.taps.setdefault(_where_added(node, k), site.number)
         site = site._replace(tap=tap)
-        if site.product is not None and tapped is not None:
+        if site.product is not None:
             tapped.node.products.setdefault(tapped.k, []).append(site)
         use.node.sites.setdefault(use.k, []).append(site)
         for part in site.view.parts:
@@ -354,7 +360,7 @@ class _Walk:
             formed = turns * math.prod(use.eqn.outvars[0].aval.shape)
             places = [(site, view.parts[0]) for site, _ in found]
             if not found or cost_model.costs_more(places, formed):
-                self.place(use, self.site(use, rule, view))
+                self.place(use, self.site(use, rule, view), use)
             else:
                 for site, at in found:
                     self.place(use, site, at)

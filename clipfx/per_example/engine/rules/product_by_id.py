@@ -135,17 +135,13 @@ def _gradient(
     site: Site, data: Any, delta: jax.Array, like: jax.Array | None
 ) -> jax.Array:
     at, shape = _places(site), site.shape
-    cut = [1 + k for k, sliced in enumerate(site.sliced) if sliced]
-    summed = [k for k in range(1 + len(site.loops)) if k not in cut]
+    cut, summed = sites.rows_of_batch(site)
     count = math.prod(shape[k] for k in at.ids)
     turns = [delta.shape[k] for k in cut]
 
     def run(delta: jax.Array, ids: jax.Array, x: jax.Array) -> jax.Array:
-        u, v, number = _matrices(site, at, cut, summed, (ids, x), delta)
-        add = functools.partial(
-            _by_id, count=count, precision=primitives.precision(site.tapped)
-        )
-        out = jax.vmap(add)(u.astype(v.dtype), v, number)
+        rows = _matrices(site, at, cut, summed, (ids, x), delta)
+        out = sums_by_id(site, *rows, count)
         known = [*at.batch, *at.ids, *at.rows, *at.free]
         kept = known + [k for k in range(len(shape)) if k not in known]
         out = out.reshape(*turns, *(shape[k] for k in kept))
@@ -158,7 +154,16 @@ def _gradient(
     return _compat.left_to_xla(run, delta, *data, like=False)
 
 
-def _by_id(
+def sums_by_id(
+    site: Site, u: jax.Array, v: jax.Array, ids: jax.Array, count: int
+) -> jax.Array:
+    """`[S, count, K, N]` from rows `[S, M, K]` and `[S, M, N]` and their ids."""
+    precision = primitives.precision(site.tapped)
+    add = functools.partial(by_id, count=count, precision=precision)
+    return jax.vmap(add)(u.astype(v.dtype), v, ids)
+
+
+def by_id(
     u: jax.Array, v: jax.Array, ids: jax.Array, count: int, precision: Any
 ) -> jax.Array:
     """The sum of outer products of rows `[M, K]` and `[M, N]` by id, `[count, K, N]`.

@@ -45,6 +45,8 @@ class SiteRule(NamedTuple):
         data, and which dimension; otherwise of the output. None if there is one part.
       rows: `rows(site)`, K, for `IDS`.
       copied: Whether rows u are copies of the data, as patches are: that costs.
+      second: A further input that the gradient depends on, None if there is none:
+        otherwise data are a pair.
       name: In `explain`, if it is not that of the primitive.
     """
 
@@ -57,6 +59,7 @@ class SiteRule(NamedTuple):
     axis: Callable = lambda site: (False, None)
     rows: Callable = lambda site: 0
     copied: bool = False
+    second: int | None = None
     name: str = ""
 
 
@@ -206,6 +209,12 @@ def split_loops(site: Site, part: LeafSlice) -> tuple[list[int], list[int]]:
     stacks = dict(part.stack)
     outer = [k for k, (loop, _) in enumerate(site.loops) if loop in stacks]
     return outer, [k for k in range(len(site.loops)) if k not in outer]
+
+
+def rows_of_batch(site: Site) -> tuple[list[int], list[int]]:
+    """Dimensions in front of data of a batch: of loops that slice, and all others."""
+    cut = [1 + k for k, sliced in enumerate(site.sliced) if sliced]
+    return cut, [k for k in range(1 + len(site.loops)) if k not in cut]
 
 
 def groups_of(
