@@ -235,6 +235,8 @@ def experts_by_group(p, h, e):
     def layer(h, v):
         h = jnp.tanh(jax.lax.ragged_dot(jnp.tanh(h), p["w"], sizes) * p["u"][:1])
         h = jax.lax.ragged_dot(h, jnp.sin(p["c"]), sizes) + h
+        frozen = jnp.ones((2, 3, 3), h.dtype) / 3
+        h = jax.jit(jax.lax.ragged_dot)(h, frozen, sizes) + h
         return h @ v[2] + jax.lax.ragged_dot(h, v[:2], sizes), None
 
     return jax.lax.scan(layer, h, p["v"])[0]

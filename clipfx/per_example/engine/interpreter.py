@@ -146,11 +146,11 @@ def run(
     for k, eqn in enumerate(jaxpr.eqns):
         inputs = [read(v) for v in eqn.invars]
         used = [i for i, v in enumerate(eqn.outvars) if v in node.users]
-        inner = node.inner.get(k)
-        if inner is not None and inner.numbers() & sites.keys():
+        enters = node.enters(k, sites)
+        if k in node.inner and enters:
             outs, inside, thread = _inside(node, k, inputs, sites, given, enter, thread)
             records.update(inside)
-        elif any(x.numbers() & sites.keys() for x in node.branches.get(k, ())):
+        elif k in node.branches and enters:
             every = []
             for branch in node.branches[k]:
                 within = given.within(branch)

@@ -169,6 +169,18 @@ def branches(eqn: Any) -> Sequence[Any]:
     return eqn.params["branches"]
 
 
+def holds(eqn: Any, name: str) -> bool:
+    """Whether an equation is of this name, or has one such that runs inside of it."""
+    if eqn.primitive.name == COND:
+        inside = branches(eqn)
+    elif eqn.primitive.name in (*CALLS, SCAN):
+        inside = [inner(eqn)]
+    else:
+        return eqn.primitive.name == name
+    programs = [getattr(program, "jaxpr", program) for program in inside]
+    return any(holds(x, name) for program in programs for x in program.eqns)
+
+
 def remat_options(eqn: Any) -> dict[str, Any]:
     """Arguments of the `jax.checkpoint` that made a call."""
     return {k: eqn.params[k] for k in ("prevent_cse", "policy")}

@@ -7,7 +7,7 @@ behind the value are *instantiated*, that is differentiated for each example.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -85,6 +85,14 @@ class JaxprPlan(NamedTuple):
         """Programs inside of equation k."""
         called = [self.inner[k]] if k in self.inner else []
         return called + self.branches.get(k, [])
+
+    def enters(self, k: int, sites: Container[int]) -> bool:
+        """Whether equation k is run by the equations inside, for some of these sites.
+
+        Or for what JAX cannot map over examples.
+        """
+        ragged = primitives.holds(self.jaxpr.eqns[k], primitives.RAGGED_DOT)
+        return ragged or any(n in sites for x in self.inside(k) for n in x.numbers())
 
     def insides(self) -> list["JaxprPlan"]:
         """All programs inside, but for those inside of them."""
@@ -212,7 +220,9 @@ class _Walk:
         if len(fixed) == len(inputs):
             outs = constants.of_equation(eqn, fixed, node.needed)
             return [ValueInfo(constant=constant) for constant in outs]
-        if not (leaves or rows) or name == primitives.STOP_GRADIENT:
+        # Not only for parameters: what JAX cannot map is to be run one by one.
+        ragged = data and primitives.holds(eqn, primitives.RAGGED_DOT)
+        if not (leaves or rows or ragged) or name == primitives.STOP_GRADIENT:
             return [ValueInfo(data=data)] * count
         if name in primitives.REMAT and data:
             around, self.region = self.region, next(self.number)
