@@ -215,16 +215,22 @@ def indexed_in_scan(p, h, e):
     return jax.lax.scan(body, h, jnp.arange(3))[0]
 
 
-@piece(w=(V, D, 3), v=(V, 3, D), u=(2, V, D, D), m=(V, D, D), o=(V, D, D))
+@piece(w=(V, D, 3), v=(V, 3, D), o=(V, D, D))
 def experts_by_id(p, h, e):
     ids = e["ids"]
     h = jnp.tanh(jnp.einsum("td,tdf->tf", h, p["w"][ids]))
     h = jnp.einsum("tf,tfd->td", h, jnp.take(p["v"], 2 * ids, axis=0, fill_value=0.5))
-    both = jnp.stack([ids, ids % 2], 1)
-    h = jnp.tanh(jnp.einsum("td,tkdf->tkf", h, p["u"][ids[:, None] % 2, both]))
-    h = jnp.einsum("tkf,tkdf->td", h, jnp.take(p["m"], 2 * both, axis=0, mode="clip"))
     expert = jax.jit(lambda x, w: jnp.tanh(w.T @ x) @ w)
     return jax.vmap(lambda x, k: expert(x, (2 * p["o"])[k]))(h, ids)
+
+
+@piece(u=(2, V, D, D), m=(V, D, D))
+def several_experts(p, h, e):
+    ids = e["ids"]
+    both = jnp.stack([ids, ids % 2], 1)
+    h = jnp.tanh(jnp.einsum("td,tkdf->tkf", h, p["u"][ids[:, None] % 2, both]))
+    far = jnp.take(p["m"], 2 * both, axis=0, mode="clip")
+    return jnp.einsum("tkf,tkdf->td", h, far)
 
 
 @piece(w=(2, D, 3), v=(2, 3, 3, D), u=(2, 3), c=(2, 3, 3))
