@@ -337,6 +337,33 @@ def test_bounds_and_norms_at_every_magnitude(case, platform, monkeypatch):
         check(fun, batch, limit, groups, rng, largest, above=platform == "tpu")
 
 
+def by_group(p, e):
+    """The first two groups of rows, or more than there are; others are left out."""
+    sizes = jnp.pad(jnp.abs(e["ids"][:2]), (0, ROWS - 2))
+    return jnp.sum(jax.lax.ragged_dot(cast(e["x"], p["w"]), p["w"], sizes) * e["d"])
+
+
+@pytest.mark.parametrize("dtype", in_tiers(["float32", "bfloat16"], {"float32"}))
+@pytest.mark.parametrize("loss", [by_id, by_group])
+def test_a_neighbour_among_experts_moves_the_sum_by_its_threshold(loss, dtype):
+    batch = draw(np.random.default_rng(1), "int32", 6, dtype, (-2, 2))
+    batch["d"] = batch["d"].astype(dtype)
+    params = {"w": jnp.zeros(by_id.shape, dtype)}
+    run = jax.jit(per_example.clipped_grad(loss, 0.1))
+    vector = lambda *args, **kw: np.asarray(run(*args, **kw)[0]["w"], np.float64)
+    without = vector(params, batch, where=jnp.arange(6) != 1)
+    each = [jax.grad(loss)(params, jax.tree.map(lambda x: x[k], batch))["w"]  # noqa: B023
+            for k in range(6)]  # fmt: skip
+    norm = np.asarray(run(params, batch)[1].norm[:, 0])
+    true = np.linalg.norm(np.asarray(each, np.float64).reshape(6, -1), axis=1)
+    np.testing.assert_allclose(norm, true, rtol=1e-5 if dtype == "float32" else 0.02)
+    for scale in (0.0, 1.0, 1e3, 1e38, np.inf, np.nan):
+        changed = batch | {"d": batch["d"].at[1].set(scale)}
+        moved = np.linalg.norm(vector(params, changed) - without)
+        assert moved <= 0.1 * (1 + 1e-6) + 1e-6 * np.linalg.norm(without)
+    assert moved <= 1e-6  # nothing is left of what is not finite
+
+
 def test_counts_of_integers_are_measured():
     """Their squares do not fit into them: the Gram matrix of uint8 read 8 for 775."""
     x = np.arange(2 * 16 * 8, dtype=np.uint8).reshape(2, 16, 8)

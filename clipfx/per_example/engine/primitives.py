@@ -138,11 +138,12 @@ def ragged_dot(eqn: Any) -> tuple[Any, tuple[int, ...], tuple[int, ...], Any]:
     """Dimensions of a `ragged_dot_general`.
 
     Contracted and batch dimensions as of a `dot_general`, those that groups of rows
-    follow each other along, those that matrices do, and where groups start.
+    follow each other along, those that matrices do, and where groups start or how the
+    output is to be split over a mesh.
     """
     dn = eqn.params["ragged_dot_dimension_numbers"]
     rows, matrices = dn.lhs_ragged_dimensions, dn.rhs_group_dimensions
-    offset = eqn.params["group_offset"]
+    offset = eqn.params["group_offset"] or eqn.params.get("out_sharding")
     return dn.dot_dimension_numbers, tuple(rows), tuple(matrices), offset
 
 

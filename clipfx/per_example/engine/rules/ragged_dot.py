@@ -24,7 +24,8 @@ def plain(eqn: Any) -> bool:
 
     In the order of the inputs; sizes of groups are the third, integers `[E]`.
     """
-    return primitives.ragged_dot(eqn) == ((((1,), (1,)), ((), ())), (0,), (0,), None)
+    usual = ((((1,), (1,)), ((), ())), (0,), (0,), None)
+    return len(eqn.invars) == 3 and primitives.ragged_dot(eqn) == usual
 
 
 def evaluate(eqn: Any, inputs: list) -> list:
@@ -32,13 +33,10 @@ def evaluate(eqn: Any, inputs: list) -> list:
     if not plain(eqn):
         return _compat.evaluate(eqn, inputs)
 
-    def product(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-        (out,) = _compat.evaluate(eqn, [x, w, sizes])
-        return out
-
     @jax.custom_batching.custom_vmap
     def mapped(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-        return product(x, w, sizes)
+        (out,) = _compat.evaluate(eqn, [x, w, sizes])
+        return out
 
     @mapped.def_vmap
     def _(size: int, where: list, x: Any, w: Any, sizes: Any) -> tuple[Any, bool]:
@@ -48,7 +46,9 @@ def evaluate(eqn: Any, inputs: list) -> list:
             return lax.map(lambda args: mapped(*args), (x, w, sizes)), True
         group = jax.vmap(_groups, (0, None))(sizes, x.shape[1]).reshape(-1)
         order = jnp.argsort(group).astype(jnp.int32)
-        joined = mapped(x.reshape(-1, x.shape[-1])[order], w, sizes.sum(0, sizes.dtype))
+        # Not the sum of sizes: an example may have fewer rows than its groups ask for.
+        sizes = jnp.zeros(len(w), sizes.dtype).at[group].add(1, mode="drop")
+        joined = mapped(x.reshape(-1, x.shape[-1])[order], w, sizes)
         out = jnp.zeros_like(joined).at[order].set(joined, unique_indices=True)
         return out.reshape(*x.shape[:2], -1), True
 
@@ -108,15 +108,10 @@ def _factors(site: Site, part: LeafSlice, data: Any, d: jax.Array) -> tuple:
 def _gradient(
     site: Site, data: Any, delta: jax.Array, like: jax.Array | None
 ) -> jax.Array:
-    def run(delta: jax.Array, *data: jax.Array) -> jax.Array:
-        rows = _matrices(site, *sites.rows_of_batch(site), data, delta)
-        sums = product_by_id.sums_by_id(site, *rows, site.shape[0])
-        turns = [delta.shape[k] for k in sites.rows_of_batch(site)[0]]
-        return sums.reshape(*turns, *site.shape)
-
-    if _compat.explicit_spec(delta) is None:
-        return run(delta, *data)
-    return _compat.left_to_xla(run, delta, *data, like=False)
+    outer, inner = sites.rows_of_batch(site)
+    rows = _matrices(site, outer, inner, data, delta)
+    sums = product_by_id.sums_by_id(site, *rows, site.shape[0])
+    return sums.reshape(*(delta.shape[k] for k in outer), *site.shape)
 
 
 RULE = SiteRule(
