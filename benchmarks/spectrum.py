@@ -1,11 +1,14 @@
 """How exact spectral clips are, with how many products, and what they cost beside Muon.
 
     python -m benchmarks.spectrum
+    python -m benchmarks.spectrum --topology=v5e:2x2   # on a mesh, compiled only
 
 A matrix has one singular value of a multiple of the bound, and all others of a tenth of
 it, or half of them so. Errors are relative, the largest of all singular values; those
 of half precision as stored. Published is the coupled iteration of ten steps in float64.
 Times are ratios to orthogonalising the same matrix as `optax.contrib.muon` does.
+Compiled for a mesh of TPUs, a step of `soft` takes the cycles that XLA's cost model
+expects of one chip, all branches taken, and collectives on top of them.
 """
 
 import functools
@@ -18,11 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from clipfx._core import spectra
+import clipfx
+from benchmarks._programs import facts
+from benchmarks._targets import devices
+from clipfx._core import reductions, spectra
 
 _SHAPE = flags.DEFINE_list("shape", ["128", "512"], "Of the matrix.")
 _TIMED = flags.DEFINE_list("timed", ["512", "2048"], "Of the one that is timed.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU to compile for, as v5e:2x2.")
+_MESHED = flags.DEFINE_list("meshed", ["1024", "4096"], "Of the matrix that is split.")
 _TURNS = flags.DEFINE_integer("turns", 9, "Timed calls of each variant.")
 
 RATIOS = (10, 30, 100, 1e3, 1e4)
@@ -126,9 +136,47 @@ def times(rows: int, columns: int, turns: int) -> None:
         print(f"{name:6}{ratio:8.2f}")
 
 
+# Types of a mesh, and whether `axis_name` tells what they do not.
+WAYS = {
+    "Auto": (AxisType.Auto, False),
+    "Auto, told": (AxisType.Auto, True),
+    "Explicit": (AxisType.Explicit, False),
+}
+
+
+def on_mesh(topology: str, rows: int, columns: int) -> None:
+    """Prints what a step takes on all chips, by what is split and how that is said."""
+    reductions.forced_device = "mesh"
+    chips = np.array(devices(topology))
+    print(f"\n{rows} x {columns} over {len(chips)} chips of {topology}: a step of soft")
+    print(f"{'split':9}{'axes':12}{'kcycles':>8}  collectives, MB")
+    for name, spec in {"rows": P("data"), "columns": P(None, "data")}.items():
+        for way, (kind, told) in WAYS.items():
+            mesh = Mesh(chips, ("data",), axis_types=(kind,))
+            tx = clipfx.clip_spectrum(1.0, axis_name=spec if told else None)
+            like = jax.ShapeDtypeStruct((rows, columns), "float32")
+            split, whole = (NamedSharding(mesh, p) for p in (spec, P()))
+            grads = {"w": like.update(sharding=split)}
+            state = jax.tree.map(
+                lambda x, whole=whole: x.update(sharding=whole),
+                jax.eval_shape(tx.init, {"w": like}),
+            )
+            step: Any = jax.jit(tx.update).lower(grads, state).compile()
+            found = facts(step.as_text())
+            each = found.collectives.items()
+            parts = ", ".join(f"{n} {kind} {b / 1e6:.1f}" for kind, (n, b) in each)
+            cost = f"{found.cycles / 1e3:.0f}"
+            print(f"{name:9}{way:12}{cost:>8}  {parts}", flush=True)
+
+
 def main(argv: list[str]) -> None:
-    """Prints both."""
+    """Prints errors and times, or what a mesh takes."""
     del argv
+    if _TOPOLOGY.value:
+        print(f"jax {jax.__version__}, {_TOPOLOGY.value}")
+        rows, columns = map(int, _MESHED.value)
+        on_mesh(_TOPOLOGY.value, rows, columns)
+        return
     print(f"jax {jax.__version__}, optax {optax.__version__}, {jax.devices()[0]}")
     rows, columns = map(int, _SHAPE.value)
     table(rows, columns)

@@ -5,8 +5,10 @@ Features are detected, never inferred from a version string.
 
 import contextlib
 import functools
+import math
 import sys
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -168,14 +170,38 @@ def sharding(x: jax.Array, spec: Sequence) -> jax.sharding.NamedSharding:
     return jax.sharding.NamedSharding(mesh_of(x), jax.sharding.PartitionSpec(*spec))
 
 
-def splits(x: jax.Array) -> tuple | None:
-    """Its mesh axes, if a mesh with Explicit axes splits it and no `shard_map` did."""
-    spec = explicit_spec(x)
-    return spec if spec and any(spec) and not is_manual(mesh_of(x)) else None
+def splits(x: jax.Array, told: Sequence = ()) -> tuple | None:
+    """Its mesh axes, if a mesh splits it and no `shard_map` did.
+
+    Args:
+      x: Of which the type tells of Explicit axes.
+      told: Of Auto axes, for each dimension a name, a tuple of names or None. What no
+        mesh in the type of `x` has, or does not divide its size, does not count.
+    """
+    mesh, spec = mesh_of(x), explicit_spec(x)
+    if is_manual(mesh):
+        return None
+    if spec is None and len(told) <= x.ndim:
+        spec = tuple(
+            names if _names(names) and _divides(mesh, names, size) else None
+            for names, size in zip_longest(told, x.shape)
+        )
+    return spec if spec and any(spec) else None
+
+
+def _divides(mesh: Any, names: Any, size: int) -> bool:
+    """Whether a mesh has axes of these names, by which a size can be split."""
+    known = isinstance(size, int) and {*_names(names)} <= {*mesh.axis_names}
+    return known and size % math.prod(mesh.shape[name] for name in _names(names)) == 0
+
+
+def _names(entry: Any) -> tuple:
+    """Of one dimension in a `PartitionSpec`."""
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
 def left_to_xla(fun: Callable[..., Any], x: jax.Array, *rest: Any, like: bool) -> Any:
-    """`fun(x, *rest)` with the Explicit axes that split `x` made Auto.
+    """`fun(x, *rest)` with the Explicit axes that split `x`, if any, made Auto.
 
     Args:
       fun: From arrays to arrays.
@@ -184,20 +210,24 @@ def left_to_xla(fun: Callable[..., Any], x: jax.Array, *rest: Any, like: bool) -
       like: Whether what comes out is split as `x`; else it is whole.
     """
     axes = tuple(sorted(explicit_axes(mesh_of(x))))
+    if not axes:
+        return fun(x, *rest)
     out = sharding(x, (splits(x) or ()) if like else ())
     return jax.sharding.auto_axes(fun, axes=axes, out_sharding=out)(x, *rest)
 
 
-def on_shards(fun: Callable[..., Any], x: jax.Array, *rest: Any, like: bool) -> Any:
-    """The same with `fun` on the parts of `x`, in a `shard_map`."""
-    spec = jax.sharding.PartitionSpec(*(splits(x) or ()))
-    whole = jax.sharding.PartitionSpec()
+def on_shards(
+    fun: Callable[..., Any], x: jax.Array, *rest: Any, spec: tuple, like: bool
+) -> Any:
+    """The same with `fun` on the parts of `x`, split so, in a `shard_map`."""
+    mesh, whole = mesh_of(x), jax.sharding.PartitionSpec()
+    split = jax.sharding.PartitionSpec(*spec)
     return jax.shard_map(
         fun,
-        mesh=mesh_of(x),
-        in_specs=(spec, *[whole] * len(rest)),
-        out_specs=spec if like else whole,
-        axis_names=explicit_axes(mesh_of(x)),
+        mesh=mesh,
+        in_specs=(split, *[whole] * len(rest)),
+        out_specs=split if like else whole,
+        axis_names=explicit_axes(mesh) or {n for names in spec for n in _names(names)},
     )(x, *rest)
 
 

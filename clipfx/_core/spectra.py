@@ -134,7 +134,7 @@ def bounded(
         whole, long = _whole_rows(y, split)
         cos, sin = _cos_and_sin(whole, low, long, precision, branches)
         if response == "hard":
-            sin = _least_of_tan_and_one(cos, sin, precision)
+            sin = _least_of_tan_and_one(_all_columns(cos, long), sin, precision)
         return _as_before(sin, y, split)
 
     def unless_same(row: _Part) -> jax.Array:
@@ -180,7 +180,10 @@ def _cos_and_sin(
     precision: str,
     branches: bool,
 ) -> _Pair:
-    """`U cos U^H` `[B, m, m]` and `U sin V^H` `[B, m, n]` of the angles."""
+    """`U cos U^H` `[B, m, m]` and `U sin V^H` `[B, m, n]` of the angles.
+
+    Of both the columns of this device, of the cosines as many as of any other.
+    """
     times = functools.partial(jnp.matmul, precision=precision)
 
     def gram(y: jax.Array) -> jax.Array:
@@ -194,11 +197,9 @@ def _cos_and_sin(
     over = jnp.hypot(top, jax.lax.stop_gradient(limit)) * (1 + 2.0**-5)
     over = jnp.where(over > 0, over, 1)
     least = jnp.maximum(limit / over, STEPS[0][0])
-    rows, eye = y.shape[1], jnp.eye(y.shape[1], dtype=y.dtype)[None]
-    # Every device has the cosines, and their squares are added up.
-    copies = jax.lax.psum(1, long) if long else 1
-    both = [_each(least / copies**0.5, y) * eye, y / _each(over, y)]
-    both = jnp.concatenate([_compat.vary(both[0], _compat.varying_axes(y)), both[1]], 2)
+    eye = _own_columns_of_eye(y.shape[1], y.dtype, long)[None]
+    own = _compat.vary(_each(least, y) * eye, _compat.varying_axes(y))
+    both = jnp.concatenate([own, y / _each(over, y)], 2)
 
     def step(both: jax.Array, p: jax.Array) -> jax.Array:
         g = gram(both)
@@ -218,8 +219,7 @@ def _cos_and_sin(
     else:
         for k in range(len(STEPS)):
             both = jnp.where(needed[k], step(both, table[k]), both)
-    cos = _sum(both[..., :rows], long) / copies**0.5
-    return cos, both[..., rows:]
+    return both[..., : eye.shape[2]], both[..., eye.shape[2] :]
 
 
 def _least_of_tan_and_one(cos: jax.Array, sin: jax.Array, precision: str) -> jax.Array:
@@ -322,6 +322,23 @@ def _all_rows(u: jax.Array, names: tuple[str, ...]) -> jax.Array:
     )
     at = _place(names) * rows
     return jax.lax.psum(jax.lax.dynamic_update_slice_in_dim(whole, u, at, 1), names)
+
+
+def _own_columns_of_eye(rows: int, dtype: Any, names: tuple[str, ...]) -> jax.Array:
+    """`[m, w]` of an identity; zeros fill up what divides over no devices."""
+    if not names:
+        return jnp.eye(rows, dtype=dtype)
+    width = -(-rows // jax.lax.psum(1, names))
+    columns = _place(names) * width + jnp.arange(width)
+    return (jnp.arange(rows)[:, None] == columns[None]).astype(dtype)
+
+
+def _all_columns(cos: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """`[B, m, m]` from the parts of all devices."""
+    if not names:
+        return cos
+    whole = jax.lax.all_gather(cos, names, axis=2, tiled=True)
+    return whole[..., : cos.shape[1]]
 
 
 def _whole_rows(y: jax.Array, split: Split) -> tuple[jax.Array, tuple[str, ...]]:

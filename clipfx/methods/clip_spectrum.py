@@ -153,7 +153,8 @@ def clip_spectrum(
         of every leaf, one for all, a dict by path or a tree prefix of such, `()` where
         every matrix lies whole on one device. Needed there for leaves that are split.
         Matrices split by columns are never gathered, rows are exchanged for columns.
-        Static.
+        Under `jit` types tell of Explicit axes; of Auto axes this does, without which
+        XLA gathers matrices of split rows in every step. Static.
       nonfinite: See `clipfx.clip_by_norm`. Static.
       rounds: Of power iteration for :math:`s_1`, each of two products with a vector,
         from where the last step ended; None takes 2. Static.
@@ -212,9 +213,9 @@ def clip_spectrum(
     def on_leaf(
         fun: Callable[..., Any], view: _View, x: Any, *rest: Any, like: bool
     ) -> Any:
-        """`fun(view, x, *rest)`; types tell on Explicit meshes what is split."""
+        """`fun(view, x, *rest)`, on the parts that types or `axis_name` tell of."""
         x = jnp.asarray(x)
-        spec = _compat.splits(x)
+        spec = _compat.splits(x, spec_of(view.path) or ())
         if spec is None:
             return fun(view, x, *rest)
         if any(spec[k] for k in view.order[: len(view.batch)]):
@@ -225,7 +226,7 @@ def clip_spectrum(
             own = _view(view.path, x, axes_of(view.path), PartitionSpec(*spec))
             return fun(own, x, *rest)
 
-        return _compat.on_shards(on_part, x, *rest, like=like)
+        return _compat.on_shards(on_part, x, *rest, spec=spec, like=like)
 
     def init(groups: Groups, params: Any) -> SpectrumState:
         if not groups.names:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -111,6 +112,11 @@ def at_least(values: Any, bound: float, *, label: str = "") -> Check:
 def single(values: Any) -> np.ndarray:
     """A float32 array."""
     return np.asarray(values, np.float32)
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """Trees of one structure as one, of arrays with one more axis in front."""
+    return jax.tree.map(lambda *x: jnp.stack([*map(jnp.asarray, x)]), *trees)
 
 
 class Clipped(NamedTuple):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,15 @@ import numpy as np
 import optax
 
 import clipfx
-from examples._evidence.claims import Row, at_least, at_most, clipped, judge, near
+from examples._evidence.claims import (
+    Row,
+    at_least,
+    at_most,
+    clipped,
+    judge,
+    near,
+    single,
+)
 
 TITLE = "What a clip does to one gradient"
 NOTE = """\
@@ -121,6 +130,61 @@ def norms() -> Row:
     )
 
 
+def apart() -> Row:
+    """Pairs of gradients, before and after."""
+    first, every = np.eye(50)[0], np.ones(50)
+    ways = np.stack([*np.random.default_rng(0).normal(size=(200, 50)), first, every,
+                     every - first])  # fmt: skip
+    pairs = [[at + 0 * ways, at + 1e-3 * ways] for at in (first, every)]
+    pairs = single(np.concatenate(pairs, axis=1))
+
+    def widest(tx):
+        """Distances after over those before, the largest."""
+        cut = jax.vmap(jax.vmap(lambda g: tx.update(g, tx.init(g))[0]))
+        apart = lambda x: np.linalg.norm(x[0] - x[1], axis=-1)
+        return (apart(np.asarray(jax.jit(cut)(pairs))) / apart(pairs)).max()
+
+    by = lambda ord: widest(clipfx.clip_by_global_norm(1.0, ord=ord))
+    return judge(
+        "Clipping moves no two gradients further apart.",
+        "Pairs near (1, …, 1) and (1, 0, …, 0) in 50 dimensions, c = 1: largest "
+        "distance after over that before, clipped by norm and by value; and if it is "
+        "the 1-norm or the ∞-norm that is kept to c.",
+        [at_most(by(2), 1.001, label="norm"),
+         at_most(widest(clipfx.clip_by_value(1.0)), 1.001, label="value")],
+        [at_most(by(1), 1.001, label="1-norm"),
+         at_most(by(math.inf), 1.001, label="∞-norm")],
+    )  # fmt: skip
+
+
+def cost() -> Row:
+    """What the norm costs, beside the gradient that it is of."""
+    rng = np.random.default_rng(0)
+    w = single(rng.normal(size=(64, 64)))
+    clip = clipfx.clip_by_global_norm(1.0)
+
+    def share(batch):
+        """Operations of clip and gradient over those of the gradient, less 1."""
+        loss = lambda w, x: jnp.mean(jnp.tanh(jnp.tanh(x @ w) @ w) ** 2)
+        plain = jax.grad(loss)
+        with_clip = lambda w, x: clip.update(plain(w, x), clip.init(w))[0]
+        x = jax.ShapeDtypeStruct((batch, 64), jnp.float32)
+
+        def count(fun):
+            cost: Any = jax.jit(fun).lower(w, x).compile().cost_analysis()
+            return cost["flops"]
+
+        return count(with_clip) / count(plain) - 1
+
+    return judge(
+        "Beside its gradient a clip costs next to nothing.",
+        "Two layers of 64 units, operations as compiled: those of a clip by norm over "
+        "those of the gradient, for batches of 128, and of one example.",
+        [at_most(share(128), 0.01, label="128")],
+        [at_most(share(1), 0.01, label="1")],
+    )
+
+
 def one_layer() -> Row:
     """One layer a thousand times as large."""
     g = {f"layer_{k}": {"w": jnp.full(100, 0.1)} for k in range(5)}
@@ -212,4 +276,4 @@ def smooth() -> Row:
 
 
 CLAIMS = [norm_clip, value_turns, dimension, tails, norms, one_layer, lost_sizes,
-          any_size, units, jumps, smooth]  # fmt: skip
+          any_size, units, apart, jumps, smooth, cost]  # fmt: skip

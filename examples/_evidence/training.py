@@ -62,7 +62,7 @@ def _sweep(train, rates, limits, seeds):
     return Sweep(np.array(rates), np.array(limits), loss)
 
 
-def _descend(loss, params, keys, max_norm, rule):
+def descend(loss, params, keys, max_norm, rule):
     """Parameters after a training on `loss(params, key)`, a fresh batch each step."""
     tx = optax.chain(clipfx.clip_by_global_norm(max_norm), rule)
 
@@ -106,7 +106,7 @@ def recall(steps: int = 400, seeds: int = 3) -> Sweep:
             "v": 0.3 * jax.random.normal(v, (width,)),
         }
         keys = jax.random.split(draw, steps + 8)
-        params = _descend(loss, params, keys[:-8], max_norm, optax.sgd(rate))
+        params = descend(loss, params, keys[:-8], max_norm, optax.sgd(rate))
         return jnp.mean(jax.vmap(lambda key: loss(params, key))(keys[-8:]))
 
     return _sweep(train, (1e-4, 1e-3, 1e-2, 0.1, 1.0), LIMITS, seeds)
@@ -183,7 +183,7 @@ def potential(adam: bool, steps: int = 1000, seeds: int = 3) -> Sweep:
             "e": jax.random.normal(e, (16,)) / 4,
         }  # fmt: skip
         rule = optax.adam(rate) if adam else optax.sgd(rate, 0.9)
-        params = _descend(loss, params, jax.random.split(draw, steps), max_norm, rule)
+        params = descend(loss, params, jax.random.split(draw, steps), max_norm, rule)
         # Where the force is not of the wall: a guess of 0 has 1.
         far = jnp.linspace(0.95, 2.5, 64)
         return loss_at(params, far) / jnp.mean(force(far) ** 2)

@@ -4,6 +4,9 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import export
 
@@ -20,7 +23,7 @@ class Method(NamedTuple):
         these the sample trees are clipped.
       hard: No group is longer than its threshold afterwards, shorter ones are left
         alone, and a second clip finds nothing to do.
-      groups: Which leaves share a norm; None where the state is no `ClipState`.
+      groups: Which leaves share a norm; None where the metrics are of no norms of them.
       ord: Of the norm.
       static: Arguments that injection must leave alone.
       threshold: The first argument is one: 0 gives zeros, infinity the identity.
@@ -31,7 +34,11 @@ class Method(NamedTuple):
         has to be said in `shard_map`.
       elements: The state has numbers for every element.
       drops: What exceeds the threshold becomes zero, not as long as the threshold.
-      whole_matrices: What it takes on meshes is tested in test_spectrum.py.
+      stateless: It keeps nothing, and so has no metrics.
+      heads: Two leaves are those of an attention, whose sizes count; a tree without
+        them is refused.
+      meshes: The file that tests what it takes on meshes, where that is no matter of
+        one sum over each leaf.
     """
 
     make: Callable[..., optax.GradientTransformationExtraArgs]
@@ -47,7 +54,9 @@ class Method(NamedTuple):
     unit_axis: int | None = None
     elements: bool = False
     drops: bool = False
-    whole_matrices: bool = False
+    stateless: bool = False
+    heads: bool = False
+    meshes: str = ""
 
 
 LABELS = {"decoder": "second", "encoder": {"bias": "second", "kernel": "first"}}
@@ -130,6 +139,50 @@ def clip_group_ratio(
     return clipfx.clip_group_ratio(max_ratio, groups="layer", axis_name=axis_name)
 
 
+def clip_cotangent(
+    max_norm: Any = None, max_abs: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """Of updates as the gradient that flows back through a place of the same shapes."""
+
+    def update(updates, state, params=None, **extra):
+        leaves, treedef = jax.tree.flatten(updates)
+        inexact = [k for k, x in enumerate(leaves)
+                   if jnp.issubdtype(x.dtype, jnp.inexact)]  # fmt: skip
+        place = lambda x: clipfx.clip_cotangent(x, max_norm, max_abs, axis=None)
+        gradient = [leaves[k] for k in inexact]
+        (clipped,) = jax.vjp(place, gradient)[1](gradient)
+        for k, x in zip(inexact, clipped, strict=True):
+            leaves[k] = x
+        return treedef.unflatten(leaves), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
+def cotangent_by_value(max_abs: Any) -> optax.GradientTransformationExtraArgs:
+    return clip_cotangent(max_abs=max_abs)
+
+
+# Of the sample, and of the same leaves in `mixed`: [D, 4 heads of 2 features] and
+# [D, 2 heads, and a column that is none].
+QUERY = {("encoder", "kernel"), ("f16", "w")}
+KEY = {("decoder", "kernel"), ("bf16",)}
+
+
+def qk_clip(tau: Any) -> optax.GradientTransformationExtraArgs:
+    """Of which two leaves are an attention, with logits beyond tau and below."""
+    clip = clipfx.qk_clip(
+        tau,
+        query=lambda path: "layer" if path in QUERY else None,
+        key=(lambda path: "layer" if path in KEY else None, np.s_[..., :4]),
+    )
+
+    def update(updates, state, params=None, **extra):
+        logits = jnp.array([1.0, 30.0, 4.0, 8.0])
+        return clip.update(updates, state, params, max_logits=logits, **extra)
+
+    return clip._replace(update=update)
+
+
 METHODS: dict[str, Method] = {
     "clip_by_global_norm": Method(clipfx.clip_by_global_norm, {"max_norm": 0.5}),
     "clip_per_layer": Method(clipfx.clip_per_layer, {"max_norm": 0.5}, groups="layer"),
@@ -169,6 +222,16 @@ METHODS: dict[str, Method] = {
         }.items()
     },
     "clip_by_value": Method(clipfx.clip_by_value, {"max_abs": 0.1}, groups=None),
+    "clip_cotangent": Method(
+        clip_cotangent, {"max_norm": 0.5}, stateless=True, meshes="test_cotangent.py"
+    ),
+    "clip_cotangent_by_value": Method(
+        cotangent_by_value,
+        {"max_abs": 0.1},
+        groups=None,
+        stateless=True,
+        meshes="test_cotangent.py",
+    ),
     **{
         name: Method(
             make,
@@ -176,7 +239,7 @@ METHODS: dict[str, Method] = {
             hard=False,
             groups="leaf",
             by_norm=False,
-            whole_matrices=True,
+            meshes="test_spectrum.py",
         )
         for name, make in {
             "clip_spectrum": clipfx.clip_spectrum,
@@ -266,6 +329,15 @@ METHODS: dict[str, Method] = {
         elements=True,
     ),
     "skip_spikes": rule(skip_spikes, {"num_std": 2.0}, groups=None, hard=False),
+    "qk_clip": Method(
+        qk_clip,
+        {"tau": 5.0},
+        groups=None,
+        hard=False,
+        threshold=False,
+        heads=True,
+        meshes="test_qk_clip.py",
+    ),
     "dual_norm_gate": rule(dual_norm_gate, {"rho": 10.0}, groups=None, hard=False),
     "error_feedback": rule(
         error_feedback, {"max_ratio": 0.5}, groups=None, hard=False, elements=True
@@ -273,18 +345,16 @@ METHODS: dict[str, Method] = {
 }
 
 # What a mesh costs at most one all-reduce, and nothing is gathered.
-BY_REDUCTIONS = {name: row for name, row in METHODS.items() if not row.whole_matrices}
+BY_REDUCTIONS = {name: row for name, row in METHODS.items() if not row.meshes}
 
 # Public functions that are no transforms to be clipped with, and where they are tested.
 ELSEWHERE = {
     "clip_fair_groups",  # of stacked contributions, see test_fair.py
     "clip_by_norm",
-    "clip_cotangent",  # in the graph, see test_cotangent.py
     "global_norm",
     "max_attention_logits",  # of attention, see test_qk_clip.py
     "per_stacked_layer",
     "record_norms",  # which clips nothing, see test_calibrate.py
-    "qk_clip",  # of named leaves, see test_qk_clip.py
     "clip_with_norm",
     "tree_clip",
     "weight_decay_balance",
@@ -300,6 +370,8 @@ FEW = FEWEST | {
     "smooth_norm",
     "adagc_after_warm_up",
     "clip_by_curvature",
+    "clip_cotangent",
+    "qk_clip",
     "spamp",
 }
 # And what is most used, or has a bound of another kind.

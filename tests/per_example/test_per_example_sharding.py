@@ -95,8 +95,8 @@ def test_batch_and_parameters_on_a_mesh(kind, model):
         loop = not explicit or vmap_of_loops_works(mesh, params, batch)
         fun = lambda p, e: loss(p, e, explicit=explicit, loop=loop)
         grad = jax.jit(per_example.clipped_grad(fun, 0.5, groups="leaf"))
-        sums, info = grad(params, batch)
         compiled = grad.lower(params, batch).compile()
+        sums, info = compiled(params, batch)
         total = lambda p, b: jax.vmap(fun, (None, 0))(p, b).sum()
         ordinary = jax.jit(jax.grad(total)).lower(params, batch).compile()
     whole = per_example.clipped_grad(

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import math
 import pickle
 import pprint
@@ -58,7 +59,7 @@ RULES = {
     "dpsgd_global_adapt": lambda: privacy.dpsgd_global_adapt(
         0.7, 5.0, count_stddev=3.0
     ),
-    "histogram": lambda: privacy.histogram_threshold(
+    "histogram_threshold": lambda: privacy.histogram_threshold(
         0.7, edges=(0.1, 0.3, 1.0, 3.0, 10.0), count_stddev=3.0
     ),
 }
@@ -314,7 +315,7 @@ BY_NUMPY = {  # numbers as configurations hold them
         np.float64(0.7), np.float64(5), count_stddev=np.int32(3),
         step_size=np.float64(0.1), tolerance=np.float64(0.7),
     ),
-    "histogram": lambda: privacy.histogram_threshold(
+    "histogram_threshold": lambda: privacy.histogram_threshold(
         np.float64(0.7), edges=np.geomspace(0.1, 10, 5), count_stddev=np.int64(3),
         quantile=np.float64(0.5), decay=np.float64(0.9),
     ),
@@ -349,11 +350,14 @@ def test_states_keep_shapes_and_dtypes(x64, dtype):
             assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
 
 
-def test_step_can_be_exported():
+@pytest.mark.parametrize(
+    "rule", in_tiers(["quantile", "histogram_threshold"], {"quantile"})
+)
+def test_step_can_be_exported(rule):
     """With a state that adapts, written and read again."""
     pytest.importorskip("flatbuffers")
     grad = privacy.dp_grad(
-        lambda w, x: jnp.vdot(w, x), max_norm=privacy.quantile(1.0, count_stddev=3.0),
+        lambda w, x: jnp.vdot(w, x), max_norm=RULES[rule](),
         noise_multiplier=1.1, expected_batch_size=2, key=KEY,
     )  # fmt: skip
     params, batch = jnp.zeros(2), jnp.ones((2, 2))
@@ -369,8 +373,44 @@ def test_step_can_be_exported():
     assert found.shape == (2,)
 
 
+def test_every_public_rule_is_a_row():
+    """Of which the laws above and below hold, and those of whole steps."""
+    public = {name: getattr(privacy, name) for name in privacy.__all__}
+    functions = {name: x for name, x in public.items() if inspect.isfunction(x)}
+    returned = lambda x: inspect.signature(x).return_annotation
+    made = {k for k, x in functions.items() if returned(x) is privacy.PrivateThreshold}
+    assert made == RULES.keys() - {"fixed"}
+
+
+@pytest.mark.parametrize("rule", [x for x in RULES if x != "fixed"])
+def test_laws_of_a_rule_by_itself(rule):
+    """One example moves answers by its reach; any counts leave a finite state."""
+    rule, start = RULES[rule](), jnp.full(1, 0.7)
+    state = rule.init(start)
+    norm = jnp.float32([0, 1e-38, 0.3, 0.7, 5, 3.4e38])[:, None]
+    member = jax.nn.one_hot(POPULATION, rule.num_populations or 1)
+    answers = rule.ask(state, norm, member)
+    assert np.linalg.norm(answers, axis=1).max() <= rule.reach(1)
+
+    def step(state, count):
+        counts = jnp.full(answers.shape[1], count)
+        after = rule.update(state, counts, 6.0, jnp.ones(1))
+        return after, (state, rule.limit(start, after, counts))
+
+    counts = jnp.float32([0, 1e9, -1e9, 3e38, -3e38, 5])
+    last, (states, limits) = jax.jit(lambda: jax.lax.scan(step, state, counts))()
+    chex.assert_tree_all_finite((last, states, limits))
+    assert (np.asarray(limits) > 0).all()
+    _, (_, mapped) = jax.jit(jax.vmap(step))(states, counts)
+    np.testing.assert_allclose(mapped, limits, rtol=1e-6)
+    before = jax.tree.map(lambda x: x[-1], states)
+    after, (_, limit) = step(before, counts[-1])  # op by op
+    np.testing.assert_allclose(limit, limits[-1], rtol=1e-6)
+    chex.assert_trees_all_close(after, last, rtol=1e-6)
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("rule", ["quantile", "dpsgd_f", "histogram"])
+@pytest.mark.parametrize("rule", ["quantile", "dpsgd_f", "histogram_threshold"])
 def test_meshes_give_the_same(rule):
     params, batch = params_of(), batch_of(8)
     grad = dp(max_norm=RULES[rule]())
