@@ -220,7 +220,7 @@ def clipped_grad(
     The loss is of one example. What mixes examples, as batch normalization does, cannot
     be written so and has no gradient of one example: where it is recognised it is
     refused; use group or layer normalization. What JAX cannot map over examples, as
-    `jax.lax.ragged_dot`, takes `microbatch_size=1`. Randomness: a key for every
+    an ordered callback, takes `microbatch_size=1`. Randomness: a key for every
     example, by `batch_argnums`.
 
     Args:

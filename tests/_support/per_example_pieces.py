@@ -215,6 +215,69 @@ def indexed_in_scan(p, h, e):
     return jax.lax.scan(body, h, jnp.arange(3))[0]
 
 
+@piece(w=(V, D, 3), v=(V, 3, D), o=(V, D, D))
+def experts_by_id(p, h, e):
+    ids = e["ids"]
+    h = jnp.tanh(jnp.einsum("td,tdf->tf", h, p["w"][ids]))
+    h = jnp.einsum("tf,tfd->td", h, jnp.take(p["v"], 2 * ids, axis=0, fill_value=0.5))
+    expert = jax.jit(lambda x, w: jnp.tanh(w.T @ x) @ w)
+    return jax.vmap(lambda x, k: expert(x, (2 * p["o"])[k]))(h, ids)
+
+
+@piece(u=(2, V, D, D), m=(V, D, D))
+def several_experts(p, h, e):
+    ids = e["ids"]
+    both = jnp.stack([ids, ids % 2], 1)
+    h = jnp.tanh(jnp.einsum("td,tkdf->tkf", h, p["u"][ids[:, None] % 2, both]))
+    far = jnp.take(p["m"], 2 * both, axis=0, mode="clip")
+    return jnp.einsum("tkf,tkdf->td", h, far)
+
+
+@piece(w=(2, D, 3), v=(2, 3, 3, D), u=(2, 3), c=(2, 3, 3))
+def experts_by_group(p, h, e):
+    """Of rows that are sorted, some of which no group takes."""
+    sizes = jnp.stack([e["k"], jnp.where(e["flag"], 1, T - e["k"])])
+
+    def layer(h, v):
+        h = jnp.tanh(jax.lax.ragged_dot(jnp.tanh(h), p["w"], sizes) * p["u"][:1])
+        h = jax.lax.ragged_dot(h, jnp.sin(p["c"]), sizes) + h
+        frozen = jnp.ones((2, 3, 3), h.dtype) / 3
+        h = jax.jit(jax.lax.ragged_dot)(h, frozen, sizes) + h
+        return h @ v[2] + jax.lax.ragged_dot(h, v[:2], sizes), None
+
+    return jax.lax.scan(layer, h, p["v"])[0]
+
+
+@piece(w=(3, D, D), v=(2, V, D, 2, 2), u=(2, V, D, D), t=(V, D, D))
+def experts_in_loops(p, h, e):
+    def layer(h, q):
+        h = jnp.tanh(h @ p["w"][e["k"]])
+        rows = q["v"][e["ids"]]
+        h = jnp.einsum("tjh,tdhk,td->tjk", h.reshape(T, 2, 2), rows, h)
+
+        def step(c, x):
+            x, k = x
+            c = jnp.tanh(x @ q["u"][k] + c @ p["t"][k])
+            return c, c
+
+        h = h.reshape(T, D)
+        return turns(step, jnp.zeros_like(h[0]), (h, e["ids"])), None
+
+    return jax.lax.scan(layer, h, {k: p[k] for k in "vu"})[0]
+
+
+@piece(w=(V, D, D), v=(V, D, D), u=(V, D, D))
+def experts_elsewhere(p, h, e):
+    """Rows that are more than one product."""
+    w, v = p["w"][e["ids"]], p["v"][e["ids"]]
+    h = jnp.tanh(jnp.einsum("td,tdf->tf", h, w)) + jnp.sin(w).sum(1)
+    h = h + jax.lax.cond(
+        e["flag"], lambda h: jnp.einsum("td,tdf->tf", h, v), jnp.sin, h
+    )
+    u = p["u"][e["k"]]
+    return jax.lax.scan(lambda c, _: (jnp.tanh(c @ u), None), h, length=2)[0]
+
+
 def conv(h, w, strides=(1,), padding="SAME", **kwargs):
     letters = "XYZ"[: w.ndim - 2]
     numbers = (f"N{letters}C", f"{letters}IO", f"N{letters}C")

@@ -67,6 +67,22 @@ def one_by_one(p, e):
     return jnp.sum(jax.vmap(look_up)(e["ids"] + 1) * e["d"]) + more
 
 
+def by_id(p, e):
+    """A matrix for each position, that of `ids`."""
+    x, matrices = cast(e["x"], p["w"]), p["w"].at[e["ids"]].get(mode="clip")
+    return jnp.sum(jnp.einsum("tk,tkn->tn", x, matrices) * e["d"])
+
+
+def attended_by_id(p, e):
+    """Positions of one id add up to nothing."""
+    d = e["d"] - e["d"].mean(0, keepdims=True)
+    x = 1 + e["tiny"] * cast(e["x"], p["w"])
+    return by_id(p, {"x": x, "d": d, "ids": e["ids"][:1].repeat(TIME)})
+
+
+by_id.shape = attended_by_id.shape = (ROWS, WIDE, NARROW)
+
+
 def tied(p, e):
     rows = p["w"].at[e["ids"]].get(mode="fill", fill_value=0)
     return jnp.sum(rows * e["d"]) + jnp.sum((e["d"] @ p["w"].T) * e["y"])
@@ -196,6 +212,7 @@ def functions(loss, groups, response, weight):
     """Compiled once: contributions one by one, of a batch, and `jax.grad`."""
     tables = tuple(table.__name__ for table in TABLES)
     shape = (ROWS if loss.__name__.startswith(tables) else WIDE, NARROW)
+    shape = getattr(loss, "shape", shape)
     params = {"b": jnp.zeros(NARROW), "w": jnp.zeros(shape, weight)}
     grad = per_example.clipped_grad(loss, 1.0, groups=groups, response=response)
     one = lambda e, c: grad(params, jax.tree.map(lambda x: x[None], e), max_norm=c)
@@ -283,6 +300,8 @@ SOME = {
         (convolved, "float16", "int32", "global", "hard"),
         (LOOKED_UP[0], "float32", "int8", "global", "hard"),
         (one_by_one, "float32", "int32", "leaf", "normalize"),
+        (by_id, "bfloat16", "int8", "global", "hard"),
+        (attended_by_id, "float32", "int32", "leaf", "normalize"),
         (tied, "float32", "int32", "global", "hard"),
         (with_scales, "float32", "int32", "leaf", "normalize"),
         (with_scales_in_loops, "float32", "int32", "leaf", "normalize"),
@@ -316,6 +335,33 @@ def test_bounds_and_norms_at_every_magnitude(case, platform, monkeypatch):
         # What JAX's own gradient loses is multiplied too.
         largest = max(1.0, getattr(loss, "largest", 1.0))
         check(fun, batch, limit, groups, rng, largest, above=platform == "tpu")
+
+
+def by_group(p, e):
+    """The first two groups of rows, or more than there are; others are left out."""
+    sizes = jnp.pad(jnp.abs(e["ids"][:2]), (0, ROWS - 2))
+    return jnp.sum(jax.lax.ragged_dot(cast(e["x"], p["w"]), p["w"], sizes) * e["d"])
+
+
+@pytest.mark.parametrize("dtype", in_tiers(["float32", "bfloat16"], {"float32"}))
+@pytest.mark.parametrize("loss", [by_id, by_group])
+def test_a_neighbour_among_experts_moves_the_sum_by_its_threshold(loss, dtype):
+    batch = draw(np.random.default_rng(1), "int32", 6, dtype, (-2, 2))
+    batch["d"] = batch["d"].astype(dtype)
+    params = {"w": jnp.zeros(by_id.shape, dtype)}
+    run = jax.jit(per_example.clipped_grad(loss, 0.1))
+    vector = lambda *args, **kw: np.asarray(run(*args, **kw)[0]["w"], np.float64)
+    without = vector(params, batch, where=jnp.arange(6) != 1)
+    each = [jax.grad(loss)(params, jax.tree.map(lambda x: x[k], batch))["w"]  # noqa: B023
+            for k in range(6)]  # fmt: skip
+    norm = np.asarray(run(params, batch)[1].norm[:, 0])
+    true = np.linalg.norm(np.asarray(each, np.float64).reshape(6, -1), axis=1)
+    np.testing.assert_allclose(norm, true, rtol=1e-5 if dtype == "float32" else 0.02)
+    for scale in (0.0, 1.0, 1e3, 1e38, np.inf, np.nan):
+        changed = batch | {"d": batch["d"].at[1].set(scale)}
+        moved = np.linalg.norm(vector(params, changed) - without)
+        assert moved <= 0.1 * (1 + 1e-6) + 1e-6 * np.linalg.norm(without)
+    assert moved <= 1e-6  # nothing is left of what is not finite
 
 
 def test_counts_of_integers_are_measured():
@@ -456,12 +502,26 @@ def test_biases_of_keys_are_one_addition():
     assert (size <= 1e-9 * (1 + 1e-6)).all() and (size > 0.9e-9).any()
 
 
+@jax.custom_vjp
+def kernel(x, w, sizes):
+    return jax.lax.ragged_dot(x, w, sizes)
+
+
+def of_kernel(kept, delta):
+    x, w, sizes = kept
+    pull = jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, sizes), x, w)[1]
+    return (*pull(delta), None)
+
+
+kernel.defvjp(lambda *args: (kernel(*args), args), of_kernel)
+
+
 def test_what_jax_cannot_map_goes_one_by_one():
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=(2, 4, 3)), jnp.float32)
     x = jnp.asarray(rng.normal(size=(3, 5, 4)), jnp.float32)
     sizes = jnp.array([[2, 3], [1, 1], [0, 5]], jnp.int32)
-    plain = lambda w, e: jnp.tanh(jax.lax.ragged_dot(e[0], w, e[1])).sum()
+    plain = lambda w, e: jnp.tanh(kernel(e[0], w, e[1])).sum()
     rows = [jax.grad(plain)(w, e) for e in zip(x, sizes, strict=True)]
     for loss in (plain, jax.checkpoint(plain)):
         grad = per_example.clipped_grad(loss, 1e3, microbatch_size=np.int64(1))

@@ -62,6 +62,11 @@ READ = {
         primitives.convolution,
         ((0, 2, 1), (2, 1, 0), (0, 2, 1), (2,), ((1, 2),), (1,), (3,), 3, 1),
     ),
+    "ragged_dot_general": (
+        lambda x: lax.ragged_dot(x, jnp.ones((2, 3, 4)), IDS),
+        primitives.ragged_dot,
+        ((((1,), (1,)), ((), ())), (0,), (0,), None),
+    ),
     "gather": (
         lambda x: x.at[IDS].get(mode="clip", wrap_negative_indices=False),
         primitives.gather,

@@ -47,6 +47,11 @@ METHODS = {
     "joined_constants": {"Gram": "a c", "bias sum": "b"},
     "sliced": {"Gram": "r v w", "bias sum": "b"},
     "reshaped": {"Gram": "a b c d"},
+    "experts_by_id": {"Gram": "o v w"},
+    "several_experts": {"Gram": "m u"},
+    "experts_by_group": {"Gram": "v w", "bias sum": "u"},
+    "experts_in_loops": {"Gram": "t u v w"},
+    "experts_elsewhere": {"segment sum": "v w", "outer product": "u"},
     "rnn": {"Gram": "wh wx", "bias sum": "b"},
     "gated": {"Gram": "f4 fi i4 ii", "bias sum": "b"},
     "nested_scan": {"Gram": "u w wo", "bias sum": "b"},
@@ -69,9 +74,17 @@ METHODS = {
     "scaled_and_joined": {"Gram": "a c d g", "bias sum": "b"},
 }
 # Those that the engine takes in as many different ways.
-UNLIKE = {"conv2", "look_ups", "nested_scan", "remat_layers", "scales_of_a_matrix",
-          "scaled_and_tied"}  # fmt: skip
-CALLED = ["attention", "embed", "joined", "remat_layers", "masked_at_one_position"]
+UNLIKE = {"conv2", "experts_by_id", "look_ups", "nested_scan", "remat_layers",
+          "scaled_and_tied", "scales_of_a_matrix"}  # fmt: skip
+CALLED = [
+    "attention",
+    "embed",
+    "joined",
+    "remat_layers",
+    "masked_at_one_position",
+    "experts_by_group",
+    "experts_by_id",
+]
 # Of the two forms below only the sums and norms are laid down.
 ANY_METHOD = {"bias_reshaped", "dead_code", "indexed", "indexed_in_scan"}
 CONVOLUTIONS = ("conv1", "conv2", "conv3")

@@ -72,7 +72,7 @@ class Tape(NamedTuple):
 
     def operand(self, site: Site) -> Any:
         """What was recorded for a site, None if it needs nothing."""
-        return None if site.data is None else self.data[site.data]
+        return site.operands(self.data)
 
 
 def backward_pass(
@@ -140,9 +140,9 @@ def tape_of(
     for n in plan.formed if norms else ():
         site = plan.sites[n]
         form = functools.partial(_form, site)
-        formed[n] = jax.vmap(form)(data.get(site.data), deltas[site.tap])
+        formed[n] = jax.vmap(form)(site.operands(data), deltas[site.tap])
     rest = [site for n, site in plan.sites.items() if n not in formed]
-    data = {site.data: data[site.data] for site in rest if site.data is not None}
+    data = {n: data[n] for site in rest for _, n, _ in site.recorded}
     deltas = {site.tap: deltas[site.tap] for site in rest}
     return Tape(data, deltas, leaves, formed, {})
 
@@ -193,7 +193,7 @@ def taps_of(plan: Plan) -> dict[int, jax.Array]:
     """
 
     def like(site: Site) -> jax.Array:
-        out, loops = site.eqn.outvars[0].aval, [n for _, n in site.loops]
+        out, loops = site.tapped.outvars[0].aval, [n for _, n in site.loops]
         return zeros((*loops, *[1] * bool(loops), *out.shape), out)
 
     return {site.tap: like(site) for site in plan.sites.values()}
@@ -202,7 +202,7 @@ def taps_of(plan: Plan) -> dict[int, jax.Array]:
 def _delta_shape(site: Site, delta: jax.Array) -> tuple[int, ...]:
     """`[B, loops..., ...]`."""
     turns = tuple(n for _, n in site.loops)
-    return (delta.shape[0], *turns, *site.eqn.outvars[0].aval.shape)
+    return (delta.shape[0], *turns, *site.tapped.outvars[0].aval.shape)
 
 
 def zeros(shape: tuple[int, ...], like: Any) -> jax.Array:
@@ -212,7 +212,7 @@ def zeros(shape: tuple[int, ...], like: Any) -> jax.Array:
 
 def dtype(plan: Plan) -> Any:
     """Of norms: float32, or wider where gradients are."""
-    dtypes = [site.eqn.outvars[0].aval.dtype for site in plan.everywhere().values()]
+    dtypes = [site.tapped.outvars[0].aval.dtype for site in plan.everywhere().values()]
     dtypes += [
         plan.root.jaxpr.outvars[0].aval.dtype,
         *(aval.dtype for aval in plan.types),
@@ -417,7 +417,7 @@ class _Seen(NamedTuple):
 
 def _form(site: Site, data: Any, delta: jax.Array) -> jax.Array:
     """The gradient of one example with respect to a weight."""
-    data = data if data is None else data[None]
+    data = jax.tree.map(lambda x: x[None], data)
     return site.rule.gradient(site, data, widen(delta)[None], None)
 
 
@@ -451,4 +451,4 @@ def _of_region(places: list[tuple[Site, LeafSlice, _Seen]]) -> list[_Measured]:
         table = coefficients.table(site, part, c)
         return [ghost_norm.Weighted(widen(left)[:, 0], widen(right)[:, 0], table)]
     factors = [outer_products.factors(s, p, *x[:3]) for s, p, x in places]
-    return [ghost_norm.Products(factors, primitives.precision(site.eqn))]
+    return [ghost_norm.Products(factors, primitives.precision(site.tapped))]

@@ -120,6 +120,11 @@ def factored_cost(places: list[tuple[Site, LeafSlice]]) -> tuple[str, int]:
     return method, cost
 
 
+def costs_more(places: list[tuple[Site, LeafSlice]], formed: int) -> bool:
+    """Whether outer products cost more than to form so many words for each example."""
+    return factored_cost(places)[1] > formed * words(_CACHE + 1)
+
+
 def only_formed(site: Site, part: LeafSlice) -> bool:
     """Whether norms at a site have to be those of the gradient itself."""
     return by_element(site, part) and sizes(site, part)[1] > 1

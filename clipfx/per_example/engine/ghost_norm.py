@@ -138,7 +138,7 @@ def _of_several(sums: Products, dtype: Any) -> _Square:
     total = terms = jnp.zeros((), dtype)
     left, right, dims = [], [], [(1, 1)]
     if dense is not None:
-        total, terms, *norms = _gram(dense.left, dense.right, sums.precision, dtype)
+        total, terms, *norms = _gram(dense, sums.precision, dtype)
         if target.is_cpu():
             norms = [_peaks(x).astype(dtype) for x in (dense.left, dense.right)]
         left.append(norms[0])
@@ -298,7 +298,7 @@ def _align(factors: list[Factors]) -> list[Factors]:
         if f.key == base:
             return f
         scale = f.scale and Scale(f.scale.number, f.scale.right, f.scale.left)
-        return Factors(f.right, f.left, base, scale)
+        return Factors(f.right, f.left, base, scale, f.block)
 
     return [turn(f) for f in factors]
 
@@ -320,9 +320,12 @@ def _join(factors: list[Factors], dtype: Any) -> Factors | None:
         return xs[0] if len(xs) == 1 else jnp.concatenate(xs, axis=1)
 
     key = factors[0].key if len(factors) == 1 else None
-    return Factors(
-        join([f.left for f in factors]), join([f.right for f in factors]), key
-    )
+    left, right = join([f.left for f in factors]), join([f.right for f in factors])
+    if all(f.block is None for f in factors):
+        return Factors(left, right, key)
+    first = lambda f: jnp.zeros(f.right.shape[:2], jnp.int32)
+    blocks = [first(f) if f.block is None else f.block for f in factors]
+    return Factors(left, right, key, block=jnp.concatenate(blocks, axis=1))
 
 
 def _matmul(
@@ -339,19 +342,21 @@ def _matmul(
 
 
 def _gram(
-    left: jax.Array, right: jax.Array, precision: jax.lax.PrecisionLike, dtype: Any
+    dense: Factors, precision: jax.lax.PrecisionLike, dtype: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The sum over pairs of positions, in tiles, and that of pairs of a position alone.
 
-    And the norms of rows on the left and on the right.
+    And the norms of rows on the left and on the right. Positions of different blocks
+    share no element.
 
     By position: where gradients cancel the sum of a row does, that of a tile does not.
     Of several tiles some 2^20 times the rounding of their sum counts like pairs.
     """
-    length = left.shape[1]
+    length = dense.right.shape[1]
     count = -(-length // _tile())
     edges = [length * k // count for k in range(count + 1)]
-    part = lambda k: tuple(x[:, edges[k] : edges[k + 1]] for x in (left, right))
+    cut = lambda x, k: x[:, edges[k] : edges[k + 1]]
+    part = lambda k: (cut(dense.left, k), cut(dense.right, k))
     rows: list[list[jax.Array]] = [[] for _ in range(count)]
     squares: list[tuple[jax.Array, jax.Array]] = []
     for k in range(count):
@@ -360,6 +365,10 @@ def _gram(
             left_tile = _matmul(u, x, precision, dtype)
             right_tile = _matmul(v, y, precision, dtype)
             tile = left_tile * right_tile
+            if dense.block is not None:
+                block, other = cut(dense.block, k), cut(dense.block, j)
+                same = block[:, :, None] == other[:, None, :]
+                tile = jnp.where(same, tile, jnp.zeros_like(tile))
             rows[k].append(tile.sum((0, 2)))
             if j < k:
                 rows[j].append(tile.sum((0, 1)))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from clipfx import _compat
-from clipfx.per_example.engine import primitives
+from clipfx.per_example.engine import primitives, rules
 from clipfx.per_example.engine.plan import Plan
 from clipfx.per_example.engine.primitives import CALLS, REMAT
 from clipfx.per_example.engine.rules.site import Door, Site
@@ -146,11 +146,11 @@ def run(
     for k, eqn in enumerate(jaxpr.eqns):
         inputs = [read(v) for v in eqn.invars]
         used = [i for i, v in enumerate(eqn.outvars) if v in node.users]
-        inner = node.inner.get(k)
-        if inner is not None and inner.numbers() & sites.keys():
+        enters = node.enters(k, sites)
+        if k in node.inner and enters:
             outs, inside, thread = _inside(node, k, inputs, sites, given, enter, thread)
             records.update(inside)
-        elif any(x.numbers() & sites.keys() for x in node.branches.get(k, ())):
+        elif k in node.branches and enters:
             every = []
             for branch in node.branches[k]:
                 within = given.within(branch)
@@ -162,17 +162,13 @@ def run(
             # As `jax.vmap` does it, where examples choose different branches.
             outs = [lax.select_n(inputs[0], *xs) for xs in zip(*every, strict=True)]
         else:
-            outs = _compat.evaluate(eqn, inputs)
-            for site in node.sites.get(k, ()):
-                if site.number not in sites or site.operand is None:
-                    continue
-                assert site.data is not None
-                data = inputs[site.operand]
-                if site.number in given.slots:
-                    slot = given.slots[site.number]
-                    outs[0] = keep(outs[0], as_floats(data), slot)
-                else:
-                    records[site.data] = data
+            outs = rules.evaluate(eqn, inputs)
+            for n, number, operand, data in node.recorded(k):
+                if n in sites and number in given.slots:
+                    slot = given.slots[number]
+                    outs[0] = keep(outs[0], as_floats(inputs[operand]), slot)
+                elif n in sites:
+                    records[data] = inputs[operand]
         if used and node.taps.get(k) in given.taps:
             outs[used[0]] = tap(outs[used[0]], given.taps[node.taps[k]])
         env.update((eqn.outvars[i], outs[i]) for i in used)

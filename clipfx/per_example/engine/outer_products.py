@@ -22,12 +22,15 @@ class Factors(NamedTuple):
       right: `[S, T, N]`.
       key: The dimensions of the leaf behind S, K and N; None where unknown.
       scale: What the outer products are to be multiplied by; None for 1.
+      block: Of a leaf of several matrices the one that each is in, ids `[S, T]`; None
+        if there is one.
     """
 
     left: jax.Array
     right: jax.Array
     key: tuple | None
     scale: coefficients.Scale | None = None
+    block: jax.Array | None = None
 
     @property
     def by_index(self) -> bool:
@@ -51,12 +54,12 @@ def factors(
       delta: Gradient with respect to the output, `[loops..., ...]`.
       c: Coefficients of the weight, None if it has none.
     """
-    left, right = site.rule.factors(site, part, data, delta)
+    left, right, *block = site.rule.factors(site, part, data, delta)
     if c is not None and part.scaled and site.rule.left == IDS:
         right = widen(right) * coefficients.of_rows(site, part, c, left)
         return Factors(left, right, key(site, part))
     scale = coefficients.scale(site, part, c, right.shape[0])
-    return Factors(left, right, key(site, part), scale)
+    return Factors(left, right, key(site, part), scale, *block)
 
 
 def by_element(site: Site, part: LeafSlice) -> bool:
@@ -105,12 +108,12 @@ def sizes(site: Site, part: LeafSlice) -> tuple[int, int, int, int]:
         return 1, 1, 1, 1
     turns = tuple(n for _, n in site.loops)
     like = lambda v: jax.ShapeDtypeStruct((*turns, *v.aval.shape), v.aval.dtype)
-    data = None if site.operand is None else like(site.eqn.invars[site.operand])
-    shape = jax.eval_shape(
+    data = site.operands({n: like(v) for _, n, v in site.recorded})
+    left, right, *_ = jax.eval_shape(
         lambda x, d: tuple(site.rule.factors(site, part, x, d)),
         data,
-        like(site.eqn.outvars[0]),
+        like(site.tapped.outvars[0]),
     )
-    left, right = (x.shape for x in shape)
+    left, right = left.shape, right.shape
     left = left if site.rule.left == NUMBERS else (*left, site.rule.rows(site))
     return (*left, right[2])

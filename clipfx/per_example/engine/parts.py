@@ -74,7 +74,7 @@ def _part(
     return node._replace(
         jaxpr=jaxpr, sites=some(node.sites), inner=some(node.inner),
         branches=some(node.branches), views=some(node.views), taps=some(node.taps),
-        users=users_of(jaxpr),
+        products=some(node.products), users=users_of(jaxpr),
         regions=some(node.regions), doors=some(node.doors),
     )  # fmt: skip
 

@@ -286,8 +286,8 @@ def _kept(uses: list, outer: dict[int, int]) -> list:
 
 def _words(site: Site) -> int:
     """What a site sees in one turn."""
-    inputs = () if site.operand is None else (site.eqn.invars[site.operand],)
-    return sum(math.prod(v.aval.shape) for v in (site.eqn.outvars[0], *inputs))
+    inputs = [v for _, _, v in site.recorded]
+    return sum(math.prod(v.aval.shape) for v in (site.tapped.outvars[0], *inputs))
 
 
 def _joined(differentiated: set[int], doors: dict[int, list[Door]]) -> set[int]:
@@ -311,7 +311,9 @@ def _region(
     # Each with data of its own: where one is not differentiated its data do not come.
     cut = {
         n: site._replace(
-            loops=site.loops[outer:], data=None if site.data is None else n
+            loops=site.loops[outer:],
+            data=None if site.data is None else n,
+            product=site.product and site.product._replace(data=site.product.number),
         )
         for n, site in sites.items()
     }

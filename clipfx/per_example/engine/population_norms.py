@@ -39,7 +39,7 @@ def choose(run: Pass) -> dict[int, str]:
             blocks, length, rows, _ = outer_products.sizes(site, part)
             if blocks == 1 and 2 * run.call.size * length < further * rows:
                 how[leaf] = "rows"
-        elif site.rule.left == NUMBERS and not site.rule.copied:
+        elif site.rule.left == NUMBERS and not (site.rule.copied or site.product):
             _, length, k, n = outer_products.sizes(site, part)
             length *= run.call.size
             if length <= MOST and length * (k + n) < further * k * n:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 DOT, CONVOLUTION, GATHER = "dot_general", "conv_general_dilated", "gather"
+RAGGED_DOT = "ragged_dot_general"
 CONVERT = "convert_element_type"
 CUSTOM_VJP = "custom_vjp_call"
 COND, SCAN = "cond", "scan"
@@ -133,6 +134,19 @@ def dot_dimensions(eqn: Any) -> tuple[Any, Any]:
     return eqn.params["dimension_numbers"]
 
 
+def ragged_dot(eqn: Any) -> tuple[Any, tuple[int, ...], tuple[int, ...], Any]:
+    """Dimensions of a `ragged_dot_general`.
+
+    Contracted and batch dimensions as of a `dot_general`, those that groups of rows
+    follow each other along, those that matrices do, and where groups start or how the
+    output is to be split over a mesh.
+    """
+    dn = eqn.params["ragged_dot_dimension_numbers"]
+    rows, matrices = dn.lhs_ragged_dimensions, dn.rhs_group_dimensions
+    offset = eqn.params["group_offset"] or eqn.params.get("out_sharding")
+    return dn.dot_dimension_numbers, tuple(rows), tuple(matrices), offset
+
+
 def precision(eqn: Any) -> Any:
     """Of products; None where there are none."""
     return eqn.params.get("precision")
@@ -154,6 +168,18 @@ def inner(eqn: Any) -> Any:
 def branches(eqn: Any) -> Sequence[Any]:
     """The programs that a `cond` chooses from, by its first input."""
     return eqn.params["branches"]
+
+
+def holds(eqn: Any, name: str) -> bool:
+    """Whether an equation is of this name, or has one such that runs inside of it."""
+    if eqn.primitive.name == COND:
+        inside = branches(eqn)
+    elif eqn.primitive.name in (*CALLS, SCAN):
+        inside = [inner(eqn)]
+    else:
+        return eqn.primitive.name == name
+    programs = [getattr(program, "jaxpr", program) for program in inside]
+    return any(holds(x, name) for program in programs for x in program.eqns)
 
 
 def remat_options(eqn: Any) -> dict[str, Any]:

@@ -304,13 +304,13 @@ def _entrance(inside: _Inside, number: int, node: JaxprPlan) -> Any:
     ) -> tuple[dict, dict, Any]:
         zeros = functools.partial(_zeros, found.powers[0])
         taps = {
-            site.tap: zeros(site, site.eqn.outvars[0].aval)
+            site.tap: zeros(site, site.tapped.outvars[0].aval)
             for site in region.sites.values()
         }
         slots = {
-            n: zeros(site, _data(site))
-            for n, site in region.sites.items()
-            if site.data is not None
+            n: zeros(site, v.aval)
+            for site in region.sites.values()
+            for n, _, v in site.recorded
         }
         return taps, slots, thread
 
@@ -321,8 +321,9 @@ def _entrance(inside: _Inside, number: int, node: JaxprPlan) -> Any:
     def backward(kept: tuple, gradients: tuple) -> tuple[dict, _Found, Any, None]:
         (doors, fixed), (deltas, data, thread) = kept, gradients
         data = {
-            n: interpreter.from_floats(x, _data(region.sites[n]).dtype)
-            for n, x in data.items()
+            n: interpreter.from_floats(data[n], v.aval.dtype)
+            for site in region.sites.values()
+            for n, _, v in site.recorded
         }
         tape = bookkeeping.tape_of(here, data, {}, deltas)
         measure = functools.partial(_powers, here, columns, fixed.scales)
@@ -384,11 +385,6 @@ def _on_the_spot(
     limit = columns.of_turn(fixed.limit, fixed.ids)
     factor, later = inside.decide(norms, trusted, limit, good & fixed.keep)
     return factor, later, good
-
-
-def _data(site: Site) -> Any:
-    """The type of what a site sees."""
-    return site.eqn.invars[site.operand].aval
 
 
 def _zeros(rows: jax.Array, site: Site, aval: Any) -> jax.Array:

@@ -6,16 +6,26 @@ behind the value are *instantiated*, that is differentiated for each example.
 """
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from clipfx import _compat
-from clipfx.per_example.engine import constants, param_views, primitives, rules
+from clipfx.per_example.engine import (
+    constants,
+    cost_model,
+    look_ups,
+    param_views,
+    primitives,
+    rules,
+)
 from clipfx.per_example.engine.constants import Constant
+from clipfx.per_example.engine.look_ups import LookUp, Rows, Use
 from clipfx.per_example.engine.param_views import LeafSlice, ParamView
-from clipfx.per_example.engine.rules.site import Door, Site
+from clipfx.per_example.engine.rules import product_by_id
+from clipfx.per_example.engine.rules.site import IDS, Door, Product, Site, SiteRule
 
 
 class ValueInfo(NamedTuple):
@@ -27,6 +37,7 @@ class ValueInfo(NamedTuple):
       view: How it consists of parameters, None if it is computed from them.
       why: What computed it.
       constant: Where it comes from, if neither from parameters nor from data.
+      rows: Of which weight it is rows that data look up, None if it is not.
     """
 
     leaves: frozenset[int] = frozenset()
@@ -34,6 +45,7 @@ class ValueInfo(NamedTuple):
     view: ParamView | None = None
     why: str = ""
     constant: Constant | None = None
+    rows: Rows | None = None
 
 
 class JaxprPlan(NamedTuple):
@@ -48,6 +60,7 @@ class JaxprPlan(NamedTuple):
       views: By equation, which outputs are views of parameters.
       data: By variable the number of what is recorded of it.
       taps: By equation the number of the tap on its output.
+      products: By equation the sites that look up rows for this product.
       users: By variable the equations that read it, and None for the program's end.
       regions: By equation that rematerializes, the number of that region.
       doors: By such an equation, where parameters enter.
@@ -62,6 +75,7 @@ class JaxprPlan(NamedTuple):
     views: dict[int, list[bool]]
     data: dict[Any, int]
     taps: dict[int, int]
+    products: dict[int, list[Site]]
     users: dict[Any, list[int | None]]
     regions: dict[int, int]
     doors: dict[int, list[Door]]
@@ -72,6 +86,14 @@ class JaxprPlan(NamedTuple):
         called = [self.inner[k]] if k in self.inner else []
         return called + self.branches.get(k, [])
 
+    def enters(self, k: int, sites: Container[int]) -> bool:
+        """Whether equation k is run by the equations inside, for some of these sites.
+
+        Or for what JAX cannot map over examples.
+        """
+        ragged = primitives.holds(self.jaxpr.eqns[k], primitives.RAGGED_DOT)
+        return ragged or any(n in sites for x in self.inside(k) for n in x.numbers())
+
     def insides(self) -> list["JaxprPlan"]:
         """All programs inside, but for those inside of them."""
         return [x for k in self.inner | self.branches for x in self.inside(k)]
@@ -79,8 +101,24 @@ class JaxprPlan(NamedTuple):
     def numbers(self) -> set[int]:
         """Of all sites and doors here and inside."""
         inside = [node.numbers() for node in self.insides()]
-        some = [*self.sites.values(), *self.doors.values()]
-        return {s.number for sites in some for s in sites}.union(*inside)
+        some = [*self.sites.values(), *self.doors.values(), *self.products.values()]
+        own = {s.number for sites in some for s in sites}
+        data = [{number for _, number, *_ in self.recorded(k)} for k in self.products]
+        return own.union(*data, *inside)
+
+    def recorded(self, k: int) -> list[tuple[int, int, int, int]]:
+        """What is recorded of the inputs of equation k.
+
+        Of each the site, the number there, which input it is, the number of the record.
+        """
+        seen: list[tuple[Site, Site | Product | None]]
+        seen = [(site, site) for site in self.sites.get(k, ())]
+        seen += [(site, site.product) for site in self.products.get(k, ())]
+        return [
+            (site.number, x.number, x.operand, x.data)
+            for site, x in seen
+            if x is not None and x.operand is not None and x.data is not None
+        ]
 
     def all_regions(self) -> set[int]:
         """Numbers of what is rematerialized here and inside."""
@@ -120,6 +158,7 @@ def walk(closed: Any, infos: Sequence[ValueInfo], leaves: int) -> Walked:
     found = _Walk(leaves)
     root, outs = found.walk(closed, infos, ())
     found.blame(outs[0], "a term without data")  # others are not differentiated
+    found.place_look_ups()
     return Walked(root, found.uses, found.reasons, found.doors)
 
 
@@ -133,8 +172,11 @@ class _Walk:
         self.reasons: list[list[str]] = [[] for _ in range(leaves)]
         self.region: int | None = None  # the innermost one around
         self.doors: dict[int, list[Door]] = {}
+        self.look_ups: list[LookUp] = []
 
     def blame(self, info: ValueInfo, why: str) -> None:
+        if info.rows is not None:
+            self.look_ups[info.rows.number].elsewhere.append(True)
         for leaf in info.leaves:
             self.reasons[leaf].append(why)
 
@@ -143,7 +185,7 @@ class _Walk:
     ) -> tuple[JaxprPlan, list[ValueInfo]]:
         jaxpr, consts = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
         node = JaxprPlan(
-            jaxpr, consts, {}, {}, {}, {}, {}, {}, users_of(jaxpr), {}, {}, set()
+            jaxpr, consts, {}, {}, {}, {}, {}, {}, {}, users_of(jaxpr), {}, {}, set()
         )
         closed_over = [ValueInfo(constant=constants.of_const(x)) for x in consts]
         names = [*jaxpr.constvars, *jaxpr.invars]
@@ -168,11 +210,19 @@ class _Walk:
         name, count = eqn.primitive.name, len(eqn.outvars)
         leaves = frozenset().union(*(i.leaves for i in inputs))
         data = any(i.data for i in inputs)
+        rows = any(i.rows is not None for i in inputs)
+        if rows and name not in primitives.CALLS:
+            out = self.follow(Use(node, k, eqn, 0, loops, self.region), inputs)
+            if out is not None:
+                return [out]
+            rows, inputs = False, [i._replace(rows=None) for i in inputs]
         fixed = [i.constant for i in inputs if i.constant is not None]
         if len(fixed) == len(inputs):
             outs = constants.of_equation(eqn, fixed, node.needed)
             return [ValueInfo(constant=constant) for constant in outs]
-        if not leaves or name == primitives.STOP_GRADIENT:
+        # Not only for parameters: what JAX cannot map is to be run one by one.
+        ragged = data and primitives.holds(eqn, primitives.RAGGED_DOT)
+        if not (leaves or rows or ragged) or name == primitives.STOP_GRADIENT:
             return [ValueInfo(data=data)] * count
         if name in primitives.REMAT and data:
             around, self.region = self.region, next(self.number)
@@ -202,8 +252,8 @@ class _Walk:
             outs = self.of_parameters(eqn, inputs, leaves)
             node.views[k] = [info.view is not None for info in outs]
             return outs
-        self.meet(node, k, eqn, inputs, loops)
-        return [ValueInfo(data=True)] * count
+        taken = self.meet(node, k, eqn, inputs, loops)
+        return [ValueInfo(data=True, rows=taken)] * count
 
     def of_parameters(
         self, eqn: Any, inputs: list[ValueInfo], leaves: frozenset
@@ -225,7 +275,7 @@ class _Walk:
 
     def meet(
         self, node: JaxprPlan, k: int, eqn: Any, inputs: list[ValueInfo], loops: tuple
-    ) -> None:
+    ) -> Rows | None:
         """Parameters meet data: at a site, or for each example."""
         weights = [j for j, i in enumerate(inputs) if i.leaves]
         for j in weights:
@@ -238,19 +288,92 @@ class _Walk:
             elif why := rules.why_not(rule, eqn, j, info.view):
                 self.blame(info, why)
             else:
-                number, data = next(self.number), None
-                operand = rule.operand(eqn, j)
-                if operand is not None:
-                    data = node.data.setdefault(eqn.invars[operand], number)
-                tap = node.taps.setdefault(_where_added(node, k), number)
-                site = Site(
-                    number, eqn, rule, j, operand, info.view, loops, data, tap,
-                    self.region,
-                )  # fmt: skip
-                node.sites.setdefault(k, []).append(site)
-                for part in info.view.parts:
-                    if part.leaf is not None:
-                        self.uses[part.leaf].append((site, part))
+                use = Use(node, k, eqn, j, loops, self.region)
+                dims = look_ups.dims_of(eqn, info.view) if rule.left == IDS else None
+                if dims is not None:
+                    self.look_ups.append(LookUp(use, info.view, [], []))
+                    return Rows(len(self.look_ups) - 1, dims)
+                product = None
+                if rule.second is not None:
+                    number = next(self.number)
+                    product = Product(eqn, j, rule.second, number, number, ())
+                self.place(use, self.site(use, rule, info.view, product), use)
+        return None
+
+    def site(
+        self, use: Use, rule: SiteRule, view: ParamView, product: Product | None = None
+    ) -> Site:
+        """One with numbers of its own."""
+        number, operand = next(self.number), rule.operand(use.eqn, use.weight)
+        data = None if operand is None else number
+        return Site(
+            number, use.eqn, rule, use.weight, operand, view, use.loops, data, number,
+            use.region, product,
+        )  # fmt: skip
+
+    def place(self, use: Use, site: Site, tapped: Use) -> None:
+        """Puts a site into the program, where it shares what others record.
+
+        Args:
+          use: Where.
+          site: From `site`.
+          tapped: Where its product is, if it has one; else where it is.
+        """
+        share = lambda node, v, number: node.data.setdefault(v, number)
+        if site.operand is not None:
+            data = share(use.node, use.eqn.invars[site.operand], site.number)
+            site = site._replace(data=data)
+        if site.product is not None:
+            v = tapped.eqn.invars[site.product.operand]
+            data = share(tapped.node, v, site.product.number)
+            site = site._replace(product=site.product._replace(data=data))
+        node, k, *_ = tapped
+        tap = node.taps.setdefault(_where_added(node, k), site.number)
+        site = site._replace(tap=tap)
+        if site.product is not None:
+            tapped.node.products.setdefault(tapped.k, []).append(site)
+        use.node.sites.setdefault(use.k, []).append(site)
+        for part in site.view.parts:
+            if part.leaf is not None:
+                self.uses[part.leaf].append((site, part))
+
+    def follow(self, use: Use, inputs: list[ValueInfo]) -> ValueInfo | None:
+        """What an equation makes of rows that were looked up, None if it is unknown."""
+        (j, *others) = [j for j, i in enumerate(inputs) if i.rows is not None]
+        rows = inputs[j].rows
+        assert rows is not None
+        dims = look_ups.moved(use.eqn, rows.dims)
+        if dims is not None:
+            return ValueInfo(data=True, rows=rows._replace(dims=dims))
+        leaves = any(i.leaves for i in inputs)
+        if use.eqn.primitive.name == primitives.DOT and not others and not leaves:
+            products = self.look_ups[rows.number].products
+            products.append((use._replace(weight=j), rows.dims))
+            return ValueInfo(data=True)
+        for i in inputs:
+            self.blame(i._replace(leaves=frozenset()), "")
+        return None
+
+    def place_look_ups(self) -> None:
+        """Where rows go into products alone they are measured there, if it is less."""
+        for use, view, products, elsewhere in self.look_ups:
+            rule = rules.find(use.eqn, 0)
+            assert rule is not None
+            found = []
+            for at, dims in products:
+                number = next(self.number)
+                x = Product(at.eqn, at.weight, 1 - at.weight, number, number, dims)
+                found.append((self.site(use, product_by_id.RULE, view, x), at))
+            if elsewhere or not all(at.together(use) for _, at in found):
+                found = []
+            turns = math.prod(n for _, n in use.loops)
+            formed = turns * math.prod(use.eqn.outvars[0].aval.shape)
+            places = [(site, view.parts[0]) for site, _ in found]
+            if not found or cost_model.costs_more(places, formed):
+                self.place(use, self.site(use, rule, view), use)
+            else:
+                for site, at in found:
+                    self.place(use, site, at)
 
     def scan(
         self, node: JaxprPlan, k: int, eqn: Any, inputs: list[ValueInfo], loops: tuple

@@ -129,10 +129,11 @@ def _of_sites(
         axis = None if k is None else 1 + len(site.loops) + k
         a, d = tape.operand(site), tape.deltas[site.tap]
         # Sites that share what is recorded share what is scaled, if factors agree.
-        first, second = (site.data,), (site.tap, axis, groups[n])
+        seen = tuple(number for _, number, _ in site.recorded)
+        first, second = seen, (site.tap, axis, groups[n])
         if in_data:
             a = floating(a, widen(d).dtype)
-            first, second = (site.data, axis, groups[n]), (site.tap,)
+            first, second = (*seen, axis, groups[n]), (site.tap,)
         if first not in data:
             data[first] = _scale(a, factor, groups[n], axis) if in_data else a
         if second not in deltas:

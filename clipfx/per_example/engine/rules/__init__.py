@@ -3,10 +3,20 @@
 from clipfx.per_example.engine.rules.custom import Rule
 from clipfx.per_example.engine.rules.registry import (
     RULES,
+    evaluate,
     find,
     register_rule,
     why_not,
 )
 from clipfx.per_example.engine.rules.site import Site, SiteRule
 
-__all__ = ["RULES", "Rule", "Site", "SiteRule", "find", "register_rule", "why_not"]
+__all__ = [
+    "RULES",
+    "Rule",
+    "Site",
+    "SiteRule",
+    "evaluate",
+    "find",
+    "register_rule",
+    "why_not",
+]

@@ -18,7 +18,7 @@ def _why_not(eqn: Any, weight: int, view: ParamView) -> str | None:
     return f"{eqn.primitive.name} of a broadcast" if view.repeated else None
 
 
-def _dims(site: Site) -> tuple[list[int], ...]:
+def dims_of(site: Site) -> tuple[list[int], ...]:
     """Batch, contracted and free dimensions of the weight, then of the data."""
     contract, batch = primitives.dot_dimensions(site.eqn)
     wc, wb = list(contract[site.weight]), list(batch[site.weight])
@@ -30,9 +30,9 @@ def _dims(site: Site) -> tuple[list[int], ...]:
     return wb, wc, wf, xb, xc, xf
 
 
-def _delta_dims(site: Site) -> tuple[list[int], ...]:
+def delta_dims(site: Site) -> tuple[list[int], ...]:
     """Where batch, free of the data and free of the weight are in the output."""
-    wb, _, wf, _, _, xf = _dims(site)
+    wb, _, wf, _, _, xf = dims_of(site)
     b, x, w = len(wb), len(xf), len(wf)
     first, second = list(range(b, b + w)), list(range(b + w, b + w + x))
     if site.weight == 1:
@@ -44,8 +44,8 @@ def _axis(site: Site) -> tuple[bool, int | None]:
     axis = site.view.axis
     if axis is None:
         return False, None
-    wb, wc, wf, _, xc, _ = _dims(site)
-    db, _, dw = _delta_dims(site)
+    wb, wc, wf, _, xc, _ = dims_of(site)
+    db, _, dw = delta_dims(site)
     if axis in wc:
         return True, xc[wc.index(axis)]
     return False, dw[wf.index(axis)] if axis in wf else db[wb.index(axis)]
@@ -53,8 +53,8 @@ def _axis(site: Site) -> tuple[bool, int | None]:
 
 def _factors(site: Site, part: LeafSlice, x: jax.Array, d: jax.Array) -> tuple:
     x = sites.floating(x, widen(d).dtype)
-    wb, wc, wf, xb, xc, xf = _dims(site)
-    db, dx, dw = _delta_dims(site)
+    wb, wc, wf, xb, xc, xf = dims_of(site)
+    db, dx, dw = delta_dims(site)
     lead = len(site.loops)
     in_data, k = _axis(site)
     if k is not None:
@@ -78,8 +78,8 @@ def _factors(site: Site, part: LeafSlice, x: jax.Array, d: jax.Array) -> tuple:
 def _gradient(
     site: Site, data: jax.Array, delta: jax.Array, like: jax.Array | None
 ) -> jax.Array:
-    wb, wc, wf, xb, xc, xf = _dims(site)
-    db, dx, _ = _delta_dims(site)
+    wb, wc, wf, xb, xc, xf = dims_of(site)
+    db, dx, _ = delta_dims(site)
     lead = 1 + len(site.loops)
     cut = [1 + k for k, sliced in enumerate(site.sliced) if sliced]
     summed = [k for k in range(lead) if k not in cut]
@@ -109,7 +109,7 @@ RULE = SiteRule(
     why_not=_why_not,
     operand=sites.other_input,
     factors=_factors,
-    dims=lambda site, part: [sites.in_order(dims, part) for dims in _dims(site)[:3]],
+    dims=lambda site, part: [sites.in_order(dims, part) for dims in dims_of(site)[:3]],
     gradient=_gradient,
     axis=_axis,
 )

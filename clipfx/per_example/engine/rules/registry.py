@@ -9,7 +9,13 @@ from clipfx import _compat
 from clipfx._core.checks import helpful
 from clipfx.per_example.engine import primitives
 from clipfx.per_example.engine.param_views import ParamView
-from clipfx.per_example.engine.rules import conv, dot_general, elementwise, gather
+from clipfx.per_example.engine.rules import (
+    conv,
+    dot_general,
+    elementwise,
+    gather,
+    ragged_dot,
+)
 from clipfx.per_example.engine.rules.custom import Rule, check_arguments, site_rule
 from clipfx.per_example.engine.rules.site import SiteRule
 
@@ -23,6 +29,7 @@ RULES: dict[str, SiteRule] = {
     primitives.SUB: elementwise.SUB,
     primitives.MUL: elementwise.MUL,
     primitives.DIV: elementwise.DIV,
+    primitives.RAGGED_DOT: ragged_dot.RULE,
 }
 # Of users: what `primitives.owner` returns, the rule, and what the engine makes of it.
 _USERS: list[tuple[Any, Rule, SiteRule]] = []
@@ -38,6 +45,13 @@ def find(eqn: Any, weight: int) -> SiteRule | None:
     for given, rule in ours:
         check_arguments(eqn, given, rule.name)
     return next((rule for given, rule in ours if given.weight == argument), None)
+
+
+def evaluate(eqn: Any, inputs: list) -> list:
+    """What an equation returns, also where JAX cannot map it over examples."""
+    if eqn.primitive.name == primitives.RAGGED_DOT:
+        return ragged_dot.evaluate(eqn, inputs)
+    return _compat.evaluate(eqn, inputs)
 
 
 def why_not(rule: SiteRule, eqn: Any, weight: int, view: ParamView) -> str | None:

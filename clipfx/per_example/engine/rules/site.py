@@ -8,7 +8,7 @@ output. Leading dimensions of what a site recorded are the turns of enclosing lo
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +45,8 @@ class SiteRule(NamedTuple):
         data, and which dimension; otherwise of the output. None if there is one part.
       rows: `rows(site)`, K, for `IDS`.
       copied: Whether rows u are copies of the data, as patches are: that costs.
+      second: A further input that the gradient depends on, None if there is none:
+        otherwise data are a pair.
       name: In `explain`, if it is not that of the primitive.
     """
 
@@ -57,7 +59,29 @@ class SiteRule(NamedTuple):
     axis: Callable = lambda site: (False, None)
     rows: Callable = lambda site: 0
     copied: bool = False
+    second: int | None = None
     name: str = ""
+
+
+class Product(NamedTuple):
+    """The product of data with rows of a weight, which the site has looked up.
+
+    Attributes:
+      eqn: The equation.
+      weight: Which input the rows are.
+      operand: Which input the data are.
+      number: Among those of sites, of the data recorded here.
+      data: Number of these, as `Site.data`.
+      dims: For every dimension of the rows that of the weight, or `~j` for the j-th of
+        the ids; None where it has one element.
+    """
+
+    eqn: Any
+    weight: int
+    operand: int
+    number: int
+    data: int
+    dims: tuple[int | None, ...]
 
 
 class Site(NamedTuple):
@@ -76,6 +100,8 @@ class Site(NamedTuple):
       tap: Number of the tap that gives the gradient with respect to the output; sites
         whose outputs are only added up share it.
       region: Number of the innermost rematerialized part around, None if there is none.
+      product: What becomes of rows that are looked up, if it is one product: then that
+        has the tap, and there are two operands, ids and data. None elsewhere.
     """
 
     number: int
@@ -88,6 +114,28 @@ class Site(NamedTuple):
     data: int | None
     tap: int
     region: int | None = None
+    product: Product | None = None
+
+    @property
+    def tapped(self) -> Any:
+        """The equation whose output is tapped."""
+        return self.eqn if self.product is None else self.product.eqn
+
+    @property
+    def recorded(self) -> list[tuple[int, int, Any]]:
+        """All that the gradient depends on: number, that of the record, variable."""
+        found = []
+        if self.operand is not None and self.data is not None:
+            found.append((self.number, self.data, self.eqn.invars[self.operand]))
+        if self.product is not None:
+            x = self.product
+            found.append((x.number, x.data, x.eqn.invars[x.operand]))
+        return found
+
+    def operands(self, records: Mapping[int, Any]) -> Any:
+        """What was recorded for it: None, an array, or ids and data."""
+        found = tuple(records[data] for _, data, _ in self.recorded)
+        return found if len(found) > 1 else found[0] if found else None
 
     @property
     def name(self) -> str:
@@ -161,6 +209,12 @@ def split_loops(site: Site, part: LeafSlice) -> tuple[list[int], list[int]]:
     stacks = dict(part.stack)
     outer = [k for k, (loop, _) in enumerate(site.loops) if loop in stacks]
     return outer, [k for k in range(len(site.loops)) if k not in outer]
+
+
+def rows_of_batch(site: Site) -> tuple[list[int], list[int]]:
+    """Dimensions in front of data of a batch: of loops that slice, and all others."""
+    cut = [1 + k for k, sliced in enumerate(site.sliced) if sliced]
+    return cut, [k for k in range(1 + len(site.loops)) if k not in cut]
 
 
 def groups_of(
