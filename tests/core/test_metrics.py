@@ -62,7 +62,7 @@ def test_under_jit():
 
 
 def step(tx, grads):
-    return tx.update(grads, tx.init(grads), grads)[1]
+    return jax.jit(tx.update)(grads, tx.init(grads), grads)[1]
 
 
 def test_keys_follow_names():

@@ -19,15 +19,17 @@ def test_one_pass_finds_what_two_do(shape, dtype):
     """Of which a process with one CPU device takes the one."""
     rng = np.random.default_rng(0)
     with enable_x64(dtype == "float64"):
+        x = np.abs(rng.normal(size=shape)).astype(dtype)
+        sizes = [x, np.zeros(2, "float32"), x[None]]
+        layout = reductions.layout_of(sizes, (0,) * 3, 1, jnp.dtype(dtype), None)
+        one = jax.jit(functools.partial(in_one_pass, layout=layout))
+        two = jax.jit(functools.partial(in_two_passes, layout=layout))
         for special in (None, 0.0, np.finfo(dtype).tiny, np.inf, np.nan):
             x = np.abs(rng.normal(size=shape)).astype(dtype)
             if special is not None and x.size:
                 x.flat[x.size // 2] = special
             limit = jnp.asarray(0.7, dtype)
             sizes = [jnp.asarray(x), jnp.asarray([0.1, 0.8], "float32"), x[None] / 2]
-            layout = reductions.layout_of(sizes, (0,) * 3, 1, jnp.dtype(dtype), None)
-            one = jax.jit(functools.partial(in_one_pass, layout=layout))
-            two = jax.jit(functools.partial(in_two_passes, layout=layout))
             peak, count = one(sizes, limit)
             right = two(sizes, limit)
             np.testing.assert_array_equal(peak, right[0])

@@ -730,7 +730,7 @@ def test_counts_may_be_numbers_of_numpy():
         clipfx.agc(axis=np.int64(-1)),
         clipfx.agc(axis=(np.int64(0),)),
     ):
-        tx.update(GRADS, tx.init(PARAMS), PARAMS)
+        jax.eval_shape(tx.update, GRADS, tx.init(PARAMS), PARAMS)
     assert clipfx.snr.cosine(np.int64(20)).shape == (20,)
     assert clipfx.snr.ddpm_linear(np.int32(20)).shape == (20,)
 

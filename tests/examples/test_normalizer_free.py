@@ -17,6 +17,7 @@ def standard():
         yield
 
 
+@pytest.mark.full
 def test_end_to_end(tmp_path, capsys):
     given = ["--blocks=2", "--width=8", "--batch=4", "--runs=1", f"--steps={CHUNK}"]
     given += ["--rates=0.1,3", "--max_norm=1", "--max_ratio=0.01"]

@@ -281,7 +281,7 @@ def test_ratios_of_parts_are_those_of_the_whole(make):
     mesh = jax.make_mesh((8,), ("x",))
     specs = {"decoder": {"kernel": P("x")}, "encoder": {"bias": P(), "kernel": P()}}
     tree = sample()
-    want, after = make(None).update(tree, make(None).init(tree))
+    want, after = jax.jit(make(None).update)(tree, make(None).init(tree))
     places = jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
     placed = jax.device_put(tree, places)
     got, _ = jax.jit(make(None).update)(placed, make(None).init(placed))

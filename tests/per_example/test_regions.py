@@ -199,24 +199,19 @@ GROUPS = {
     "slices": {name: f"{name}/*" for name in PARAMS},
     "shared": dict.fromkeys(PARAMS, "every/*"),
 }
-USUAL = {
-    "inside_a_branch",
-    "tied_outside",
-    "tied_inside",
-    "nested",
-    "joined_with_an_odd_one",
-    "names",
-    "int32",
-}
-
-
 STACKED = {"layers", "unrolled_layers", "nested", "inside_a_branch", "whole"}
 PAIRS = {
     f"{name}-{groups}": (name, groups)
     for name in CASES
     for groups in (GROUPS if name in STACKED else ("leaf", "global"))
 }
-USUAL = {f"{name}-{groups}" for name in USUAL for groups in ("leaf", "layers")}
+USUAL = {
+    "inside_a_branch-layers",
+    "nested-layers",
+    "tied_outside-leaf",
+    "tied_inside-leaf",
+    "joined_with_an_odd_one-leaf",
+}
 
 
 @pytest.mark.parametrize("pair", in_tiers(PAIRS, USUAL))
@@ -297,7 +292,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
-@pytest.mark.parametrize("case", in_tiers([*CALLS, *SETTINGS], 3))
+@pytest.mark.parametrize("case", in_tiers([*CALLS, *SETTINGS], 4))
 def test_one_pass_is_the_same_as_without_regions(case, platform, monkeypatch):
     monkeypatch.setattr(target, "forced", platform)
     groups = {**dict.fromkeys(PARAMS, "rest"), "stack": "stack/*", "a": "a", "b": "b",

@@ -73,8 +73,8 @@ def test_numbers_of_the_source():
         dp, fun=jnp.vdot, max_norm=1.0, size=1, scale=fixed(v)
     )  # fmt: skip
     example, params = jnp.array([[0.03, 0.4]]), jnp.array([7.0, -2.0])
-    exact = grad(0.0)
-    found, _, info = exact(exact.init(params), params, example, where=None)
+    exact = jax.jit(functools.partial(grad(0.0), where=None))
+    found, _, info = exact(grad(0.0).init(params), params, example)
     np.testing.assert_allclose(info.norm, [[3.02655]], rtol=2e-6)
     np.testing.assert_allclose(found, [0.00991228, 0.132164], rtol=5e-6)
     # Where nothing is drawn to be added to, the noise has v's shape.
@@ -261,7 +261,8 @@ def test_on_a_mesh(kind):
     put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
     host = functools.partial(jax.tree.map, np.asarray)
     split = {"in": put(params["in"], None, "model"), "out": put(params["out"], "data")}
-    follow = lambda p: grad.scale.scale(grad.scale.update(grad.scale.init(p), p), p)
+    scale = grad.scale
+    follow = jax.jit(lambda p: scale.scale(scale.update(scale.init(p), p), p))
     whole = host(follow(params))
     with jax.set_mesh(mesh):
         chex.assert_trees_all_close(host(follow(split)), whole, rtol=1e-6)

@@ -93,6 +93,7 @@ def test_leaves_split_in_several_ways_take_one_reduction_and_more_with_optax():
     assert numbers[0] == 1 < numbers[1]
 
 
+@pytest.mark.full
 def test_many_leaves_take_no_more_reductions_than_with_optax():
     """Of 256 results or less at a time, as XLA:CPU combines them."""
     auto = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
