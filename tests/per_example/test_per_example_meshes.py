@@ -290,12 +290,15 @@ REFUSED = {
     "tied_pairs",
 }  # fmt: skip
 MAPPED = [name for name in PIECES if name not in REFUSED]
+# Three at a time: half of the time is that of a program, whatever is in it.
+THREES = {"+".join(x): x for k in range(0, len(MAPPED), 3) if (x := MAPPED[k : k + 3])}
 
 
-@pytest.mark.parametrize("name", in_tiers(MAPPED, {"experts", "dead_code"}))
-def test_programs_on_a_mesh_with_explicit_axes(name):
+@pytest.mark.parametrize("names", in_tiers(THREES, {"experts+batched+mapped"}))
+def test_programs_on_a_mesh_with_explicit_axes(names):
     """That of the arrays alone; none is set around."""
-    steps = [(kind, "plain", str(k)) for k, kind in enumerate(("dense", name, "dense"))]
+    kinds = ("dense", *names, "dense")
+    steps = [(kind, "plain", str(k)) for k, kind in enumerate(kinds)]
     grad = per_example.clipped_grad(program(steps), 0.5, groups="leaf")
     mesh = mesh_of(AxisType.Explicit)
     place = lambda tree, *axes: jax.device_put(tree, NamedSharding(mesh, P(*axes)))
@@ -306,6 +309,30 @@ def test_programs_on_a_mesh_with_explicit_axes(name):
         want, _ = jax.jit(grad)(params, batch)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-9 * np.abs(y).max(initial=0))
+
+
+def test_experts_on_a_mesh_with_explicit_axes():
+    """Where look-ups say how they are split, as JAX asks there."""
+
+    def loss(params, example, **how):
+        x, ids = example
+        x = jnp.tanh(jnp.einsum("td,tdf->tf", x, params["up"].at[ids].get(**how)))
+        return jnp.einsum("tf,tfd->td", x, params["down"].at[ids].get(**how)).sum()
+
+    rng = np.random.default_rng(0)
+    params = {"up": rng.normal(size=(4, 8, 6)), "down": rng.normal(size=(4, 6, 8))}
+    params = cast(params, "float32")
+    ids = rng.integers(0, 4, (8, 5), np.int32)
+    batch = rng.normal(size=(8, 5, 8)).astype(np.float32), ids
+    want, _ = jax.jit(per_example.clipped_grad(loss, 0.7))(params, batch)
+    split = functools.partial(loss, out_sharding=P(None, None, None))
+    mesh = mesh_of(AxisType.Explicit)
+    place = lambda tree, *axes: jax.device_put(tree, NamedSharding(mesh, P(*axes)))
+    with jax.set_mesh(mesh):
+        grad = jax.jit(per_example.clipped_grad(split, 0.7))
+        got, _ = grad(place(params), place(batch, "data"))
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * np.abs(y).max())
 
 
 # ------------------------------------------------- gradients that are stacked already
