@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import assert_all_alike, mesh_of
 from per_example_oracle import cast
-from per_example_pieces import PIECES, program
+from per_example_pieces import PIECES, program, threes
 from per_example_pieces import draw as draw_piece
 from tiers import in_tiers
 from trees import enable_x64
@@ -289,12 +289,10 @@ REFUSED = {
     "permuted_and_padded", "scaled", "scaled_and_tied", "several_experts", "tied",
     "tied_pairs",
 }  # fmt: skip
-MAPPED = [name for name in PIECES if name not in REFUSED]
-# Three at a time: half of the time is that of a program, whatever is in it.
-THREES = {"+".join(x): x for k in range(0, len(MAPPED), 3) if (x := MAPPED[k : k + 3])}
+MAPPED = threes(name for name in PIECES if name not in REFUSED)
 
 
-@pytest.mark.parametrize("names", in_tiers(THREES, {"experts+batched+mapped"}))
+@pytest.mark.parametrize("names", in_tiers(MAPPED, {"experts+batched+mapped"}))
 def test_programs_on_a_mesh_with_explicit_axes(names):
     """That of the arrays alone; none is set around."""
     kinds = ("dense", *names, "dense")

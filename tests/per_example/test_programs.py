@@ -15,7 +15,7 @@ from per_example_oracle import (
     forced,
     methods,
 )
-from per_example_pieces import PIECES, draw, program
+from per_example_pieces import PIECES, draw, program, threes
 from tiers import in_tiers
 from trees import enable_x64
 
@@ -92,9 +92,10 @@ FORMED = {"branches": "i", "gated": "f4 fi i4 ii", "nested_joined": "a b",
           "nested_scan": "u", "rnn": "wh wx", "scaled_layers": "r u"}  # fmt: skip
 
 
-def around(name, wrapper="plain"):
-    """A piece between two layers: what precedes and follows it matters too."""
-    return [("dense", "plain", "0"), (name, wrapper, "1"), ("dense", "plain", "2")]
+def around(*names, wrapper="plain"):
+    """Pieces between two layers: what precedes and follows them matters too."""
+    kinds = [("dense", "plain"), *((x, wrapper) for x in names), ("dense", "plain")]
+    return [(*kind, str(k)) for k, kind in enumerate(kinds)]
 
 
 def methods_of(steps, force=None):
@@ -145,15 +146,18 @@ def test_piece(name):
         check(run, loss, params, batch, "float64", groups="leaf", grads=grads)
 
 
-IN_SLICES = {f"{name}-{force}": (name, force) for name in PIECES
-             for force in (None, "factored", "formed")
-             if force is None or name in UNLIKE | {"layers", "sliced"}}  # fmt: skip
+THREES = threes(x for x in PIECES if x not in {"layers", "sliced"})
+FORCED = threes(sorted(UNLIKE | {"layers", "sliced"}))
+IN_SLICES = {"layers+sliced-None": (["layers", "sliced"], None)}
+IN_SLICES |= {f"{name}-None": (names, None) for name, names in THREES.items()}
+IN_SLICES |= {f"{name}-{force}": (names, force) for name, names in FORCED.items()
+              for force in ("factored", "formed")}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", in_tiers(IN_SLICES, {"layers-None", "sliced-None"}))
-def test_piece_with_a_group_for_each_slice(case):
-    name, force = case
-    steps = around(name)
+@pytest.mark.parametrize("case", in_tiers(IN_SLICES, {"layers+sliced-None"}))
+def test_pieces_with_a_group_for_each_slice(case):
+    names, force = case
+    steps = around(*names)
     loss, (params, batch) = program(steps), draw(steps)
     scalars = {path for path, x in params.items() if not np.ndim(x)}
     groups = {path: path + "/*" * (path not in scalars) for path in params}
@@ -161,10 +165,13 @@ def test_piece_with_a_group_for_each_slice(case):
     check(run, loss, params, batch, "float64", groups=groups)
 
 
-@pytest.mark.parametrize("name", in_tiers(PIECES.keys(), {"attention", "nested_scan"}))
-def test_piece_in_the_1_norm(name):
+IN_THE_1_NORM = threes(PIECES)
+
+
+@pytest.mark.parametrize("names", in_tiers(IN_THE_1_NORM, len(IN_THE_1_NORM) // 2))
+def test_pieces_in_the_1_norm(names):
     """What is used once has a fast method, all else is instantiated or formed."""
-    steps = around(name)
+    steps = around(*names)
     loss, (params, batch) = program(steps), draw(steps)
     run = forced(loss, None, "leaf", ord=1)
     check(run, loss, params, batch, "float64", groups="leaf", ord=1)
@@ -174,7 +181,7 @@ def test_piece_in_the_1_norm(name):
 @pytest.mark.parametrize("wrapper", in_tiers(["remat", "saving"], {"saving"}))
 def test_fast_methods_inside_calls(name, wrapper):
     """Norms of what rematerializes come from a backward pass of their own."""
-    steps = around(name, wrapper)
+    steps = around(name, wrapper=wrapper)
     assert_methods(name, methods_of(steps), METHODS[name])
     loss, (params, batch) = program(steps), draw(steps)
     check(forced(loss, None, "leaf"), loss, params, batch, "float64", groups="leaf")
