@@ -447,8 +447,14 @@ def _of_region(places: list[tuple[Site, LeafSlice, _Seen]]) -> list[_Measured]:
         if site.rule.dims(site, part) is None:
             formed = coefficients.on_gradient(part, c, _form(site, data, delta))
             return [Elements([_part(site, part, formed)])]
-        left, right = site.rule.factors(site, part, data, delta)
-        table = coefficients.table(site, part, c)
-        return [ghost_norm.Weighted(widen(left)[:, 0], widen(right)[:, 0], table)]
+        left, right = (
+            widen(x)[:, 0] for x in site.rule.factors(site, part, data, delta)
+        )
+        numbers = None
+        if not outer_products.by_element(site, part):
+            numbers = coefficients.scale(site, part, c, right.shape[0])
+        if numbers is None:
+            numbers = coefficients.table(site, part, c)
+        return [ghost_norm.Weighted(left, right, numbers)]
     factors = [outer_products.factors(s, p, *x[:3]) for s, p, x in places]
     return [ghost_norm.Products(factors, primitives.precision(site.tapped))]

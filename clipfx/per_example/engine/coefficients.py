@@ -58,7 +58,13 @@ def scale(site: Site, part: LeafSlice, c: jax.Array | None, size: int) -> Scale 
     right = pick(numbers, i, 0)
     left = pick(numbers, jnp.argmax(jnp.abs(right), axis=1), 1)
     number = pick(left, i, 0)
-    share = lambda x: x / jnp.where(number == 0, 1, number)[:, None]
+
+    def share(x: jax.Array) -> jax.Array:
+        part = x / jnp.where(number == 0, 1, number)[:, None]
+        # Beside a larger one that is hidden it may be all: it is at least this.
+        least = jnp.finfo(part.dtype).tiny
+        return jnp.where((x != 0) & (jnp.abs(part) < least), least, part)
+
     return Scale(
         number,
         share(left) if differs.intersection(rows) else None,

@@ -181,12 +181,12 @@ class Weighted(NamedTuple):
     Attributes:
       left: `[S, K]`.
       right: `[S, N]`.
-      c: `[S, K, N]`.
+      c: `[S, K, N]`, or products of numbers of rows and columns.
     """
 
     left: jax.Array
     right: jax.Array
-    c: jax.Array
+    c: jax.Array | Scale
 
 
 def power_of_weighted(x: Weighted, p: int, dtype: Any) -> Power:
@@ -196,7 +196,10 @@ def power_of_weighted(x: Weighted, p: int, dtype: Any) -> Power:
     each other, so that none may vanish beside a larger one: those of u have their own
     exponents, those of v are taken in bands.
     """
-    u, v, c = (jnp.abs(_compat.whole(y)).astype(dtype) for y in x)
+    if isinstance(x.c, Scale):
+        return _power_of_separable(x.left, x.right, x.c, p, dtype)
+    table = x.left, x.right, x.c
+    u, v, c = (jnp.abs(_compat.whole(y)).astype(dtype) for y in table)
     n, m = (scaled_sums.exponent(jnp.max(y, initial=0)) for y in (c, v))
     raised = jnp.maximum(c * scaled_sums.inverse_of(n, dtype), 2.0**-ROOM)
     c = jnp.where(c > 0, raised, jnp.zeros_like(c))
@@ -216,10 +219,50 @@ def power_of_weighted(x: Weighted, p: int, dtype: Any) -> Power:
     nothing = scaled_sums.NOTHING
     top = jnp.max(jnp.where(terms > 0, size, nothing), initial=nothing)
     total = (terms * scaled_sums.two_to(jnp.minimum(size - top, 0), dtype)).sum()
+    return _unless_infinite(x.left, x.right, total, top)
+
+
+def _power_of_separable(
+    u: jax.Array, v: jax.Array, c: Scale, p: int, dtype: Any
+) -> Power:
+    r"""The same of :math:`c_{kn} = c a_k b_n`: a product of two sums."""
+    left, n = _power_of_row(u, c.left, p, dtype)
+    right, m = _power_of_row(v, c.right, p, dtype)
+    number, k = _power_of_row(c.number[:, None], None, p, dtype)
+    size = n + m + k
+    terms = left * right * number
+    top = jnp.max(size, where=terms > 0, initial=scaled_sums.NOTHING)
+    total = (terms * scaled_sums.two_to(jnp.minimum(size - top, 0), dtype)).sum()
+    return _unless_infinite(u, v, total, top)
+
+
+def _power_of_row(
+    u: jax.Array, a: jax.Array | None, p: int, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Sums `[S]` of powers of rows `[S, K]` times numbers, and exponents of them.
+
+    Numbers may hide the largest of a row, so both have exponents of their own.
+    """
+    rows = [jnp.abs(_compat.whole(y)).astype(dtype) for y in (u, a) if y is not None]
+    each = [scaled_sums.exponent(y) for y in rows]
+    sized = [y * scaled_sums.inverse_of(n, dtype)
+             for y, n in zip(rows, each, strict=True)]  # fmt: skip
+    mantissa = functools.reduce(jnp.multiply, sized)
+    n = functools.reduce(jnp.add, each)
+    top = jnp.max(n, axis=1, where=mantissa > 0, initial=scaled_sums.NOTHING)
+    seen = mantissa * scaled_sums.two_to(jnp.minimum(n - top[:, None], 0), dtype)
+    top = jnp.where(top == scaled_sums.NOTHING, 0, top)
+    return abs_power(seen, p).sum(1), p * top
+
+
+def _unless_infinite(
+    u: jax.Array, v: jax.Array, total: jax.Array, top: jax.Array
+) -> Power:
     # The sum is multiplied last: by then its gradient must not be infinite.
-    usual = jnp.isfinite(jnp.max(jnp.abs(x.left)) * jnp.max(jnp.abs(x.right)))
+    usual = jnp.isfinite(jnp.max(jnp.abs(u)) * jnp.max(jnp.abs(v)))
     total = jnp.where(usual, total, jnp.inf)[None]
-    return Power(total, total, jnp.where(top == nothing, 0, top)[None])
+    top = jnp.where(top == scaled_sums.NOTHING, 0, top)
+    return Power(total, total, top[None])
 
 
 def _scaled(factors: list[Factors], dtype: Any) -> tuple[list[Factors], list, Any]:
