@@ -122,7 +122,7 @@ def test_a_parameter_times_constants_is_not_instantiated(name, remat):
     assert table.rows[0].method == "outer product"
     check(lambda w, x: loss(w, x, scale), params, batch)
     grad = jax.jit(per_example.clipped_grad(loss, 1.0))
-    rows = jax.vmap(jax.grad(loss), (None, 0, None))(params, batch, scale)
+    rows = jax.jit(jax.vmap(jax.grad(loss), (None, 0, None)))(params, batch, scale)
     norm = np.linalg.norm(np.asarray(rows).reshape(B, -1), axis=1)
     _, info = grad(params, batch, scale)
     np.testing.assert_allclose(info.norm[:, 0], norm, rtol=2e-5)
