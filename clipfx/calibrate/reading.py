@@ -311,8 +311,7 @@ def _choose(
         note = f"These are of {clips[0]}/norm; --key takes {more}." if more else ""
         return groups, [note] if note else []
     for pattern in _THEIRS:
-        names = [x for x in columns if pattern.fullmatch(x)]
-        names = [x for x in names if not _NO_GRADIENT.search(x)]
+        names = [x for x in columns if _is_theirs(x, pattern)]
         groups = [x for x in columns if x.startswith("norm/")]
         if names:
             return {names[0]: names[0]}, []
@@ -331,11 +330,14 @@ def _choose(
     )
 
 
+def _is_theirs(name: str, pattern: re.Pattern) -> bool:
+    return bool(pattern.fullmatch(name)) and not _NO_GRADIENT.search(name)
+
+
 def _is_norm(name: str, key: str | None) -> bool:
     if key is not None:
         return name == key or name.startswith(key.rstrip("/") + "/")
-    theirs = any(pattern.fullmatch(name) for pattern in _THEIRS)
-    theirs &= not _NO_GRADIENT.search(name)
+    theirs = any(_is_theirs(name, pattern) for pattern in _THEIRS)
     return theirs or name.startswith("norm/") or _OURS.fullmatch(name) is not None
 
 

@@ -567,6 +567,12 @@ def program(steps):
     return loss
 
 
+def around(*names, wrapper="plain"):
+    """Pieces between two layers: what precedes and follows them matters too."""
+    kinds = [("dense", "plain"), *((x, wrapper) for x in names), ("dense", "plain")]
+    return [(*kind, str(k)) for k, kind in enumerate(kinds)]
+
+
 def first(out):
     return out[0] if isinstance(out, tuple) else out
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from meshes import assert_all_alike, mesh_of
 from per_example_oracle import cast
 from per_example_pieces import PIECES, program, threes
+from per_example_pieces import around as pieces_around
 from per_example_pieces import draw as draw_piece
 from tiers import in_tiers
 from trees import enable_x64
@@ -295,8 +296,7 @@ MAPPED = threes(name for name in PIECES if name not in REFUSED)
 @pytest.mark.parametrize("names", in_tiers(MAPPED, {"experts+batched+mapped"}))
 def test_programs_on_a_mesh_with_explicit_axes(names):
     """That of the arrays alone; none is set around."""
-    kinds = ("dense", *names, "dense")
-    steps = [(kind, "plain", str(k)) for k, kind in enumerate(kinds)]
+    steps = pieces_around(*names)
     grad = per_example.clipped_grad(program(steps), 0.5, groups="leaf")
     mesh = mesh_of(AxisType.Explicit)
     place = lambda tree, *axes: jax.device_put(tree, NamedSharding(mesh, P(*axes)))

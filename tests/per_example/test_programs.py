@@ -15,7 +15,7 @@ from per_example_oracle import (
     forced,
     methods,
 )
-from per_example_pieces import PIECES, draw, program, threes
+from per_example_pieces import PIECES, around, draw, program, threes
 from tiers import in_tiers
 from trees import enable_x64
 
@@ -90,12 +90,6 @@ ANY_METHOD = {"bias_reshaped", "dead_code", "indexed", "indexed_in_scan"}
 CONVOLUTIONS = ("conv1", "conv2", "conv3")
 FORMED = {"branches": "i", "gated": "f4 fi i4 ii", "nested_joined": "a b",
           "nested_scan": "u", "rnn": "wh wx", "scaled_layers": "r u"}  # fmt: skip
-
-
-def around(*names, wrapper="plain"):
-    """Pieces between two layers: what precedes and follows them matters too."""
-    kinds = [("dense", "plain"), *((x, wrapper) for x in names), ("dense", "plain")]
-    return [(*kind, str(k)) for k, kind in enumerate(kinds)]
 
 
 def methods_of(steps, force=None):

@@ -450,11 +450,9 @@ def _of_region(places: list[tuple[Site, LeafSlice, _Seen]]) -> list[_Measured]:
         left, right = (
             widen(x)[:, 0] for x in site.rule.factors(site, part, data, delta)
         )
-        numbers = None
-        if not outer_products.by_element(site, part):
-            numbers = coefficients.scale(site, part, c, right.shape[0])
-        if numbers is None:
-            numbers = coefficients.table(site, part, c)
+        together = outer_products.by_element(site, part)
+        scale = None if together else coefficients.scale(site, part, c, len(right))
+        numbers = scale or coefficients.table(site, part, c)
         return [ghost_norm.Weighted(left, right, numbers)]
     factors = [outer_products.factors(s, p, *x[:3]) for s, p, x in places]
     return [ghost_norm.Products(factors, primitives.precision(site.tapped))]

@@ -91,8 +91,11 @@ class JaxprPlan(NamedTuple):
 
         Or for what JAX cannot map over examples.
         """
-        ragged = primitives.holds(self.jaxpr.eqns[k], primitives.RAGGED_DOT)
-        return ragged or any(n in sites for x in self.inside(k) for n in x.numbers())
+        inside = self.inside(k)
+        return bool(inside) and (
+            any(n in sites for x in inside for n in x.numbers())
+            or primitives.holds(self.jaxpr.eqns[k], primitives.RAGGED_DOT)
+        )
 
     def insides(self) -> list["JaxprPlan"]:
         """All programs inside, but for those inside of them."""
@@ -220,9 +223,13 @@ class _Walk:
         if len(fixed) == len(inputs):
             outs = constants.of_equation(eqn, fixed, node.needed)
             return [ValueInfo(constant=constant) for constant in outs]
-        # Not only for parameters: what JAX cannot map is to be run one by one.
-        ragged = data and primitives.holds(eqn, primitives.RAGGED_DOT)
-        if not (leaves or rows or ragged) or name == primitives.STOP_GRADIENT:
+        matters = (
+            leaves
+            or rows
+            # What JAX cannot map is to be run one by one, without parameters too.
+            or (data and primitives.holds(eqn, primitives.RAGGED_DOT))
+        )
+        if not matters or name == primitives.STOP_GRADIENT:
             return [ValueInfo(data=data)] * count
         if name in primitives.REMAT and data:
             around, self.region = self.region, next(self.number)

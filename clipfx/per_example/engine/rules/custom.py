@@ -164,8 +164,7 @@ def _gradient(
     site: Site, x: Any, delta: jax.Array, like: Any, rule: Rule, name: str
 ) -> jax.Array:
     lead = 1 + len(site.loops)
-    cut = [1 + k for k, sliced in enumerate(site.sliced) if sliced]
-    summed = [k for k in range(lead) if k not in cut]
+    cut, summed = sites.rows_of_batch(site)
     explicit = _compat.explicit_spec(delta) is not None
     if rule.weight_gradient is None or explicit:
         left, right = _rows(site, x, delta, lead, rule, name)

@@ -81,8 +81,7 @@ def _gradient(
     wb, wc, wf, xb, xc, xf = dims_of(site)
     db, dx, _ = delta_dims(site)
     lead = 1 + len(site.loops)
-    cut = [1 + k for k, sliced in enumerate(site.sliced) if sliced]
-    summed = [k for k in range(lead) if k not in cut]
+    cut, summed = sites.rows_of_batch(site)
     at = lambda dims: [lead + k for k in dims]
     # Dimensions of the product: loops, batch, contracted in the data's order, free.
     kept = [*wb, *[wc[xc.index(k)] for k in sorted(xc)], *wf]

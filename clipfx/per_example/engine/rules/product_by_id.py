@@ -149,8 +149,6 @@ def _gradient(
         return jnp.transpose(out, lead + [len(lead) + kept.index(k)
                                           for k in range(len(shape))])  # fmt: skip
 
-    if _compat.explicit_spec(delta) is None:
-        return run(delta, *data)
     return _compat.left_to_xla(run, delta, *data, like=False)
 
 
