@@ -239,7 +239,7 @@ METHODS: dict[str, Method] = {
             hard=False,
             groups="leaf",
             by_norm=False,
-            meshes="test_spectrum.py",
+            meshes="test_spectrum_on_meshes.py",
         )
         for name, make in {
             "clip_spectrum": clipfx.clip_spectrum,
