@@ -63,7 +63,6 @@ def each(
     """
     plan = call.program.plan
     number = _compat.as_like(jnp.arange(call.size, dtype=jnp.int32), todo)
-    # Leaves of a group are measured at one scale: XLA compiles alike what it does then.
     alike: dict[Any, list[int]] = {}
     for k, key in enumerate(zip(call.split, members.index, strict=True)):
         alike.setdefault(key, []).append(k)
@@ -82,7 +81,8 @@ def each(
                 each = [bookkeeping.of_gradient(plan, x, index) for x in some]
                 parts += [(axes, *x) for xs in each for x in xs]
             else:
-                parts.append((axes, index, Elements(some)))
+                some = [widen(x, bookkeeping.dtype(plan)) for x in some]
+                parts.append((axes, index, Elements(scaled_sums.in_one(some))))
         powers = bookkeeping.powers_of_parts(plan, parts, members)
         norms, _ = scaled_sums.norms(powers[None], plan.ord)
         chosen = number == i

@@ -12,6 +12,7 @@ is left.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from clipfx._core.leaves import times, widen
 from clipfx._core.norms import Norms
 from clipfx._core.safe_sums import abs_power, add_up
+from clipfx.per_example.engine import target
 
 SCALES = 4
 # A power below this share of that of its terms is not trusted: rounding would change
@@ -189,7 +191,7 @@ class Power(NamedTuple):
 
 def power(x: Elements, p: int, dtype: Any) -> Power:
     """The sum of powers of all elements, `[1]`."""
-    arrays = [widen(y, dtype) for y in x.arrays]
+    arrays = in_one([widen(y, dtype) for y in x.arrays], _SMALL)
     peaks = [jnp.max(jnp.abs(y), initial=0) for y in arrays]
     n = exponent(functools.reduce(jnp.maximum, peaks))
     unit = inverse_of(n, dtype)
@@ -197,6 +199,23 @@ def power(x: Elements, p: int, dtype: Any) -> Power:
     total = functools.reduce(jnp.add, each)[None]
     zero = jnp.zeros_like(total)
     return Power(total if x.counts else zero, total if x.terms else zero, p * n[None])
+
+
+_SMALL = 2**12
+
+
+def in_one(arrays: list[jax.Array], most: float = math.inf) -> list[jax.Array]:
+    """Arrays of at most so many elements in place of several, where copies are cheap.
+
+    XLA compiles kernels for every shape, and looks at each array in all its passes.
+    """
+    if not target.is_one_cpu():
+        return arrays
+    alike: dict[Any, list[jax.Array]] = {}
+    for k, x in enumerate(arrays):
+        alike.setdefault(x.dtype if x.size <= most else k, []).append(x)
+    return [xs[0] if len(xs) == 1 else jnp.concatenate([x.reshape(-1) for x in xs])
+            for xs in alike.values()]  # fmt: skip
 
 
 def at_scale(total: jax.Array, terms: jax.Array) -> Power:
