@@ -13,7 +13,7 @@ from clipfx import _compat, responses
 from clipfx._core.checks import check_choice, helpful
 from clipfx._core.clip_factors import SLACK, exceeds, factors, finite_norms
 from clipfx._core.groups import Groups, counted_leaves, group_leaves
-from clipfx._core.leaves import narrow, times, widen, widest
+from clipfx._core.leaves import narrow, times, total_of_rows, widen, widest
 from clipfx._core.norms import Norms
 from clipfx._core.paths import check_stacked, ranks
 from clipfx._core.reductions import Layout, axes_apart, combine
@@ -26,7 +26,7 @@ from clipfx._core.state import (
     joint_norm,
 )
 from clipfx._types import AxisName, GroupSpec, Limit
-from clipfx.per_example.engine import bookkeeping
+from clipfx.per_example.engine import bookkeeping, target
 from clipfx.per_example.engine.clip import with_rounding_margin
 from clipfx.per_example.engine.thresholds import check_limit, limits
 from clipfx.per_example.engine.trace import batch_size
@@ -123,13 +123,12 @@ def clip_per_example(
         if reduce == "mean":
             count = size * math.prod(jax.lax.psum(1, axis) for axis in axes)
 
+        sums = iter(_sums(counted_leaves(updates, members), before, factor, good))
+
         def bound(x: Any, i: int | None) -> Any:
             if i is None:  # no gradient
                 return jnp.zeros(jnp.shape(x)[1:], jnp.result_type(x))
-            row = lambda f: f[:, i].reshape((-1,) + (1,) * (x.ndim - 1))
-            wide = times(times(widen(x), row(before)), row(factor))
-            wide = jnp.where(good.reshape((-1,) + (1,) * (x.ndim - 1)), wide, 0)
-            return narrow(over(wide.sum(0)) / max(count, 1), x.dtype)
+            return narrow(over(next(sums)) / max(count, 1), x.dtype)
 
         leaves, treedef = jax.tree.flatten(updates)
         pairs = zip(leaves, members.index, strict=True)
@@ -137,6 +136,29 @@ def clip_per_example(
         return clipped, _next(state, norms, limit, before * factor, good, over)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _sums(
+    pairs: list, before: jax.Array, factor: jax.Array, good: jax.Array
+) -> list[jax.Array]:
+    """Sums of leaves `[B, ...]` times both factors `[B, G]`, of good examples."""
+    column = lambda f, x: f.reshape((-1,) + (1,) * (x.ndim - 1))
+
+    def one_by_one(x: jax.Array, i: int) -> jax.Array:
+        wide = times(times(widen(x), column(before[:, i], x)), column(factor[:, i], x))
+        return jnp.where(column(good, x), wide, 0).sum(0)
+
+    def at_once(x: jax.Array, i: int) -> jax.Array:
+        wide = widen(x)
+        if jnp.iscomplexobj(x):
+            return one_by_one(x, i)
+        return total_of_rows(column(factor[:, i].astype(wide.dtype), x), wide)
+
+    every = lambda add: lambda: [add(x, i) for x, i in pairs]
+    if not target.is_one_cpu():
+        return every(one_by_one)()
+    usual = good.all() & (before == 1).all()
+    return jax.lax.cond(usual, every(at_once), every(one_by_one))
 
 
 def _norms(updates: Any, members: Groups, axes: frozenset) -> Norms:
@@ -148,15 +170,28 @@ def _norms(updates: Any, members: Groups, axes: frozenset) -> Norms:
         return Norms(nothing, nothing)
     index = tuple(i for _, i in pairs)
     layout = Layout(index, len(members.names), dtype, (), axes)
-    peaks = [jax.vmap(largest)(widen(x)) for x, _ in pairs]
-    scale = reciprocal_power_of_two(combine(jnp.maximum, peaks, layout))
 
-    def squares(x: jax.Array, scale: jax.Array) -> jax.Array:
-        return add_up(abs_power(times(widen(x, dtype), scale), 2))
+    def added(scale: jax.Array | None) -> jax.Array:
+        def squares(x: jax.Array, *scale: jax.Array) -> jax.Array:
+            x = widen(x, dtype)
+            return add_up(abs_power(times(x, *scale) if scale else x, 2))
 
-    rows = [jax.vmap(squares)(x, scale[i]) for x, i in pairs]
-    total = combine(jnp.add, rows, layout)
-    return Norms(jnp.sqrt(total).T, scale.T)
+        by = lambda i: () if scale is None else (scale[i],)
+        rows = [jax.vmap(squares)(x, *by(i)) for x, i in pairs]
+        return combine(jnp.add, rows, layout)
+
+    def at_any_magnitude() -> Norms:
+        peaks = [jax.vmap(largest)(widen(x)) for x, _ in pairs]
+        scale = reciprocal_power_of_two(combine(jnp.maximum, peaks, layout))
+        return Norms(jnp.sqrt(added(scale)).T, scale.T)
+
+    if not target.is_one_cpu():
+        return at_any_magnitude()
+    # With scales XLA:CPU takes ten times as long: it writes them out for each element.
+    total = added(None)
+    usual = jnp.isfinite(total) & (total >= 2.0 ** (-jnp.finfo(dtype).maxexp // 2))
+    plain = lambda: Norms(jnp.sqrt(total).T, jnp.ones_like(total).T)
+    return jax.lax.cond(usual.all(), plain, at_any_magnitude)
 
 
 def _next(

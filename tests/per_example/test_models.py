@@ -408,3 +408,31 @@ def test_no_gradient_of_an_example_is_formed():
     ]
     assert any(np.prod(s) == size * 43 for s in shapes)
     assert max(np.prod(s) for s in shapes) < size * 43 * 37
+
+
+def normalized(params, x):
+    """A dense layer, and one whose weight is normalised by column."""
+    plain, v = params
+    w = v / jnp.sqrt((v * v).sum(0))
+    return jnp.tanh(jnp.tanh(x @ plain) @ w).sum()
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_what_is_formed_is_added_up_by_a_product(bad):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    params, x = (draw(12, 14), draw(14, 10)), draw(6, 5, 12)
+    x = x.at[2, 1].set(jnp.nan) if bad else x
+    program = compiled(normalized, params, x)
+    sums, info = program(params, x)
+    rows = jax.vmap(jax.grad(normalized), (None, 0))(params, x)
+    factor = jnp.where(jnp.isfinite(info.norm[:, 0]), info.factor[:, 0], 0)
+    assert (factor[2] == 0) == bad and (factor > 0).sum() == 6 - bad
+    for got, row in zip(sums, rows, strict=True):
+        row = jnp.where((factor > 0)[:, None, None], row, 0)
+        want = np.tensordot(factor, row, 1)
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+    # Of adding up with strides XLA would make one of these.
+    text = program.as_text()
+    assert not re.search(r"f32\[14,10\]\S* reduce\(", text)
+    assert re.search(r"f32\[6,14,10\]", text)

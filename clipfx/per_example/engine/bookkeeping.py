@@ -286,11 +286,7 @@ def powers_of_parts(plan: Plan, parts: Sequence[_Part], members: Groups) -> jax.
 
 def measure(parts: Sequence[_OfGroup], ord: int, dtype: Any) -> tuple[list, jax.Array]:
     """Of which group each power is, and powers `[J, 4, 2]`, of one example."""
-    alike: dict[Any, list[jax.Array]] = {}
-    for group, x in parts:
-        if isinstance(x, Elements):
-            alike.setdefault((group, x.counts, x.terms), []).extend(x.arrays)
-    arrays = [(group, Elements(xs, *use)) for (group, *use), xs in alike.items()]
+    arrays = scaled_sums.joined([(g, x) for g, x in parts if isinstance(x, Elements)])
     weighted = [(g, x) for g, x in parts if isinstance(x, ghost_norm.Weighted)]
     products = [(g, x) for g, x in parts if isinstance(x, ghost_norm.Products)]
     known = [(some, x) for some, x in parts if isinstance(x, jax.Array)]

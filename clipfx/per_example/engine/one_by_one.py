@@ -81,8 +81,7 @@ def each(
                 each = [bookkeeping.of_gradient(plan, x, index) for x in some]
                 parts += [(axes, *x) for xs in each for x in xs]
             else:
-                some = [widen(x, bookkeeping.dtype(plan)) for x in some]
-                parts.append((axes, index, Elements(scaled_sums.in_one(some))))
+                parts.append((axes, index, Elements(some)))
         powers = bookkeeping.powers_of_parts(plan, parts, members)
         norms, _ = scaled_sums.norms(powers[None], plan.ord)
         chosen = number == i

@@ -12,7 +12,6 @@ is left.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -191,7 +190,7 @@ class Power(NamedTuple):
 
 def power(x: Elements, p: int, dtype: Any) -> Power:
     """The sum of powers of all elements, `[1]`."""
-    arrays = in_one([widen(y, dtype) for y in x.arrays], _SMALL)
+    arrays = _in_one([widen(y, dtype) for y in x.arrays])
     peaks = [jnp.max(jnp.abs(y), initial=0) for y in arrays]
     n = exponent(functools.reduce(jnp.maximum, peaks))
     unit = inverse_of(n, dtype)
@@ -201,21 +200,33 @@ def power(x: Elements, p: int, dtype: Any) -> Power:
     return Power(total if x.counts else zero, total if x.terms else zero, p * n[None])
 
 
-_SMALL = 2**12
-
-
-def in_one(arrays: list[jax.Array], most: float = math.inf) -> list[jax.Array]:
-    """Arrays of at most so many elements in place of several, where copies are cheap.
+def _in_one(arrays: list[jax.Array]) -> list[jax.Array]:
+    """One array for each dtype, where a copy needs nobody else.
 
     XLA compiles kernels for every shape, and looks at each array in all its passes.
+    And it writes out a scale for each element, if several arrays have the same.
     """
     if not target.is_one_cpu():
         return arrays
     alike: dict[Any, list[jax.Array]] = {}
-    for k, x in enumerate(arrays):
-        alike.setdefault(x.dtype if x.size <= most else k, []).append(x)
+    for x in arrays:
+        alike.setdefault(x.dtype, []).append(x)
     return [xs[0] if len(xs) == 1 else jnp.concatenate([x.reshape(-1) for x in xs])
             for xs in alike.values()]  # fmt: skip
+
+
+# What is not worth measuring by itself on a CPU.
+_SMALL = 2**12
+
+
+def joined(parts: Sequence[tuple[Any, Elements]]) -> list[tuple[Any, Elements]]:
+    """Those of a group whose arrays are small as one, where that is less to compile."""
+    alike: dict[Any, list[jax.Array]] = {}
+    for k, (group, x) in enumerate(parts):
+        small = target.is_one_cpu() and sum(y.size for y in x.arrays) <= _SMALL
+        key = (group, x.counts, x.terms, None if small else k)
+        alike.setdefault(key, []).extend(x.arrays)
+    return [(g, Elements(xs, *use)) for (g, *use, _), xs in alike.items()]
 
 
 def at_scale(total: jax.Array, terms: jax.Array) -> Power:
