@@ -134,8 +134,13 @@ def _spared(sums: dict, formed: dict, rows: dict, good: jax.Array | None) -> dic
     """The sums, added up anew if anything is not finite, which hardly ever happens."""
     if good is None:
         return sums
+
+    def turn(state: tuple) -> tuple:
+        kept = {n: mask(widen(x), good) for n, x in formed.items()}
+        sums = {n: total_of_rows(rows[n], x) for n, x in kept.items()}
+        return jnp.zeros_like(state[0]), sums
+
     bad = jnp.where(good, 0.0, 1.0).sum()
-    turn = lambda state: (jnp.zeros_like(bad), _plainly(formed, rows, good))
     return jax.lax.while_loop(lambda state: state[0] > 0, turn, (bad, sums))[1]
 
 
