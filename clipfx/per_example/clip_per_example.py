@@ -160,7 +160,8 @@ def _sums(
     if not target.is_one_cpu():
         return every(one_by_one)()
     ways = [at_once, functools.partial(at_once, mask=True), one_by_one]
-    way = jnp.where((before == 1).all(), jnp.where(good.all(), 0, 1), 2)
+    once = ((before == 1) | ~good[:, None]).all()  # of others the factor is 0
+    way = jnp.where(once, jnp.where(good.all(), 0, 1), 2)
     return jax.lax.switch(way, [every(add) for add in ways])
 
 
@@ -183,25 +184,24 @@ def _norms(updates: Any, members: Groups, axes: frozenset) -> Norms:
         rows = [jax.vmap(squares)(x, *by(i)) for x, i in pairs]
         return combine(jnp.add, rows, layout)
 
-    def peaks() -> jax.Array:
-        return combine(
-            jnp.maximum, [jax.vmap(largest)(widen(x)) for x, _ in pairs], layout
-        )
+    def peaks(of_one: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        each = [jax.vmap(of_one)(widen(x)) for x, _ in pairs]
+        return combine(jnp.maximum, each, layout)
 
     def scaled(peaks: jax.Array) -> Norms:
         scale = reciprocal_power_of_two(peaks)
         return Norms(jnp.sqrt(added(scale)).T, scale.T)
 
     if not target.is_one_cpu():
-        return scaled(peaks())
+        return scaled(peaks(largest))
     # With scales XLA:CPU takes ten times as long: it writes them out for each element.
     total = added(None)
     usual = jnp.isfinite(total) & (total >= 2.0 ** (-jnp.finfo(dtype).maxexp // 2))
     plain = lambda: Norms(jnp.sqrt(total).T, jnp.ones_like(total).T)
 
     def looked_at() -> Norms:
-        most = peaks()
-        known = usual | (most == 0)
+        most = peaks(lambda x: jnp.max(jnp.abs(x), initial=0))
+        known = usual | (most == 0) | ~jnp.isfinite(most)
         return jax.lax.cond(known.all(), plain, lambda: scaled(most))
 
     return jax.lax.cond(usual.all(), plain, looked_at)
