@@ -190,14 +190,14 @@ def _norms(updates: Any, members: Groups, axes: frozenset) -> Norms:
 
     def scaled(peaks: jax.Array) -> Norms:
         scale = reciprocal_power_of_two(peaks)
-        return Norms(jnp.sqrt(added(scale)).T, scale.T)
+        return Norms(_root(added(scale)).T, scale.T)
 
     if not target.is_one_cpu():
         return scaled(peaks(largest))
     # With scales XLA:CPU takes ten times as long: it writes them out for each element.
     total = added(None)
     usual = jnp.isfinite(total) & (total >= 2.0 ** (-jnp.finfo(dtype).maxexp // 2))
-    plain = lambda: Norms(jnp.sqrt(total).T, jnp.ones_like(total).T)
+    plain = lambda: Norms(_root(total).T, jnp.ones_like(total).T)
 
     def looked_at() -> Norms:
         most = peaks(lambda x: jnp.max(jnp.abs(x), initial=0))
@@ -205,6 +205,12 @@ def _norms(updates: Any, members: Groups, axes: frozenset) -> Norms:
         return jax.lax.cond(known.all(), plain, lambda: scaled(most))
 
     return jax.lax.cond(usual.all(), plain, looked_at)
+
+
+def _root(total: jax.Array) -> jax.Array:
+    """The square root, with derivative 0 at 0."""
+    zero = total == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, total)))
 
 
 def _next(

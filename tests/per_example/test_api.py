@@ -557,6 +557,16 @@ def test_stacked_gradients(reduce, groups):
     assert f"clip0/clip_rate/{group}" in clipfx.metrics.read(state)
 
 
+def test_derivative_through_stacked_gradients_is_finite_where_one_is_zero():
+    tx = per_example.clip_per_example(1.0, reduce="sum")
+    rows = jnp.array([[3.0, 4.0], [0.0, 0.0], [0.3, 0.4]])
+    state = tx.init({"w": jnp.zeros(2)})
+    total = lambda x: tx.update({"w": x}, state)[0]["w"].sum()
+    # Of the first row its direction counts, of the others each element.
+    want = [[0.032, -0.024], [1.0, 1.0], [1.0, 1.0]]
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(rows), want, atol=1e-6)
+
+
 def test_stacked_updates_without_a_gradient():
     tx = per_example.clip_per_example(1.0)
     updates, state = jax.jit(tx.update)(
