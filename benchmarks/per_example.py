@@ -110,6 +110,17 @@ class Recurrent(nn.Module):
         return nn.Dense(10)(nn.RNN(self.cell(256))(x)[-1])
 
 
+class Normalized(nn.Module):
+    """Three layers whose weights are normalised by column."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[T, D]` to `[10]`."""
+        for _ in range(3):
+            x = jnp.tanh(nn.WeightNorm(nn.Dense(512))(x))
+        return nn.Dense(10)(x.mean(0))
+
+
 def mlp() -> Workload:
     """784-1024-1024-1024-10."""
     return _dense((784, 1024, 1024, 1024, 10), 256)
@@ -200,6 +211,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "lstm optimized": lambda: _module(
         Recurrent(nn.OptimizedLSTMCell), _data((32, 128, 256), (32,), 10), 8
     ),
+    "weight norm": lambda: _module(Normalized(), _data((16, 32, 512), (16,), 10), 4),
 }
 
 
@@ -217,6 +229,17 @@ def every(work: Workload) -> Callable:
         norms = jax.vmap(optax.tree.norm)(grads)
         factor = jnp.minimum(1, 1 / norms)
         return jax.tree.map(lambda g: jnp.tensordot(factor, g, 1), grads)
+
+    return run
+
+
+def stacked(work: Workload) -> Callable:
+    """`vmap(grad)`, then `clipfx.per_example.clip_per_example`."""
+    tx = per_example.clip_per_example(1.0, reduce="sum")
+
+    def run(params, batch):
+        grads = jax.vmap(jax.grad(work.loss), (None, 0))(params, batch)
+        return tx.update(grads, tx.init(params), params)[0]
 
     return run
 
@@ -276,6 +299,7 @@ VARIANTS: dict[str, Callable] = {
     "formed": forced("formed"),
     "instantiated": forced("instantiated"),
     "vmap(grad)": every,
+    "clip_per_example": stacked,
     "jax_privacy": jax_privacy(False),
     "jax_privacy microbatch": jax_privacy(True),
 }

@@ -33,19 +33,6 @@ def times(x: jax.Array, factor: jax.Array) -> jax.Array:
     return x * factor.astype(x.dtype)
 
 
-def total_of_rows(row: jax.Array, x: jax.Array) -> jax.Array:
-    """`(row * x).sum(0)` as a product, for `row` of 1 or as x along each dimension.
-
-    XLA:CPU adds up along a first dimension with strides, tens of times slower.
-    """
-    along = [k for k in range(1, x.ndim) if row.shape[k] > 1]
-    numbers = row.reshape(row.shape[0], *(row.shape[k] for k in along))
-    own = tuple(range(1, len(along) + 1))
-    dims = (((0,), (0,)), (own, tuple(along)))
-    total = jax.lax.dot_general(numbers, x, dims, precision="highest")
-    return jnp.moveaxis(total, range(len(along)), [k - 1 for k in along])
-
-
 @jax.custom_jvp
 def divide(x: jax.Array, y: jax.Array) -> jax.Array:
     """`x / y` whose derivative does not square `y`, which may leave the range."""

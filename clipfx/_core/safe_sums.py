@@ -175,6 +175,12 @@ def root(total: jax.Array, power: float) -> jax.Array:
     return jnp.where(jnp.abs(error) < 1e-3, near + near * error / power, near)
 
 
+def square_root(total: jax.Array) -> jax.Array:
+    """That of a sum of squares, with derivative 0 at 0."""
+    zero = total == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, total)))
+
+
 def abs_power(x: jax.Array, power: float) -> jax.Array:
     """`|x| ** power`, real."""
     if power == 2:

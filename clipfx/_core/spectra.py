@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from clipfx import _compat
 from clipfx._core import safe_sums
 from clipfx._core.reductions import device_of_programs
-from clipfx._core.safe_sums import abs_power, reciprocal_power_of_two
+from clipfx._core.safe_sums import abs_power, reciprocal_power_of_two, square_root
 
 # Least value, and the odd polynomial that is closest to 1 from there to 1, divided by
 # its largest value: so values end between 1 - 2e-5 and 1.
@@ -275,7 +275,7 @@ def _scaled(x: jax.Array, split: Split) -> tuple[jax.Array, jax.Array, jax.Array
 def _length(y: jax.Array, names: tuple[str, ...] = ()) -> jax.Array:
     """The Frobenius norm of each `[B]`, whose derivative at zero is zero."""
     total = _sum(jnp.sum(abs_power(y, 2), (1, 2)), names)
-    return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1)), total)
+    return square_root(total)
 
 
 def _first(x: Any, _: Any) -> Any:

@@ -109,15 +109,15 @@ def fresh_metrics(params: Any, members: Groups) -> ClipMetrics:
 
 
 def joint_norm(norm: jax.Array, ord: float = 2.0) -> jax.Array:
-    """The p-norm of all groups from the norms `[G]` of each, float32."""
+    """The p-norm `[...]` of all groups from the norms `[..., G]` of each, float32."""
     norm = jax.lax.stop_gradient(norm)
-    top = jnp.max(norm, initial=0)
+    top = jnp.max(norm, -1, initial=0)
     if ord == math.inf:
         return top
     usable = jnp.isfinite(top)
     scale = reciprocal_power_of_two(jnp.where(usable, top, 1))
-    near = jnp.where(usable, norm, 0) * scale  # powers of it stay in range
-    total = jnp.sum(near**ord) ** (1 / ord) / scale
+    near = jnp.where(usable[..., None], norm, 0) * scale[..., None]
+    total = jnp.sum(near**ord, -1) ** (1 / ord) / scale  # powers stay in range
     return jnp.where(usable, jnp.minimum(total, LARGEST), top)
 
 

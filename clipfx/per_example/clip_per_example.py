@@ -13,11 +13,16 @@ from clipfx import _compat, responses
 from clipfx._core.checks import check_choice, helpful
 from clipfx._core.clip_factors import SLACK, exceeds, factors, finite_norms
 from clipfx._core.groups import Groups, counted_leaves, group_leaves
-from clipfx._core.leaves import narrow, times, total_of_rows, widen, widest
+from clipfx._core.leaves import narrow, times, widen, widest
 from clipfx._core.norms import Norms
 from clipfx._core.paths import check_stacked, ranks
 from clipfx._core.reductions import Layout, axes_apart, combine
-from clipfx._core.safe_sums import abs_power, add_up, largest, reciprocal_power_of_two
+from clipfx._core.safe_sums import (
+    abs_power,
+    add_up,
+    reciprocal_power_of_two,
+    square_root,
+)
 from clipfx._core.state import (
     ClipMetrics,
     ClipState,
@@ -28,6 +33,7 @@ from clipfx._core.state import (
 from clipfx._types import AxisName, GroupSpec, Limit
 from clipfx.per_example.engine import bookkeeping, target
 from clipfx.per_example.engine.clip import with_rounding_margin
+from clipfx.per_example.engine.row_sums import by_rows, column, sum_of_rows
 from clipfx.per_example.engine.thresholds import check_limit, limits
 from clipfx.per_example.engine.trace import batch_size
 
@@ -112,6 +118,7 @@ def clip_per_example(
             "batch_axis_name",
             "the examples of clip_per_example",
         )
+        updates = jax.tree.map(by_rows, updates)
         over = functools.partial(bookkeeping.over, axes=axes)
         norms = _norms(updates, members, axes)
         limit = limits(max_norm, members, size).astype(norms.value.dtype)
@@ -123,12 +130,11 @@ def clip_per_example(
         if reduce == "mean":
             count = size * math.prod(jax.lax.psum(1, axis) for axis in axes)
 
-        sums = iter(_sums(counted_leaves(updates, members), before, factor, good))
-
         def bound(x: Any, i: int | None) -> Any:
             if i is None:  # no gradient
                 return jnp.zeros(jnp.shape(x)[1:], jnp.result_type(x))
-            return narrow(over(next(sums)) / max(count, 1), x.dtype)
+            rows = column(before[:, i], x), column(factor[:, i], x)
+            return narrow(over(sum_of_rows(x, rows, good)) / max(count, 1), x.dtype)
 
         leaves, treedef = jax.tree.flatten(updates)
         pairs = zip(leaves, members.index, strict=True)
@@ -136,33 +142,6 @@ def clip_per_example(
         return clipped, _next(state, norms, limit, before * factor, good, over)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _sums(
-    pairs: list, before: jax.Array, factor: jax.Array, good: jax.Array
-) -> list[jax.Array]:
-    """Sums of leaves `[B, ...]` times both factors `[B, G]`, of good examples."""
-    column = lambda f, x: f.reshape((-1,) + (1,) * (x.ndim - 1))
-
-    def one_by_one(x: jax.Array, i: int) -> jax.Array:
-        wide = times(times(widen(x), column(before[:, i], x)), column(factor[:, i], x))
-        return jnp.where(column(good, x), wide, 0).sum(0)
-
-    def at_once(x: jax.Array, i: int, mask: bool = False) -> jax.Array:
-        wide = widen(x)
-        if jnp.iscomplexobj(x):
-            return one_by_one(x, i)
-        if mask:
-            wide = jnp.where(column(good, x), wide, 0)
-        return total_of_rows(column(factor[:, i].astype(wide.dtype), x), wide)
-
-    every = lambda add: lambda: [add(x, i) for x, i in pairs]
-    if not target.is_one_cpu():
-        return every(one_by_one)()
-    ways = [at_once, functools.partial(at_once, mask=True), one_by_one]
-    once = ((before == 1) | ~good[:, None]).all()  # of others the factor is 0
-    way = jnp.where(once, jnp.where(good.all(), 0, 1), 2)
-    return jax.lax.switch(way, [every(add) for add in ways])
 
 
 def _norms(updates: Any, members: Groups, axes: frozenset) -> Norms:
@@ -175,42 +154,32 @@ def _norms(updates: Any, members: Groups, axes: frozenset) -> Norms:
     index = tuple(i for _, i in pairs)
     layout = Layout(index, len(members.names), dtype, (), axes)
 
-    def added(scale: jax.Array | None) -> jax.Array:
-        def squares(x: jax.Array, *scale: jax.Array) -> jax.Array:
-            x = widen(x, dtype)
-            return add_up(abs_power(times(x, *scale) if scale else x, 2))
+    leaves = [(widen(x, dtype), i) for x, i in pairs]
+    square = jax.vmap(lambda x: add_up(abs_power(x, 2)))
 
-        by = lambda i: () if scale is None else (scale[i],)
-        rows = [jax.vmap(squares)(x, *by(i)) for x, i in pairs]
-        return combine(jnp.add, rows, layout)
-
-    def peaks(of_one: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        each = [jax.vmap(of_one)(widen(x)) for x, _ in pairs]
-        return combine(jnp.maximum, each, layout)
+    def peaks() -> jax.Array:
+        # Of scales alone: what is not finite shows in the squares.
+        most = jax.vmap(lambda x: jnp.max(jnp.abs(x), initial=0))
+        return combine(jnp.maximum, [most(x) for x, _ in leaves], layout)
 
     def scaled(peaks: jax.Array) -> Norms:
         scale = reciprocal_power_of_two(peaks)
-        return Norms(_root(added(scale)).T, scale.T)
+        rows = [square(times(x, column(scale[i], x))) for x, i in leaves]
+        return Norms(square_root(combine(jnp.add, rows, layout)).T, scale.T)
 
-    if not target.is_one_cpu():
-        return scaled(peaks(largest))
+    if not target.is_one_cpu(x for x, _ in leaves):
+        return scaled(peaks())
     # With scales XLA:CPU takes ten times as long: it writes them out for each element.
-    total = added(None)
+    total = combine(jnp.add, [square(x) for x, _ in leaves], layout)
     usual = jnp.isfinite(total) & (total >= 2.0 ** (-jnp.finfo(dtype).maxexp // 2))
-    plain = lambda: Norms(_root(total).T, jnp.ones_like(total).T)
+    plain = lambda: Norms(square_root(total).T, jnp.ones_like(total).T)
 
     def looked_at() -> Norms:
-        most = peaks(lambda x: jnp.max(jnp.abs(x), initial=0))
+        most = peaks()
         known = usual | (most == 0) | ~jnp.isfinite(most)
         return jax.lax.cond(known.all(), plain, lambda: scaled(most))
 
     return jax.lax.cond(usual.all(), plain, looked_at)
-
-
-def _root(total: jax.Array) -> jax.Array:
-    """The square root, with derivative 0 at 0."""
-    zero = total == 0
-    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, total)))
 
 
 def _next(
@@ -226,7 +195,7 @@ def _next(
     total = lambda x: over(jnp.where(finite, x.astype(jnp.float32), 0).sum(0))
     count = lambda x: over(x.astype(jnp.int32).sum(0))
     number = jnp.maximum(total(every), 1)
-    joint = jax.vmap(joint_norm)(norm)[:, None]
+    joint = joint_norm(norm)[:, None]
     clipped = finite & exceeds(norm, limit)
     return state._replace(
         metrics=ClipMetrics(

@@ -192,7 +192,11 @@ def train_alone(out):
     code = f"from examples.transformer_fsdp import *; {SMALL=}; {TEXT=}; {HOW=}; "
     code += f"train(SMALL, TEXT, pathlib.Path({str(out)!r}), **HOW)"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     return done.returncode, done.stdout, done.stderr
 

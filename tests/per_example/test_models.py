@@ -417,22 +417,43 @@ def normalized(params, x):
     return jnp.tanh(jnp.tanh(x @ plain) @ w).sum()
 
 
-@pytest.mark.parametrize("bad", [False, True])
-def test_what_is_formed_is_added_up_by_a_product(bad):
+def drawn_normalized():
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    params, x = (draw(12, 14), draw(14, 10)), draw(6, 5, 12)
+    return (draw(96, 64), draw(64, 128)), draw(32, 5, 96)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_what_is_formed_is_added_up_row_by_row(bad):
+    params, x = drawn_normalized()
     x = x.at[2, 1].set(jnp.nan) if bad else x
     program = compiled(normalized, params, x)
     sums, info = program(params, x)
     rows = jax.vmap(jax.grad(normalized), (None, 0))(params, x)
     factor = jnp.where(jnp.isfinite(info.norm[:, 0]), info.factor[:, 0], 0)
-    assert (factor[2] == 0) == bad and (factor > 0).sum() == 6 - bad
+    assert (factor[2] == 0) == bad and (factor > 0).sum() == 32 - bad
     for got, row in zip(sums, rows, strict=True):
         row = jnp.where((factor > 0)[:, None, None], row, 0)
         want = np.tensordot(factor, row, 1)
         np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
     # Of adding up with strides XLA would make one of these.
     text = program.as_text()
-    assert not re.search(r"f32\[14,10\]\S* reduce\(", text)
-    assert re.search(r"f32\[6,14,10\]", text)
+    assert not re.search(r"f32\[64,128\]\S* reduce\(", text)
+    assert re.search(r"f32\[32,64,128\]", text)
+
+
+def test_clip_per_example_keeps_no_copies_of_what_it_is_given():
+    """Of layers that XLA would lay out with examples last, and add up with strides."""
+    tx = per_example.clip_per_example(1.0)
+    params, x = drawn_normalized()
+    fun = lambda params, x: jnp.tanh(jnp.tanh(x @ params[0]) @ params[1]).sum()
+
+    def step(params, x):
+        grads = jax.vmap(jax.grad(fun), (None, 0))(params, x)
+        return tx.update(grads, tx.init(params))[0]
+
+    program = jax.jit(step).lower(params, x).compile()
+    assert not re.search(r"f32\[64,128\]\S* reduce\(", program.as_text())
+    each = [32 * w.nbytes for w in params]
+    most = sum(each) + max(each)  # one is laid out anew at a time
+    assert sum(each) < program.memory_analysis().temp_size_in_bytes < 1.1 * most

@@ -1,5 +1,6 @@
 """Every per-example function gives on a mesh what it gives on one device."""
 
+import contextlib
 import functools
 import inspect
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import assert_all_alike, mesh_of
+from meshes import AXES, assert_all_alike, mesh_of
 from per_example_oracle import cast
 from per_example_pieces import PIECES, program, threes
 from per_example_pieces import around as pieces_around
@@ -19,6 +20,8 @@ from trees import enable_x64
 
 import clipfx
 from clipfx import per_example, privacy
+from clipfx._core import reductions
+from clipfx.per_example.engine import row_sums
 
 B, K = 16, 2
 COLUMNS_THEN_ROWS = {"bias": P("model"), "down": P("model"), "up": P(None, "model")}
@@ -307,6 +310,36 @@ def test_programs_on_a_mesh_with_explicit_axes(names):
         want, _ = jax.jit(grad)(params, batch)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-9 * np.abs(y).max(initial=0))
+
+
+@pytest.mark.parametrize("around", [True, False])
+@pytest.mark.parametrize("kind", list(AxisType)[:2])
+def test_one_cpu_may_be_a_mesh(kind, around, monkeypatch):
+    """Where nothing is split, and axes are in the types all the same."""
+    monkeypatch.setattr(reductions, "forced_device", "one")
+    monkeypatch.setattr(row_sums, "_SMALL", 0)
+    mesh = jax.make_mesh(
+        (1, 1), AXES, axis_types=(kind,) * 2, devices=jax.devices()[:1]
+    )
+    place = lambda tree, *axes: jax.device_put(tree, NamedSharding(mesh, P(*axes)))
+
+    def gated(params, x):  # what is formed
+        return jnp.tanh(x @ (params["w"] * jnp.tanh(params["gate"]))).sum()
+
+    rng = np.random.default_rng(0)
+    params, x = ({"w": rng.normal(size=(8, 4)), "gate": rng.normal(size=(8, 4))},
+                 rng.normal(size=(6, 3, 8)))  # fmt: skip
+    params, x = cast((params, x), "float32")
+    rows = jax.jit(jax.vmap(jax.grad(gated), (None, 0)))(params, x)
+    tx = per_example.clip_per_example(0.5, reduce="sum")
+    grad = per_example.clipped_grad(gated, 0.5)
+    step = jax.jit(lambda rows: tx.update(rows, tx.init(params))[0])
+    want = jax.jit(grad)(params, x)[0], step(rows)
+    with jax.set_mesh(mesh) if around else contextlib.nullcontext():
+        got = (jax.jit(grad)(place(params, None, "model"), place(x, "data"))[0],
+               step(place(rows, "data", None, "model")))  # fmt: skip
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
 def test_experts_on_a_mesh_with_explicit_axes():

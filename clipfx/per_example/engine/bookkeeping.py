@@ -24,6 +24,7 @@ from clipfx.per_example.engine.cost_model import by_region
 from clipfx.per_example.engine.interpreter import Given
 from clipfx.per_example.engine.param_views import LeafSlice
 from clipfx.per_example.engine.plan import Plan
+from clipfx.per_example.engine.row_sums import by_rows
 from clipfx.per_example.engine.rules import site as sites
 from clipfx.per_example.engine.rules.site import Site
 from clipfx.per_example.engine.scaled_sums import Elements
@@ -136,11 +137,12 @@ def tape_of(
         for site in plan.sites.values()
     }
     data, leaves, deltas = jax.tree.map(_settled, (data, leaves, deltas))
+    leaves = jax.tree.map(by_rows, leaves)
     formed = {}
     for n in plan.formed if norms else ():
         site = plan.sites[n]
         form = functools.partial(_form, site)
-        formed[n] = jax.vmap(form)(site.operands(data), deltas[site.tap])
+        formed[n] = by_rows(jax.vmap(form)(site.operands(data), deltas[site.tap]))
     rest = [site for n, site in plan.sites.items() if n not in formed]
     data = {n: data[n] for site in rest for _, n, _ in site.recorded}
     deltas = {site.tap: deltas[site.tap] for site in rest}

@@ -206,7 +206,7 @@ def _in_one(arrays: list[jax.Array]) -> list[jax.Array]:
     XLA compiles kernels for every shape, and looks at each array in all its passes.
     And it writes out a scale for each element, if several arrays have the same.
     """
-    if not target.is_one_cpu():
+    if not target.is_one_cpu(arrays):
         return arrays
     alike: dict[Any, list[jax.Array]] = {}
     for x in arrays:
@@ -223,7 +223,7 @@ def joined(parts: Sequence[tuple[Any, Elements]]) -> list[tuple[Any, Elements]]:
     """Those of a group whose arrays are small as one, where that is less to compile."""
     alike: dict[Any, list[jax.Array]] = {}
     for k, (group, x) in enumerate(parts):
-        small = target.is_one_cpu() and sum(y.size for y in x.arrays) <= _SMALL
+        small = target.is_one_cpu(x.arrays) and sum(y.size for y in x.arrays) <= _SMALL
         key = (group, x.counts, x.terms, None if small else k)
         alike.setdefault(key, []).extend(x.arrays)
     return [(g, Elements(xs, *use)) for (g, *use, _), xs in alike.items()]

@@ -1,6 +1,7 @@
 """Weighted sums of gradients, from what one pass over a batch left behind."""
 
-from collections.abc import Callable, Container, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +10,12 @@ import numpy as np
 
 from clipfx import _compat
 from clipfx._core.groups import each_of, picked
-from clipfx._core.leaves import total_of_rows, widen
-from clipfx.per_example.engine import bookkeeping, interpreter, primitives, target
+from clipfx._core.leaves import times, widen
+from clipfx.per_example.engine import bookkeeping, interpreter, target
 from clipfx.per_example.engine.bookkeeping import Program, Tape
 from clipfx.per_example.engine.param_views import LeafSlice
 from clipfx.per_example.engine.plan import Plan
+from clipfx.per_example.engine.row_sums import mask, sum_of_rows
 from clipfx.per_example.engine.rules.site import Site, floating, groups_of
 
 
@@ -39,14 +41,10 @@ def weighted_sum(
     plan = program.plan
     params = [widen(inputs[k]) for k in program.params]
     sums = [jnp.zeros_like(p) for p in params]
-    rows = {}
     for leaf, x in tape.leaves.items():
         groups = _Factors((), tuple((g, 1) for g in each_of(index[leaf])))
-        rows[leaf] = _row(x, factor, groups, 1)
-    direct = [k for k in tape.leaves if not plan.reasons[k]]
-    kernels = [k for k in direct if all(_convolves(site) for site, _ in plan.uses[k])]
-    for leaf, x in _totals(tape.leaves, rows, good, kernels).items():
-        sums[leaf] = x.astype(params[leaf].dtype)
+        total = sum_of_rows(x, _rows(x, factor, groups, 1), good)
+        sums[leaf] = total.astype(params[leaf].dtype)
     sites = plan.sites | plan.doors()
     if not sites:
         return sums
@@ -90,58 +88,13 @@ def at_sites_of(
     """
     groups = {n: _groups(site, index, range(len(site.loops)))
               for n, site in plan.sites.items()}  # fmt: skip
-    rows = {}
+    grads = _of_sites(plan, tape, weights, factor, groups, good, drop)
     for n, x in tape.formed.items():
         site = plan.sites[n]
         turns = [k for k, cut in enumerate(site.sliced) if cut]
-        rows[n] = _row(x, factor, _groups(site, index, turns), _axis_of_weight(site))
-    kernels = [n for n in tape.formed if _convolves(plan.sites[n])]
-    grads = _totals(tape.formed, rows, good, kernels)
-    return _of_sites(plan, tape, weights, factor, groups, good, drop) | grads
-
-
-def _convolves(site: Site) -> bool:
-    return site.eqn.primitive.name == primitives.CONVOLUTION
-
-
-def _plainly(formed: Mapping[int, Any], rows: dict, good: jax.Array | None) -> dict:
-    """Sums over examples of `[B, ...]` times rows of factors."""
-    wide = {n: widen(x) for n, x in formed.items()}
-    scaled = {n: x if rows[n] is None else x * rows[n] for n, x in wide.items()}
-    return {n: mask(x, good).sum(0) for n, x in scaled.items()}
-
-
-def _totals(
-    formed: Mapping[int, Any],
-    rows: dict,
-    good: jax.Array | None,
-    kernels: Container[int],
-) -> dict:
-    """The same; as products but for kernels of convolutions.
-
-    Those XLA:CPU computes with examples last.
-    """
-    dense = {n: x for n, x in formed.items() if n not in kernels}
-    known = all(row is not None for row in rows.values())
-    if not (target.is_one_cpu() and known and dense):
-        return _plainly(formed, rows, good)
-    sums = {n: total_of_rows(rows[n], widen(x)) for n, x in dense.items()}
-    rest = {n: x for n, x in formed.items() if n not in dense}
-    return _plainly(rest, rows, good) | _spared(sums, dense, rows, good)
-
-
-def _spared(sums: dict, formed: dict, rows: dict, good: jax.Array | None) -> dict:
-    """The sums, added up anew if anything is not finite, which hardly ever happens."""
-    if good is None:
-        return sums
-
-    def turn(state: tuple) -> tuple:
-        kept = {n: mask(widen(x), good) for n, x in formed.items()}
-        sums = {n: total_of_rows(rows[n], x) for n, x in kept.items()}
-        return jnp.zeros_like(state[0]), sums
-
-    bad = jnp.where(good, 0.0, 1.0).sum()
-    return jax.lax.while_loop(lambda state: state[0] > 0, turn, (bad, sums))[1]
+        rows = _rows(x, factor, _groups(site, index, turns), _axis_of_weight(site))
+        grads[n] = sum_of_rows(x, rows, good)
+    return grads
 
 
 def like_weight(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -216,13 +169,6 @@ def _masked_if_any(data: list, good: jax.Array | None) -> list:
     return jax.lax.while_loop(lambda state: state[0] > 0, turn, (bad, data))[1]
 
 
-def mask(x: jax.Array, good: jax.Array | None) -> jax.Array:
-    """Zeros in the rows of examples that are not good."""
-    if good is None:
-        return x
-    return jnp.where(good.reshape((-1,) + (1,) * (x.ndim - 1)), x, jnp.zeros_like(x))
-
-
 class _Factors(NamedTuple):
     """Which factors belong where.
 
@@ -262,14 +208,15 @@ def _axis_of_weight(site: Site) -> int | None:
 
 def _scale(x: Any, factor: jax.Array | None, groups: _Factors, axis: int | None) -> Any:
     """Multiplies `[B, loops..., ...]` by factors `[B, G]`, of parts along `axis`."""
-    row = _row(x, factor, groups, axis)
-    return widen(x) if row is None else widen(x) * row
+    return functools.reduce(times, _rows(x, factor, groups, axis), widen(x))
 
 
-def _row(x: Any, factor: jax.Array | None, groups: _Factors, axis: int | None) -> Any:
-    """By what to multiply `[B, loops..., ...]`, as many dimensions; None for 1."""
+def _rows(
+    x: Any, factor: jax.Array | None, groups: _Factors, axis: int | None
+) -> list[jax.Array]:
+    """By what to multiply `[B, loops..., ...]`, as many dimensions; nothing for 1."""
     if factor is None:
-        return None
+        return []
     loops = groups.loops
 
     def of(group: int | tuple[int, ...]) -> jax.Array:
@@ -290,4 +237,4 @@ def _row(x: Any, factor: jax.Array | None, groups: _Factors, axis: int | None) -
         between = [1] * (axis - len(lead))
         row = row.reshape(*lead, *between, row.shape[-1])
     row = row.reshape(*row.shape, *[1] * (x.ndim - row.ndim))
-    return row.astype(widen(x).dtype)
+    return [row]
