@@ -12,7 +12,7 @@ from clipfx.per_example.engine.rules.site import IDS, Site, slices_of
 # gradient that is instantiated is written, read for its norm and read for the sum. Of
 # two CPU cores, measured, and less where a batch of it stays in a core's cache; of
 # others what makers of TPUs (v5e, v5p) and of the H100 say.
-_WORDS, _WORDS_IN_CACHE, _WORDS_ELSEWHERE = 256, 32, 1024
+_WORDS, _WORDS_IN_CACHE, _WORDS_ELSEWHERE = 96, 32, 1024
 _CACHE = 2**18  # words
 BIAS_SUM = "bias sum"
 
