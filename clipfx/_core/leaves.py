@@ -1,6 +1,7 @@
 """Single leaves: widened to compute in, narrowed to be stored, scaled by group."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -24,6 +25,11 @@ def widest(dtypes: Iterable[Any]) -> Any:
     """What norms are taken in: float64 if a dtype has as many bits, else float32."""
     double = any(jnp.finfo(dtype).bits == 64 for dtype in dtypes)
     return jnp.dtype(jnp.float64 if double else jnp.float32)
+
+
+def known_size(x: jax.Array) -> float:
+    """How many elements there are, infinity if the shape is symbolic."""
+    return x.size if all(isinstance(n, int) for n in x.shape) else math.inf
 
 
 def times(x: jax.Array, factor: jax.Array) -> jax.Array:

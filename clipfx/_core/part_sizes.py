@@ -1,6 +1,7 @@
 """How large elements or units are: the largest of them, and how many are too large."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from clipfx import _compat
 from clipfx._core.clip_factors import exceeds
 from clipfx._core.groups import Groups
-from clipfx._core.leaves import widest
+from clipfx._core.leaves import known_size, widest
 from clipfx._core.norms import Norms, group_sizes
 from clipfx._core.reductions import Layout, combine, layout_of, on_one_cpu, per_shard
 from clipfx._core.safe_sums import add_up, largest
@@ -92,8 +93,7 @@ def in_one_pass(
 def _bits_and_count(x: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The largest as a whole number, and how many are above the limit."""
     whole = jnp.int64 if jnp.finfo(x.dtype).bits == 64 else jnp.int32
-    known = all(isinstance(n, int) for n in x.shape)  # none of a symbolic shape
-    rows = known and x.ndim > 1 and x.size >= 2**31  # more than an int32 counts
+    rows = x.ndim > 1 and 2**31 <= known_size(x) < math.inf  # more than an int32 counts
     top, count = jax.lax.reduce(
         (jax.lax.bitcast_convert_type(x, whole), exceeds(x, limit).astype(jnp.int32)),
         (jnp.zeros([], whole), jnp.zeros([], jnp.int32)),

@@ -518,6 +518,33 @@ def test_complex_parameters_count_with_both_parts():
     np.testing.assert_allclose(sums, sum(right), rtol=2e-6)
 
 
+@pytest.mark.parametrize("shape", ["b, 4, 5", "b, t, d"])
+def test_shapes_may_be_symbolic(shape):
+    """Of examples; of all where gradients are formed, and none is compared with 1."""
+    dims = jax.export.symbolic_shape(shape)
+    wide = dims[2]
+
+    def loss(params, x):
+        x = x @ (params["w"] * jnp.tanh(params["gate"]))
+        return jnp.tanh(x @ params["plain"] if wide == 5 else x).sum()
+
+    draw = np.random.default_rng(0).normal
+    params = {"w": draw(size=(5, 3)), "gate": draw(size=(5, 3)), "plain": np.eye(3)}
+    params, x = cast((params, draw(size=(6, 4, 5))), "float32")
+    like = lambda x, *shape: jax.ShapeDtypeStruct(shape, x.dtype)
+    told = {name: like(w, 3 if name == "plain" else wide, 3)
+            for name, w in params.items()}  # fmt: skip
+    tx = per_example.clip_per_example(0.5)
+
+    def both(params, x):
+        rows = jax.vmap(jax.grad(loss), (None, 0))(params, x)
+        grads, _ = per_example.clipped_grad(loss, 0.5)(params, x)
+        return grads, tx.update(rows, tx.init(params), params)[0]
+
+    program = jax.export.export(jax.jit(both))(told, like(x, *dims))
+    trees.assert_close(program.call(params, x), jax.jit(both)(params, x), 1e-5, 1e-6)
+
+
 def test_one_trace_for_many_calls():
     traces = []
 

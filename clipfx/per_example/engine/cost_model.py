@@ -21,11 +21,12 @@ def words(batch: int) -> int:
     """What to move a word of an instantiated gradient costs, in multiplications.
 
     Args:
-      batch: How many words there are in one batch.
+      batch: How many words there are in one batch, which may be symbolic.
     """
     if not target.is_cpu():
         return _WORDS_ELSEWHERE
-    return _WORDS_IN_CACHE if batch <= _CACHE else _WORDS
+    few = isinstance(batch, int) and batch <= _CACHE
+    return _WORDS_IN_CACHE if few else _WORDS
 
 
 def unaligned(places: list[tuple[Site, LeafSlice]], outer: dict[int, int]) -> str:

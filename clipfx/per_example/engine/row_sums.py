@@ -1,12 +1,13 @@
 """Sums over examples of arrays that have a row for each."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from clipfx._core.leaves import times, widen
+from clipfx._core.leaves import known_size, times, widen
 from clipfx.per_example.engine import target
 
 _SMALL = 2**16  # numbers, which a cache holds
@@ -34,7 +35,7 @@ def by_rows(x: jax.Array) -> jax.Array:
 
 
 def _goes_by_rows(x: jax.Array) -> bool:
-    return x.size > _SMALL and target.is_one_cpu([x])
+    return _SMALL < known_size(x) < math.inf and target.is_one_cpu([x])
 
 
 def sum_of_rows(

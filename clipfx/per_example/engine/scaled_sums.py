@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from clipfx._core.leaves import times, widen
+from clipfx._core.leaves import known_size, times, widen
 from clipfx._core.norms import Norms
 from clipfx._core.safe_sums import abs_power, add_up
 from clipfx.per_example.engine import target
@@ -223,7 +223,7 @@ def joined(parts: Sequence[tuple[Any, Elements]]) -> list[tuple[Any, Elements]]:
     """Those of a group whose arrays are small as one, where that is less to compile."""
     alike: dict[Any, list[jax.Array]] = {}
     for k, (group, x) in enumerate(parts):
-        small = target.is_one_cpu(x.arrays) and sum(y.size for y in x.arrays) <= _SMALL
+        small = sum(map(known_size, x.arrays)) <= _SMALL and target.is_one_cpu(x.arrays)
         key = (group, x.counts, x.terms, None if small else k)
         alike.setdefault(key, []).extend(x.arrays)
     return [(g, Elements(xs, *use)) for (g, *use, _), xs in alike.items()]
