@@ -33,7 +33,7 @@ CLAIMS: dict[str, Callable[[], Row]] = {
 TRAINED = (
     ("rnn", "rates", "zone"), ("gan",), ("repulsion",), ("typical",), ("memorized",),
     ("snr_samples",), ("private", "automatic"), ("least_threshold", "direction"),
-    ("gated", "outlying"),
+    ("gated", "outlying"), ("smoothest",), ("unnormalized",),
 )  # fmt: skip
 
 INTRO = """\
