@@ -148,8 +148,7 @@ def _norms_of(leaves: list[jax.Array], layout: Layout, ord: float) -> Norms:
         return rescue_out_of_range(sums, root(sums, ord), again, layout)
 
     # Around the largest at once there is no loop, but a second collective over a mesh.
-    ways = dict.fromkeys(("cpu", "mesh"), in_range_or_again)
-    ways |= dict.fromkeys(("gpu", "tpu"), around_largest)
+    ways = {"cpu": in_range_or_again, "gpu": around_largest, "tpu": around_largest}
     return Norms(*by_device(ways, layout.device, leaves))
 
 

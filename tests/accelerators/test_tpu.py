@@ -92,6 +92,14 @@ def test_a_mesh_takes_one_all_reduce_more(method):
     assert ours == plain
 
 
+def test_a_mesh_takes_no_loop_for_other_norms():
+    """The largest element is looked for first, as on one device."""
+    found = facts(program("decoder", "ord_3", 4, 256))
+    assert (found.loops, found.branches) == (0, 0)
+    least, _ = facts(program("decoder", "none", 4, 256)).collectives["all-reduce"]
+    assert found.collectives["all-reduce"][0] == least + 2
+
+
 def test_examples_of_a_rematerialized_decoder(monkeypatch):
     """Nothing waits, and no gradient of an example is larger than activations."""
     monkeypatch.setattr(target, "forced", "tpu")

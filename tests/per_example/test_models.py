@@ -456,4 +456,6 @@ def test_clip_per_example_keeps_no_copies_of_what_it_is_given():
     assert not re.search(r"f32\[64,128\]\S* reduce\(", program.as_text())
     each = [32 * w.nbytes for w in params]
     most = sum(each) + max(each)  # one is laid out anew at a time
+    if jax.__version_info__ < (0, 8):  # whose XLA does so with all
+        most = 2 * sum(each)
     assert sum(each) < program.memory_analysis().temp_size_in_bytes < 1.1 * most

@@ -70,6 +70,7 @@ def recurrent():
 def test_keras(model, batch, formed):
     # Norms and attention are of float32, whatever dtype a layer is told.
     with lenient():
+        keras.utils.clear_session()  # names have no numbers of models before
         model = model()
         fixed = [v.value for v in model.non_trainable_variables]
 
