@@ -275,5 +275,20 @@ def smooth() -> Row:
     )  # fmt: skip
 
 
+def powers() -> Row:
+    """Powers of entries on either side of 1."""
+    draw = np.random.default_rng(0).normal(size=1000)
+    tx = clipfx.grad_power(0.7)
+    ratio = lambda size: clipped(tx, single(size * draw)).effect.ratio
+    return judge(
+        "A power below 1 of each entry compresses gradients.",
+        "1,000 entries of deviation 100, and of 10⁻⁴, to the power 0.7: norm after "
+        "over before.",
+        [at_most(ratio(100.0), 1.0, label="100")],
+        [at_most(ratio(1e-4), 1.0, label="10⁻⁴")],
+        source=SPAMP,
+    )
+
+
 CLAIMS = [norm_clip, value_turns, dimension, tails, norms, one_layer, lost_sizes,
-          any_size, units, apart, jumps, smooth, cost]  # fmt: skip
+          any_size, units, apart, jumps, smooth, powers, cost]  # fmt: skip

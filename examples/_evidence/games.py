@@ -17,9 +17,30 @@ NOTE = """\
 In the game min over x, max over y of xy both players circle the solution, and each step
 leads a little outward. A clip makes those steps small, but they still lead outward: the
 orbit grows with the root of time in place of exponentially. A limit cycle needs
-something that pulls inward, such as a little damping, and then its radius is known."""
+something that pulls inward, such as a little damping, and then its radius is known.
+A discriminator that is sure sends back next to nothing with the loss of the game, and a
+bounded slope with the usual one; what can be steep is the discriminator itself."""
 
+GOODFELLOW = "[Goodfellow et al., 2014](https://arxiv.org/abs/1406.2661)"
 RATE = 0.2
+
+
+def easy_fakes() -> Row:
+    """What comes back through a discriminator that is sure of a fake."""
+    losses = {
+        "log(1 − D)": lambda score: -jax.nn.softplus(score),
+        "−log D": lambda score: jax.nn.softplus(-score),
+    }
+    slope = lambda loss, score: abs(float(jax.grad(loss)(score)))
+    return judge(
+        "A discriminator that tells fakes with ease sends the generator massive "
+        "gradients.",
+        "D = 1/(1 + exp(−s)): slope of the generator's loss where s = −20, over that "
+        "where s = 0; with either loss.",
+        [at_least(slope(loss, -20.0) / slope(loss, 0.0), 10.0, label=name)
+         for name, loss in losses.items()],
+        source=GOODFELLOW,
+    )  # fmt: skip
 
 
 @functools.cache
@@ -181,4 +202,4 @@ def gan() -> Row:
     )  # fmt: skip
 
 
-CLAIMS = [spiral, damped, gan]
+CLAIMS = [easy_fakes, spiral, damped, gan]

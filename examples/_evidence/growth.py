@@ -133,6 +133,65 @@ def conditioning() -> Row:
     )
 
 
+def sensitive() -> Row:
+    """The same of gradients that nobody chose."""
+
+    @jax.jit
+    def growth(factors, start):
+        back, _ = jax.lax.scan(lambda g, _: (factors * g, None), start, length=20)
+        return jnp.linalg.norm(back, axis=-1) / jnp.linalg.norm(start, axis=-1)
+
+    spreads = []
+    for seed in range(3):
+        start = single(np.random.default_rng(seed).normal(size=(1000, 16)))
+        found = growth(np.linspace(0.5, 1.5, 16, dtype=np.float32), start)
+        low, high = np.quantile(found, [0.05, 0.95])
+        spreads.append(high / low)
+    return judge(
+        "If Jacobians are ill-conditioned, how far a gradient grows depends on the "
+        "data to the extreme.",
+        "20 steps with a diagonal matrix from 0.5 to 1.5, whose condition number is "
+        "3.5e9 over all, 1,000 random gradients of 16 entries: 95th percentile of the "
+        "growth over the 5th.",
+        [at_least(spreads, 1000.0)],
+    )
+
+
+def early_layers() -> Row:
+    """By the parameters of the first layer, over those of the last."""
+
+    def slopes(layer, weights, x, end):
+        def loss(params):
+            step = lambda h, p: (layer(p[0] @ h + p[1]), None)
+            return jax.lax.scan(step, x, params)[0] @ end
+
+        w, b = jax.grad(loss)((weights, jnp.zeros(weights.shape[:2])))
+        length = lambda g: jnp.linalg.norm(g.reshape(len(g), -1), axis=1)
+        return length(w), length(b)
+
+    linear, deep = (
+        jax.jit(lambda w, x, end, layer=layer: slopes(layer, w, x, end))
+        for layer in (lambda h: h, jax.nn.relu)
+    )
+    same, _ = linear(jnp.stack([1.2 * jnp.eye(2)] * 50), jnp.ones(2), jnp.ones(2))
+    twice = []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        weights = 2 * rng.normal(size=(30, 256, 256), scale=math.sqrt(2 / 256))
+        x, end = rng.normal(size=(2, 256))
+        twice.append(deep(*map(single, (weights, x, end))))
+    first = lambda g: g[0] / g[-1]
+    return judge(
+        "Where gradients explode, those by the parameters of early layers are the "
+        "largest.",
+        "First layer over last: the weights of 50 layers 1.2·I; of 30 ReLU layers of "
+        "width 256, twice √(2/n), the weights, and the biases.",
+        [at_least(first(same), 10.0, label="1.2·I, weights"),
+         at_least([first(w) for w, _ in twice], 10.0, label="ReLU, weights"),
+         at_least([first(b) for _, b in twice], 10.0, label="ReLU, biases")],
+    )  # fmt: skip
+
+
 def costate() -> Row:
     """The adjoint recursion by hand, against automatic differentiation."""
     gaps = []
@@ -259,5 +318,6 @@ def small_boxes() -> Row:
     )
 
 
-CLAIMS = [depth, recurrence, chaos, singular_values, contraction, conditioning, costate,
-          euler, init, steep_loss, small_boxes, plateau]  # fmt: skip
+CLAIMS = [depth, early_layers, recurrence, chaos, singular_values, contraction,
+          conditioning, sensitive, costate, euler, init, steep_loss, small_boxes,
+          plateau]  # fmt: skip

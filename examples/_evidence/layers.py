@@ -20,6 +20,7 @@ separable convolution has √2 times the mean gain of a full one where weights h
 variance 2 over the fan-in; of the largest gain no such constant holds."""
 
 BATCH_NORM = "[Ioffe and Szegedy, 2015](https://arxiv.org/abs/1502.03167)"
+LAYER_NORM = "[Ba et al., 2016](https://arxiv.org/abs/1607.06450)"
 SANTURKAR = "[Santurkar et al., 2018](https://arxiv.org/abs/1805.11604)"
 MEAN_FIELD = "[Yang et al., 2019](https://arxiv.org/abs/1902.08129)"
 RESNET = "[He et al., 2016](https://arxiv.org/abs/1512.03385)"
@@ -114,6 +115,31 @@ def batch_norm_depth() -> Row:
         [at_most(rates, 1.05)],
         source=f"{BATCH_NORM}; refuted by {MEAN_FIELD}",
     )
+
+
+def layer_norm_depth() -> Row:
+    """The same with layer normalisation, and weights of any scale."""
+
+    @jax.jit
+    def growth(x, weights, end):
+        layer = lambda h, w: jax.nn.relu(_normalize(h @ w, -1))
+        loss = lambda h: jnp.vdot(h[-1], end)
+        return diagnose.recurrent_flow(layer, loss, x, weights).growth
+
+    def rates(scale):
+        for seed in range(3):
+            weights = scale * _normal(seed, 30, 128, 128) * math.sqrt(2 / 128)
+            x, end = _normal(10 + seed, 64, 128), _normal(20 + seed, 64, 128)
+            yield math.exp(growth(x, weights, end))
+
+    return judge(
+        "Layer normalisation keeps the gradient from growing through a deep net.",
+        "30 random ReLU layers of width 128, weights of half, once and twice √(2/n); "
+        "growth of the gradient a layer.",
+        [at_most([*rates(s)], 1.05, label=name)
+         for s, name in ((0.5, "half"), (1.0, "once"), (2.0, "twice"))],
+        source=LAYER_NORM,
+    )  # fmt: skip
 
 
 def local_response() -> Row:
@@ -367,6 +393,7 @@ def flow() -> Row:
     )  # fmt: skip
 
 
-CLAIMS = [layer_norm, layer_norm_small, batch_norm, batch_norm_depth, local_response,
-          residual, scaled_residual, long_skip, concatenation, separable,
-          attention_scale, attention_saturates, sharp_softmax, gru, flow]  # fmt: skip
+CLAIMS = [layer_norm, layer_norm_small, batch_norm, batch_norm_depth, layer_norm_depth,
+          local_response, residual, scaled_residual, long_skip, concatenation,
+          separable, attention_scale, attention_saturates, sharp_softmax, gru,
+          flow]  # fmt: skip

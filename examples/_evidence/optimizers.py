@@ -70,6 +70,52 @@ def adam_cap() -> Row:
     )  # fmt: skip
 
 
+def adam_steps() -> Row:
+    """Gradients that are always large, and gradients that hardly ever agree."""
+    tx = optax.adam(1.0)
+
+    @jax.jit
+    def last(grads):
+        """The mean step's length over the last 400 of 500."""
+        step = lambda state, g: tx.update(g, state)[::-1]
+        _, steps = jax.lax.scan(step, tx.init(grads[0]), grads)
+        return jnp.abs(steps[100:].mean())
+
+    one = np.ones(500, np.float32)
+    noisy = [1 + 10 * np.random.default_rng(k).normal(size=500) for k in range(5)]
+    return judge(
+        "Adam takes shorter steps for parameters whose gradients are large, or noisy.",
+        "500 gradients of 1, of 1,000, and of 1 with noise of deviation 10: mean of "
+        "the last 400 steps, over that of the first.",
+        [at_most(last(1000 * one) / last(one), 0.5, label="1,000"),
+         at_most([last(single(g)) / last(one) for g in noisy], 0.5, label="noise")],
+    )  # fmt: skip
+
+
+def kept_direction() -> Row:
+    """The update of a spike, behind momentum and behind Adam."""
+    grads = np.random.default_rng(0).normal(size=(20, 16))
+    grads[-1] *= 100
+
+    def cosine(optimizer):
+        def update(max_norm):
+            tx = optax.chain(clipfx.clip_by_global_norm(max_norm), optimizer)
+            step = lambda state, g: tx.update(g, state)[::-1]
+            return jax.lax.scan(step, tx.init(grads[0]), single(grads))[1][-1]
+
+        free, clipped = jax.vmap(update)(single([math.inf, 4.0]))
+        return optax.losses.cosine_similarity(free, clipped)
+
+    return judge(
+        "A clip of the gradient's norm keeps the direction of the step.",
+        "20 random gradients, the last 100 times as long, c = 4: cosine between the "
+        "last step with a clip and without; SGD, with momentum 0.9, and Adam.",
+        [near(cosine(optax.sgd(0.1)), 1.0, label="SGD")],
+        [near(cosine(optax.sgd(0.1, 0.9)), 1.0, label="momentum"),
+         near(cosine(optax.adam(0.1)), 1.0, label="Adam")],
+    )  # fmt: skip
+
+
 def decay_cancels() -> Row:
     """The two thresholds of `weight_decay_balance`, and when there is none."""
     rng = np.random.default_rng(0)
@@ -100,6 +146,26 @@ def decay_cancels() -> Row:
         [at_most(inward, 1e6, label="inward")],
         source="[Kosson et al., 2024](https://arxiv.org/abs/2305.17212)",
     )
+
+
+def penalty() -> Row:
+    """λ‖w‖²/2 in the loss, and what becomes of it on the way."""
+    w, g = single([1.0, 0.0]), single([0.0, 100.0])  # the data pull elsewhere
+
+    def shrinkage(optimizer):
+        """By how much the first weight shrinks in a step, over ηλ."""
+        tx = optax.chain(optax.add_decayed_weights(0.1), optimizer)
+        return -tx.update(g, tx.init(w), w)[0][0] / 0.01
+
+    clip = optax.chain(clipfx.clip_by_global_norm(1.0), optax.sgd(0.1))
+    return judge(
+        "A penalty λ‖w‖²/2 is weight decay: it shrinks the weights by 1 − ηλ a step.",
+        "η = λ = 0.1, a gradient of norm 100 across the weights: by how much these "
+        "shrink over ηλ; SGD, behind a clip at 1, and Adam.",
+        [near(shrinkage(optax.sgd(0.1)), 1.0, label="SGD")],
+        [near(shrinkage(clip), 1.0, label="clip"),
+         near(shrinkage(optax.adam(0.1)), 1.0, label="Adam")],
+    )  # fmt: skip
 
 
 def decay_radius() -> Row:
@@ -234,5 +300,6 @@ def heavy_ball() -> Row:
 
 
 CLAIMS = [
-    adam_moment, adam_cap, decay_cancels, decay_radius, warm_up, steep_walls, heavy_ball
+    adam_moment, adam_cap, adam_steps, kept_direction, decay_cancels, penalty,
+    decay_radius, warm_up, steep_walls, heavy_ball,
 ]  # fmt: skip

@@ -20,12 +20,13 @@ from examples._evidence import (
     optimizers,
     private,
     sequences,
+    stability,
     training,
 )
 from examples._evidence.claims import AGREES, FALSE, LIMITS, Row
 
-THEMES = (growth, clips, noise, optimizers, layers, games, bounds, private, training,
-          adaptive, sequences)  # fmt: skip
+THEMES = (growth, clips, noise, optimizers, layers, games, bounds, stability, private,
+          training, adaptive, sequences)  # fmt: skip
 CLAIMS: dict[str, Callable[[], Row]] = {
     claim.__name__: claim for theme in THEMES for claim in theme.CLAIMS
 }

@@ -18,7 +18,8 @@ QUICK = (
     "depth", "recurrence", "singular_values", "conditioning", "euler", "symmetric_mean",
     "symmetric_direction", "symmetric_sign", "centred", "floor", "units", "separable",
     "attention_scale", "flow", "layer_norm", "layer_norm_small", "spiral",
-    "feedback", "heavy_ball", "steep_walls",
+    "feedback", "heavy_ball", "steep_walls", "sensitive", "early_layers", "expands",
+    "leverage", "powers", "adam_steps", "penalty", "easy_fakes",
 )  # fmt: skip
 TRAINED = {name for names in page.TRAINED for name in names}
 REST = [name for name in page.CLAIMS if name not in {*QUICK, *TRAINED}]
