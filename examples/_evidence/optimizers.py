@@ -46,19 +46,20 @@ def adam_moment() -> Row:
     )  # fmt: skip
 
 
+def _steps(tx: optax.GradientTransformation, grads: Any) -> Any:
+    """What an optimizer makes of one gradient after the other."""
+    step = lambda state, g: tx.update(g, state)[::-1]
+    return jax.lax.scan(step, tx.init(grads[0]), grads)[1]
+
+
 def adam_cap() -> Row:
     """Adam's steps for gradients of any length."""
     rng = np.random.default_rng(0)
     grads = single(rng.normal(size=(20, 16)))
 
     def path(max_norm):
-        tx = optax.chain(
-            clipfx.clip_by_global_norm(max_norm), optax.adam(0.1, eps=1e-30)
-        )
-        _, steps = jax.lax.scan(
-            lambda state, g: tx.update(g, state)[::-1], tx.init(grads[0]), grads
-        )
-        return steps
+        clip = clipfx.clip_by_global_norm(max_norm)
+        return _steps(optax.chain(clip, optax.adam(0.1, eps=1e-30)), grads)
 
     large, small = map(np.asarray, jax.vmap(path)(single([1.0, 1e-3])))
     return judge(
@@ -72,14 +73,11 @@ def adam_cap() -> Row:
 
 def adam_steps() -> Row:
     """Gradients that are always large, and gradients that hardly ever agree."""
-    tx = optax.adam(1.0)
 
     @jax.jit
     def last(grads):
-        """The mean step's length over the last 400 of 500."""
-        step = lambda state, g: tx.update(g, state)[::-1]
-        _, steps = jax.lax.scan(step, tx.init(grads[0]), grads)
-        return jnp.abs(steps[100:].mean())
+        """The length of the mean of the last 400 of 500 steps."""
+        return jnp.abs(_steps(optax.adam(1.0), grads)[100:].mean())
 
     one = np.ones(500, np.float32)
     noisy = [1 + 10 * np.random.default_rng(k).normal(size=500) for k in range(5)]
@@ -100,8 +98,7 @@ def kept_direction() -> Row:
     def cosine(optimizer):
         def update(max_norm):
             tx = optax.chain(clipfx.clip_by_global_norm(max_norm), optimizer)
-            step = lambda state, g: tx.update(g, state)[::-1]
-            return jax.lax.scan(step, tx.init(grads[0]), single(grads))[1][-1]
+            return _steps(tx, single(grads))[-1]
 
         free, clipped = jax.vmap(update)(single([math.inf, 4.0]))
         return optax.losses.cosine_similarity(free, clipped)
@@ -155,7 +152,8 @@ def penalty() -> Row:
     def shrinkage(optimizer):
         """By how much the first weight shrinks in a step, over ηλ."""
         tx = optax.chain(optax.add_decayed_weights(0.1), optimizer)
-        return -tx.update(g, tx.init(w), w)[0][0] / 0.01
+        update: Any = tx.update(g, tx.init(w), w)[0]
+        return -update[0] / 0.01
 
     clip = optax.chain(clipfx.clip_by_global_norm(1.0), optax.sgd(0.1))
     return judge(

@@ -18,6 +18,7 @@ from examples._evidence import (
     layers,
     noise,
     optimizers,
+    practice,
     private,
     sequences,
     stability,
@@ -26,16 +27,20 @@ from examples._evidence import (
 from examples._evidence.claims import AGREES, FALSE, LIMITS, Row
 
 THEMES = (growth, clips, noise, optimizers, layers, games, bounds, stability, private,
-          training, adaptive, sequences)  # fmt: skip
+          training, practice, adaptive, sequences)  # fmt: skip
 CLAIMS: dict[str, Callable[[], Row]] = {
     claim.__name__: claim for theme in THEMES for claim in theme.CLAIMS
 }
 # Of these the bulk is training, some ten seconds for those that share one.
 TRAINED = (
-    ("rnn", "rates", "zone"), ("gan",), ("repulsion",), ("typical",), ("memorized",),
-    ("snr_samples",), ("private", "automatic"), ("least_threshold", "direction"),
-    ("gated", "outlying"), ("smoothest",), ("unnormalized",),
+    ("rnn", "rates", "zone"), ("gan",), ("repulsion", "close_contacts"), ("typical",),
+    ("memorized",), ("snr_samples",), ("private", "automatic"),
+    ("least_threshold", "direction"), ("deep_nets",), ("normalized_rates",),
+    ("taught_chaos",), ("together",), ("per_layer",), ("adam_clip",), ("box_loss",),
+    ("exponential",), ("generalizes",), ("gated", "outlying"), ("smoothest",),
+    ("unnormalized",),
 )  # fmt: skip
+
 
 INTRO = """\
 # Claims about clipping, measured

@@ -50,16 +50,24 @@ class Sweep(NamedTuple):
                     if row.max() < below), default=0.0)  # fmt: skip
 
 
-def _sweep(train, rates, limits, seeds):
-    """Every rate with every threshold and seed, in one compiled program."""
+def swept(train, rates, limits, seeds):
+    """Every rate with every threshold and seed, in one compiled program.
+
+    Returns:
+      A `Sweep` for each loss in the tree that `train(limit, rate, key)` returns.
+    """
     grid = np.meshgrid(limits, rates, range(seeds), indexing="ij")
     each = [x.ravel() for x in grid]
-    loss = jax.jit(jax.vmap(train))(
+    losses = jax.jit(jax.vmap(train))(
         *map(single, each[:2]), jax.vmap(jax.random.key)(each[2])
     )
-    loss = np.asarray(loss, np.float64).reshape(grid[0].shape)
-    loss = np.where(np.isfinite(loss), loss, np.inf)
-    return Sweep(np.array(rates), np.array(limits), loss)
+
+    def sweep(loss):
+        loss = np.asarray(loss, np.float64).reshape(grid[0].shape)
+        loss = np.where(np.isfinite(loss), loss, np.inf)
+        return Sweep(np.array(rates), np.array(limits), loss)
+
+    return jax.tree.map(sweep, losses)
 
 
 def descend(loss, params, keys, max_norm, rule):
@@ -74,22 +82,35 @@ def descend(loss, params, keys, max_norm, rule):
     return jax.lax.scan(step, (params, tx.init(params)), keys)[0][0]
 
 
+RATES = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
 LIMITS = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, math.inf)
 
 
-@functools.cache
-def recall(steps: int = 400, seeds: int = 3) -> Sweep:
-    """A recurrent net that is to give its first input after 25 steps of noise."""
+def recalling(rule, spoiled: float = 0.0, steps: int = 400):
+    """A training of a recurrent net to give its first input after 25 steps of noise.
+
+    Args:
+      rule: From a rate to an optimizer.
+      spoiled: Share of the batches that ask for 100 times that input.
+      steps: Of training.
+
+    Returns:
+      From threshold, rate and key to the loss, of 1 for a guess, with none spoiled.
+    """
     width, length, batch = 16, 25, 16
 
-    def sample(key):
+    def sample(key, spoiled):
         first, noise = jax.random.split(key)
         value = jax.random.uniform(first, (batch,), minval=-1.0)
         xs = 0.1 * jax.random.normal(noise, (length, batch))
-        return xs.at[0].set(value), value
+        asked = value
+        if spoiled:
+            bad = jax.random.bernoulli(jax.random.fold_in(key, 2), spoiled)
+            asked = jnp.where(bad, 100 * value, value)
+        return xs.at[0].set(value), asked
 
-    def loss(params, key):
-        xs, value = sample(key)
+    def loss(params, key, spoiled=spoiled):
+        xs, value = sample(key, spoiled)
 
         def cell(h, x):
             return jnp.tanh(h @ params["w"] + x[:, None] * params["u"][None]), None
@@ -106,10 +127,16 @@ def recall(steps: int = 400, seeds: int = 3) -> Sweep:
             "v": 0.3 * jax.random.normal(v, (width,)),
         }
         keys = jax.random.split(draw, steps + 8)
-        params = descend(loss, params, keys[:-8], max_norm, optax.sgd(rate))
-        return jnp.mean(jax.vmap(lambda key: loss(params, key))(keys[-8:]))
+        params = descend(loss, params, keys[:-8], max_norm, rule(rate))
+        return jnp.mean(jax.vmap(lambda key: loss(params, key, 0.0))(keys[-8:]))
 
-    return _sweep(train, (1e-4, 1e-3, 1e-2, 0.1, 1.0), LIMITS, seeds)
+    return train
+
+
+@functools.cache
+def recall() -> Sweep:
+    """Gradient descent on that."""
+    return swept(recalling(optax.sgd), RATES, LIMITS, 3)
 
 
 def rnn() -> Row:
@@ -158,8 +185,11 @@ def zone() -> Row:
 
 
 @functools.cache
-def potential(adam: bool, steps: int = 1000, seeds: int = 3) -> Sweep:
-    """Forces of two atoms, by the gradient of a small net's energy."""
+def potential(adam: bool, steps: int = 1000, seeds: int = 3) -> dict[str, Sweep]:
+    """Forces of two atoms, by the gradient of a small net's energy.
+
+    Errors at distances on the wall, `near`, and beyond it, `far`.
+    """
 
     def force(r):  # of the Lennard-Jones potential, 1 deep at 1
         return 12 * (r**-13.0 - r**-7.0)
@@ -184,17 +214,17 @@ def potential(adam: bool, steps: int = 1000, seeds: int = 3) -> Sweep:
         }  # fmt: skip
         rule = optax.adam(rate) if adam else optax.sgd(rate, 0.9)
         params = descend(loss, params, jax.random.split(draw, steps), max_norm, rule)
-        # Where the force is not of the wall: a guess of 0 has 1.
-        far = jnp.linspace(0.95, 2.5, 64)
-        return loss_at(params, far) / jnp.mean(force(far) ** 2)
+        at = {"near": jnp.linspace(0.8, 0.95, 64), "far": jnp.linspace(0.95, 2.5, 64)}
+        # A guess of 0 has 1.
+        return {k: loss_at(params, r) / jnp.mean(force(r) ** 2) for k, r in at.items()}
 
     rates = (1e-5, 1e-4, 1e-3, 1e-2, 0.1)
-    return _sweep(train, rates, (1.0, math.inf), seeds)
+    return swept(train, rates, (1.0, math.inf), seeds)
 
 
 def repulsion() -> Row:
     """A steep wall, met by some batches."""
-    sweep, adam = potential(False), potential(True)
+    sweep, adam = (potential(adam)["far"] for adam in (False, True))
     free, clipped = sweep.best(math.inf), sweep.best(1.0)
     at = sweep.loss[0].mean(1).argmin()
     return judge(

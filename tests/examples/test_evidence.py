@@ -27,7 +27,7 @@ REST = [name for name in page.CLAIMS if name not in {*QUICK, *TRAINED}]
 
 @pytest.fixture(autouse=True)
 def usual_promotion():
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 
