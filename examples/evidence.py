@@ -4,9 +4,9 @@
     python -m examples.evidence --only=symmetric_mean,batch_norm_depth
 
 Every claim is a small function that measures, compares and judges, in a file for each
-theme in `examples/_evidence/`. By default all run, two to three minutes on two cores, and
-the page and its pictures are written. With `--only` those named are printed, and the
-page stays as it is.
+theme in `examples/_evidence/`. By default all run, two to three minutes on two cores,
+and the page and its pictures are written. With `--only` those named are printed, and
+the page stays as it is.
 """
 
 import dataclasses

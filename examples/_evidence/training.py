@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,11 +43,11 @@ class Sweep(NamedTuple):
         rows = self.loss[list(self.limits).index(limit)]
         return rows[rows.mean(1).argmin()]
 
-    def largest(self, limit: float, below: float) -> float:
-        """The largest rate at which every seed ends below a loss, else 0."""
+    def largest(self, limit: float, below: float, of: Any = np.max) -> float:
+        """The largest rate at which every seed, or what `of` says, is below a loss."""
         rows = self.loss[list(self.limits).index(limit)]
         return max((r for r, row in zip(self.rates, rows, strict=True)
-                    if row.max() < below), default=0.0)  # fmt: skip
+                    if of(row) < below), default=0.0)  # fmt: skip
 
 
 def swept(train, rates, limits, seeds):
