@@ -122,7 +122,7 @@ Run = Callable[[Any, Out], None]
 
 def main(run: Run, kind: type) -> None:
     """The command of an example: `launch`, in a terminal that stays quiet."""
-    _be_quiet()
+    be_quiet()
     # Absl's own flags keep their defaults.
     parse = lambda argv: flags.FLAGS(argv[:1]) and argv
     app.run(lambda argv: launch(run, kind, argv[1:]), flags_parser=parse)
@@ -355,7 +355,7 @@ def _difference(folder: pathlib.Path, record: dict[str, Any], settings: Any) -> 
     return f"a run with {told(found)}, this has {told(record)}" if names else ""
 
 
-def _be_quiet() -> None:
+def be_quiet() -> None:
     """Leaves the terminal to the example: no warnings, and no news of devices."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
