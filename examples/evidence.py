@@ -34,8 +34,9 @@ class Settings:
 
 def measure(names: tuple[str, ...] = ()) -> dict[str, Row]:
     """Rows by name, of all claims if none is named, by as many processes as two."""
+    wanted = names or tuple(page.CLAIMS)
     together = {name: group for group in page.TRAINED for name in group}
-    groups = dict.fromkeys(together.get(name, (name,)) for name in names or page.CLAIMS)
+    groups = dict.fromkeys(together.get(name, (name,)) for name in wanted)
     longest_first = sorted(groups, key=lambda group: group not in page.TRAINED)
     found: dict[str, Row] = {}
     with concurrent.futures.ProcessPoolExecutor(
@@ -43,12 +44,13 @@ def measure(names: tuple[str, ...] = ()) -> dict[str, Row]:
         multiprocessing.get_context("spawn"),
         initializer=_run.be_quiet,
     ) as pool:
-        tasks = [pool.submit(page.rows_of, group) for group in longest_first]
+        each = ([n for n in group if n in wanted] for group in longest_first)
+        tasks = [pool.submit(page.rows_of, some) for some in each]
         progress = tqdm(concurrent.futures.as_completed(tasks), total=len(tasks))
         for task in progress:
             found |= task.result()
             progress.set_postfix_str(next(iter(task.result())), refresh=True)
-    return {name: found[name] for name in names or page.CLAIMS}
+    return {name: found[name] for name in wanted}
 
 
 def report(name: str, row: Row) -> str:

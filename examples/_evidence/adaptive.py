@@ -230,7 +230,6 @@ def smoothest() -> Row:
     )  # fmt: skip
 
 
-@functools.cache
 def largest_rates() -> dict[str, float]:
     """The largest rate at which a network without normalization learns, by clip."""
     settings = normalizer_free.Settings(

@@ -34,7 +34,7 @@ CLAIMS: dict[str, Callable[[], Row]] = {
 # Of these the bulk is training, some ten seconds for those that share one.
 TRAINED = (
     ("rnn", "rates", "zone"), ("gan",), ("repulsion", "close_contacts"), ("typical",),
-    ("memorized",), ("snr_samples",), ("private", "automatic"),
+    ("fair", "fair_ratio"), ("memorized",), ("snr_samples",), ("private", "automatic"),
     ("least_threshold", "direction"), ("deep_nets",), ("normalized_rates",),
     ("taught_chaos",), ("together",), ("per_layer",), ("adam_clip",), ("box_loss",),
     ("exponential",), ("generalizes",), ("gated", "outlying"), ("smoothest",),

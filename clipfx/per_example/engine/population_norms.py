@@ -18,6 +18,7 @@ from clipfx._core.norms import Norms
 from clipfx._core.populations import measure
 from clipfx.per_example.engine import outer_products, scaled_sums
 from clipfx.per_example.engine.populations import Pass, contributions
+from clipfx.per_example.engine.row_sums import mask
 from clipfx.per_example.engine.rules.site import IDS, NUMBERS
 
 MOST = 2048  # positions, whose inner products are kept
@@ -107,7 +108,7 @@ def _positions(run: Pass, leaf: int) -> tuple[jax.Array, jax.Array, jax.Array]:
 
     def joined(x):
         if jnp.issubdtype(x.dtype, jnp.floating):
-            x = jnp.where(counts.reshape((-1,) + (1,) * (x.ndim - 1)), widen(x), 0)
+            x = mask(widen(x), counts)
         return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
     left, right = map(joined, pair)
