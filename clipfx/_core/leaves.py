@@ -13,6 +13,10 @@ from clipfx._core.groups import Groups, is_counted
 from clipfx._core.paths import KeyPath
 from clipfx._core.reductions import device_of_programs, on_one_cpu
 
+# As many leaves are together in one loop: what it takes XLA to compile that grows with
+# the square of their number.
+MANY = 256
+
 
 def widen(x: jax.Array, least: Any = jnp.float32) -> jax.Array:
     """What is narrower than `least` is computed in it; anything wider is left alone."""
@@ -191,7 +195,10 @@ def _alike(*rows: jax.Array) -> list[tuple[jax.Array, ...]]:
     never = jnp.abs(jax.lax.bitcast_convert_type(first, jnp.int32)).clip(max=0)
     axes = _compat.varying_axes(never)
     places = [_compat.vary(jnp.uint32(k), axes) for k in range(rows[0].size)]
-    _, *places = jax.lax.while_loop(lambda carry: carry[0] > 0, turn, (never, *places))
+    for k in range(0, len(places), MANY):
+        start = (never, *places[k : k + MANY])
+        _, *held = jax.lax.while_loop(lambda carry: carry[0] > 0, turn, start)
+        places[k : k + MANY] = held
     pick = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
     return [tuple(pick(row, k) for k in places) for row in rows]
 

@@ -40,7 +40,8 @@ def by_device(ways: dict[str, Callable[..., Any]], device: str, *args: Any) -> A
     if device in ways:
         return ways[device](*args)
     cpu, gpu, tpu = (ways[x] for x in ("cpu", "gpu", "tpu"))
-    return jax.lax.platform_dependent(*args, cpu=cpu, cuda=gpu, default=tpu)
+    more = {} if gpu is tpu else {"cuda": gpu}  # or it would be traced twice
+    return jax.lax.platform_dependent(*args, cpu=cpu, **more, default=tpu)
 
 
 def on_one_cpu(

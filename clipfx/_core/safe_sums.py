@@ -3,7 +3,9 @@
 They are taken at other scales too, with the elements multiplied by a power of two.
 """
 
+import bisect
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -12,11 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from clipfx import _compat
-from clipfx._core.leaves import times, widen
+from clipfx._core.leaves import MANY, times, widen
 from clipfx._core.reductions import Layout, by_device, combine, varying
 
 # What the loops here pass on.
 _Carry: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
+
+# Sums `[G]`, and the scales at which they were taken.
+_Scaled: TypeAlias = tuple[jax.Array, jax.Array]
 
 
 def far(dtype: Any) -> float:
@@ -37,9 +42,11 @@ def sums_in_range(
     fuses a sum into what makes the gradient, if it is one of its own; a GPU takes all
     three in one reduction; on a CPU the second and third wait until they are needed.
     """
-    loop = functools.partial(_in_a_loop, layout=layout, ord=ord)
-    together = functools.partial(_at_once, _together, layout=layout, ord=ord)
+    loop = functools.partial(_in_loops, layout=layout, ord=ord)
     separate = functools.partial(_at_once, _separate, layout=layout, ord=ord)
+    together = functools.partial(_at_once, _together, layout=layout, ord=ord)
+    if len(leaves) > MANY:  # small ones, of which a GPU does either as fast
+        together = separate
 
     def on_mesh(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
         # No loop: with a collective inside devices of XLA:CPU may wait for each other
@@ -58,12 +65,16 @@ def _at_once(
 ) -> tuple[jax.Array, jax.Array]:
     """All three sums of every leaf, and one collective."""
     dtype = layout.dtype
-    up, tiny = far(dtype), _least(dtype)
     columns = zip(*(parts(x, dtype, ord) for x in leaves), strict=True)
     scalars = [x for column in columns for x in column]
     index = tuple(3 * i + k for k in range(3) for i in layout.index)
     every = layout._replace(index=index, number=3 * layout.number)
-    usual, down, lifted = combine(jnp.add, scalars, every).reshape(-1, 3).T
+    return _in_range(*combine(jnp.add, scalars, every).reshape(-1, 3).T)
+
+
+def _in_range(usual: jax.Array, down: jax.Array, lifted: jax.Array) -> _Scaled:
+    """Of sums at three scales those that are in range."""
+    up, tiny = far(usual.dtype), _least(usual.dtype)
     over, under = usual == jnp.inf, usual < tiny
     total = jnp.where(over, down, jnp.where(under, lifted, usual))
     scale = jnp.where(over, 1 / up, jnp.where(under, up, jnp.ones_like(usual)))
@@ -71,7 +82,7 @@ def _at_once(
 
 
 # The three sums of a leaf, traced once for all leaves of a shape.
-@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _separate(x: jax.Array, dtype: Any, ord: int) -> list[jax.Array]:
     return [add_up(x) for x in _powers(x, dtype, ord)]
 
@@ -101,9 +112,49 @@ def _powers(x: jax.Array, dtype: Any, ord: int) -> tuple[jax.Array, ...]:
     return tuple(abs_power(x, ord) for x in (wide, *(times(wide, s) for s in scales)))
 
 
-def _in_a_loop(
-    leaves: list[jax.Array], layout: Layout, ord: int
-) -> tuple[jax.Array, jax.Array]:
+def _in_loops(leaves: list[jax.Array], layout: Layout, ord: int) -> _Scaled:
+    """The sums in loops of few leaves each, and of whole groups, if those are small."""
+    if len(leaves) <= MANY:
+        return _in_a_loop(leaves, layout, ord)
+    rows: list[list[jax.Array]] = [[] for _ in range(layout.number)]
+    for x, i in zip(leaves, layout.index, strict=True):
+        rows[i].append(x)
+
+    def of(rows: list[list[jax.Array]]) -> _Scaled:
+        sizes = [*map(len, rows)]
+        if sum(sizes) <= MANY:
+            index = tuple(i for i, n in enumerate(sizes) for _ in range(n))
+            part = layout._replace(index=index, number=len(rows))
+            return _in_a_loop([x for row in rows for x in row], part, ord)
+        if len(rows) == 1:
+            cuts = range(0, sizes[0], MANY)
+            return _joined([of([rows[0][k : k + MANY]]) for k in cuts], ord)
+        half = bisect.bisect([*itertools.accumulate(sizes)], sum(sizes) // 2)
+        half = min(max(half, 1), len(rows) - 1)
+        return _concatenated([of(rows[:half]), of(rows[half:])])
+
+    return of(rows)
+
+
+def _joined(parts: list[_Scaled], ord: int) -> _Scaled:
+    """The sum `[1]` of parts `[1]` of one group."""
+    total, scale = _concatenated(parts)
+
+    def at(wanted: float) -> jax.Array:
+        # One factor after the other: their product may be no normal number.
+        moved = functools.reduce(times, [wanted / scale] * ord, total)
+        return add_up(moved).reshape(1)
+
+    up = far(total.dtype)
+    return _in_range(at(1.0), at(1 / up), at(up))
+
+
+def _concatenated(parts: list[_Scaled]) -> _Scaled:
+    total, scale = map(jnp.concatenate, zip(*parts, strict=True))
+    return total, scale
+
+
+def _in_a_loop(leaves: list[jax.Array], layout: Layout, ord: int) -> _Scaled:
     """The sums, again at another scale if some group left the range.
 
     One scale for all groups, so that nothing in the loop depends on their number.

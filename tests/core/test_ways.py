@@ -1,7 +1,9 @@
 """Three ways to take sums that may leave the range, by device."""
 
 import functools
+import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from trees import enable_x64, norm, trained
 from xla import number_of
 
 import clipfx
-from clipfx._core import norms, reductions, safe_sums
+from clipfx._core import leaves, norms, reductions, safe_sums
 
 
 @pytest.fixture(params=["cpu", "gpu", "tpu"])
@@ -110,6 +112,45 @@ def test_many_groups(way):
 
     again = 4 * float(jax.jit(total)(at)) * slope
     assert float(jax.jit(jax.grad(turns))(at)) == pytest.approx(again, rel=1e-5, abs=0)
+
+
+@pytest.mark.parametrize("ord", in_tiers([1, 2], {2}))
+@pytest.mark.parametrize("groups", ["global", "layer", "leaf"])
+def test_many_leaves(groups, ord, monkeypatch):
+    """In loops of few, whose sums may be at different scales."""
+    monkeypatch.setattr(reductions, "forced_device", "cpu")
+    monkeypatch.setattr(safe_sums, "MANY", 5)
+    clip = lambda tree: clipfx.tree_clip(tree, 1.0, groups=groups, ord=ord)[1]
+    length = jax.jit(lambda tree: clip(tree).norm)
+    sizes = [1.0, 1e-30, 1e30, 1.7e38 if ord == 1 else 1e19, 1e-19 / 3, 0.0]
+    for first, second in itertools.product(sizes, sizes):
+        rows = [jnp.full(33, x) for x in [first] * 13 + [second] * 4 + [first]]
+        tree = {"c": {}, "b": {}, "a": {}, "d": {}}  # layers of 1, 3, 4 and 10 leaves
+        for k, x in enumerate(rows):
+            layer = "bacdadddddddadbdad"[k]
+            tree[layer][f"{k:02}"] = x
+        layers = [tree[key] for key in "abcd"]
+        parts = {"global": [tree], "layer": layers, "leaf": jax.tree.leaves(tree)}
+        exact = [min(norm(x, ord), 3.4028235e38) for x in parts[groups]]
+        np.testing.assert_allclose(length(tree), exact, rtol=2e-6)
+    tree["a"]["01"] = jnp.array([jnp.nan])
+    tree["b"]["05"] = jnp.array([jnp.inf])
+    assert clip(tree).nonfinite.sum() == {"global": 1}.get(groups, 2)
+
+
+def test_the_time_to_compile_many_leaves_does_not_grow_with_their_square(monkeypatch):
+    """No loop and no kernel has all of them for operands."""
+    monkeypatch.setattr(reductions, "forced_device", "cpu")
+    monkeypatch.setattr(safe_sums, "MANY", 10)
+    monkeypatch.setattr(leaves, "MANY", 10)
+    tree = {f"{k:03}": jnp.ones(40) for k in range(300)}
+    for groups in ("global", "leaf"):
+        tx = clipfx.clip_by_norm(1.0, groups=groups)
+        text = jax.jit(tx.update).lower(tree, tx.init(tree)).compile().as_text()
+        kernels = re.findall(r" fusion\((.*?)\)", text)
+        assert max(x.count("%") for x in kernels) <= 2 * 30 + 10
+        loops = re.findall(r"= \((.*?)\) while\(", text)
+        assert max(x.count("[40]") for x in loops) == 10
 
 
 @pytest.mark.parametrize("make", [clipfx.clip_per_layer, clipfx.zclip])
