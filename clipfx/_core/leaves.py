@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from clipfx import _compat
 from clipfx._core.groups import Groups, is_counted
 from clipfx._core.paths import KeyPath
-from clipfx._core.reductions import device_of_programs, on_one_cpu
+from clipfx._core.reductions import by_device, device_of_programs
 
 # As many leaves are together in one loop: what it takes XLA to compile that grows with
 # the square of their number.
@@ -177,8 +177,8 @@ def columns(*rows: jax.Array) -> Sequence[tuple[jax.Array, ...]]:
     """
     if rows[0].size <= 8:
         return list(zip(*_unstack(*rows), strict=True))
-    picked = on_one_cpu(_alike, _unstack, device_of_programs(), *rows)
-    return list(zip(*picked, strict=True))
+    ways = {"cpu": _alike, "gpu": _unstack, "tpu": _unstack}
+    return list(zip(*by_device(ways, device_of_programs(), *rows), strict=True))
 
 
 def _unstack(*rows: jax.Array) -> list[tuple[jax.Array, ...]]:
@@ -186,21 +186,34 @@ def _unstack(*rows: jax.Array) -> list[tuple[jax.Array, ...]]:
 
 
 def _alike(*rows: jax.Array) -> list[tuple[jax.Array, ...]]:
-    # Constants that pass a loop, which never turns, but XLA does not know that. Each
-    # turn would change them in a way that it cannot sum up.
-    def turn(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return carry[0] - 1, *(k * k for k in carry[1:])
-
-    first = jax.lax.stop_gradient(rows[0][0]).astype(jnp.float32)
-    never = jnp.abs(jax.lax.bitcast_convert_type(first, jnp.int32)).clip(max=0)
-    axes = _compat.varying_axes(never)
-    places = [_compat.vary(jnp.uint32(k), axes) for k in range(rows[0].size)]
-    for k in range(0, len(places), MANY):
-        start = (never, *places[k : k + MANY])
-        _, *held = jax.lax.while_loop(lambda carry: carry[0] > 0, turn, start)
-        places[k : k + MANY] = held
+    places = unseen([jnp.uint32(k) for k in range(rows[0].size)], rows[0][0])
     pick = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
     return [tuple(pick(row, k) for k in places) for row in rows]
+
+
+def unseen(values: list[jax.Array], by: jax.Array) -> list[jax.Array]:
+    """The values, of which XLA:CPU sees no more what they are or where they come from.
+
+    They pass loops that never turn, which it does not know. Each turn would change them
+    in a way that it cannot sum up.
+
+    Args:
+      values: Of one set of mesh axes.
+      by: A number that is computed when the program runs.
+    """
+
+    def turn(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return carry[0] - 1, *(x * x for x in carry[1:])
+
+    bits = jax.lax.stop_gradient(by).astype(jnp.float32)
+    never = jnp.abs(jax.lax.bitcast_convert_type(bits, jnp.int32)).clip(max=0)
+    axes = _compat.varying_axes(never)
+    passed: list[jax.Array] = []
+    for k in range(0, len(values), MANY):
+        start = (never, *(_compat.vary(x, axes) for x in values[k : k + MANY]))
+        _, *held = jax.lax.while_loop(lambda carry: carry[0] > 0, turn, start)
+        passed += held
+    return passed
 
 
 def signed_power(x: jax.Array, power: jax.Array, unit: jax.Array) -> jax.Array:

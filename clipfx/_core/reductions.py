@@ -142,12 +142,12 @@ def combine(op: _Op, scalars: Sequence[jax.Array], layout: Layout) -> jax.Array:
     if not rows:
         return jnp.zeros(0, layout.dtype)
     nothing = jnp.zeros(scalars[0].shape if scalars else (), layout.dtype)
-    total = jnp.stack([_pairwise(op, row) if row else nothing for row in rows])
+    total = jnp.stack([pairwise(op, row) if row else nothing for row in rows])
     across = jax.lax.psum if op is jnp.add else jax.lax.pmax
     return across(total, tuple(sorted(every, key=str))) if every else total
 
 
-def _pairwise(op: _Op, row: list[jax.Array]) -> jax.Array:
+def pairwise(op: _Op, row: list[jax.Array]) -> jax.Array:
     """Reduces in a balanced tree: the error grows with the log of the length."""
     while len(row) > 1:
         row = [op(*row[i : i + 2]) if row[i + 1 :] else row[i]

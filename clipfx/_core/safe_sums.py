@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from clipfx import _compat
-from clipfx._core.leaves import MANY, times, widen
-from clipfx._core.reductions import Layout, by_device, combine, varying
+from clipfx._core.leaves import MANY, times, unseen, widen
+from clipfx._core.reductions import Layout, by_device, combine, pairwise, varying
 
 # What the loops here pass on.
 _Carry: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
@@ -53,7 +53,7 @@ def sums_in_range(
         # for ever. And what is reduced together XLA gathers first.
         if layout.axis_names or varying(leaves):  # in shard_map
             return separate(leaves)
-        stacked = functools.partial(_at_once, _stacked, layout=layout, ord=ord)
+        stacked = functools.partial(_stacked_at_once, layout=layout, ord=ord)
         return jax.lax.platform_dependent(leaves, cpu=stacked, default=separate)
 
     ways = {"cpu": loop, "gpu": together, "tpu": separate, "mesh": on_mesh}
@@ -70,6 +70,29 @@ def _at_once(
     index = tuple(3 * i + k for k in range(3) for i in layout.index)
     every = layout._replace(index=index, number=3 * layout.number)
     return _in_range(*combine(jnp.add, scalars, every).reshape(-1, 3).T)
+
+
+def _stacked_at_once(leaves: list[jax.Array], layout: Layout, ord: int) -> _Scaled:
+    """All three sums of every leaf in one vector."""
+    vectors: list[Any] = [_stacked(x, layout.dtype, ord) for x in leaves]
+    return _in_range(*combine(jnp.add, *_in_parts(vectors, layout)).T)
+
+
+def _in_parts(sums: list[jax.Array], layout: Layout) -> tuple[list[jax.Array], Layout]:
+    """Fewer sums, of MANY each, for `combine`.
+
+    XLA:CPU fuses additions until they are all in one kernel, and the time that it takes
+    grows with the square of their number.
+    """
+    rows: list[list[jax.Array]] = [[] for _ in range(layout.number)]
+    for x, i in zip(sums, layout.index, strict=True):
+        rows[i].append(x)
+    if max(map(len, rows), default=0) <= MANY:
+        return sums, layout
+    index = tuple(i for i, row in enumerate(rows) for _ in range(0, len(row), MANY))
+    parts = [pairwise(jnp.add, row[k : k + MANY])
+             for row in rows for k in range(0, len(row), MANY)]  # fmt: skip
+    return unseen(parts, parts[0].ravel()[0]), layout._replace(index=index)
 
 
 def _in_range(usual: jax.Array, down: jax.Array, lifted: jax.Array) -> _Scaled:
@@ -97,10 +120,10 @@ def _together(x: jax.Array, dtype: Any, ord: int) -> list[jax.Array]:
 
 # With Auto axes XLA:CPU sends every 256 sums together: one vector of a leaf, not three
 # numbers. A TPU would not fuse it into what makes the gradient, and sends all at once.
-@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
-def _stacked(x: jax.Array, dtype: Any, ord: int) -> list[jax.Array]:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _stacked(x: jax.Array, dtype: Any, ord: int) -> jax.Array:
     powers = jnp.stack(_powers(x, dtype, ord))
-    return list(add_up(powers, tuple(range(1, powers.ndim))))
+    return add_up(powers, tuple(range(1, powers.ndim)))
 
 
 def _powers(x: jax.Array, dtype: Any, ord: int) -> tuple[jax.Array, ...]:
