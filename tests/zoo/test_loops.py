@@ -69,7 +69,7 @@ def test_weights_and_biases(tmp_path):
 
 
 def test_clu(tmp_path):
-    needs("clu", "tensorflow")
+    needs("clu", "tensorflow", "tensorboard")
     from clipfx.calibrate.reading import read_run
 
     names = snippets.run("logging", "Logging", "CLU")
