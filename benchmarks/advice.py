@@ -9,8 +9,8 @@ for all examples and chosen without looking. Every seed goes by the norms of its
 run. A run takes seconds to a minute; those that are in `--out` are not repeated.
 
 Examples are smaller than by default, at their default learning rate; of those that
-compare rates, at the one that is best without a clip. The last row is a scenario of
-`benchmarks.spikes`.
+compare rates, at the one that is best without a clip. `outlier_batches` is a scenario
+of `benchmarks.spikes`; of `federated` each message of a client is a step.
 """
 
 import functools
@@ -34,10 +34,14 @@ from benchmarks import spikes
 from clipfx.calibrate.reading import read_run
 from examples import (
     _common,
+    _grid,
     boosting_loss,
     boxes,
     char_rnn,
+    continual,
     diffusion_digits,
+    federated,
+    gan_digits,
     normalizer_free,
     outliers,
     potential,
@@ -277,6 +281,38 @@ def run_outliers(clip: str, max_norm: float, seed: int) -> Run:
     return Run(np.concatenate(norms), float((said != data.test_labels).mean()))
 
 
+def run_continual(of: str, clip: str, max_norm: float, seed: int) -> Run:
+    """SGD at 0.2, clipped in the second task: the share of errors after it."""
+    settings = continual.Settings()
+    variant = _grid.Variant("global", max_norm, settings.rate, seed)
+    (history,) = continual.train([variant], settings, BOUNDS[clip])
+    return Run(history.norms, 1 - continual.scores(history, settings.steps)[of])
+
+
+def run_gan_digits(clip: str, max_norm: float, seed: int) -> Run:
+    """Momentum at 0.003, the generator clipped: classes that it does not draw."""
+    assert clip == "global"
+    variant = _grid.Variant("generator", max_norm, 0.003, seed)
+    (history,) = gan_digits.train([variant], gan_digits.Settings())
+    return Run(history.norms, 10 - gan_digits.scores(history)["classes"])
+
+
+def run_federated(spoiled: float, clip: str, max_norm: float, seed: int) -> Run:
+    """The server's rate at 10: the share of errors.
+
+    Norms are of messages, many in a round. Of advice to take `zclip` only the bound
+    is followed.
+    """
+    del clip
+    settings = federated.Settings()
+    method = "none" if max_norm == math.inf else "clip"
+    server = federated.Server(*map(np.float32, (max_norm, 10.0, spoiled, 0.0)))
+    given = federated.load_data(settings, seed), server, jax.random.key(seed)
+    seen = federated.train(*given, method=method, settings=settings)
+    sent = np.asarray(seen["norms"]).ravel()
+    return Run(sent[sent != 0], 1 - federated.score(seen)["accuracy"])
+
+
 @functools.cache
 def train_on_outlier_batches(clip: str, max_norm: float) -> spikes.Runs:
     """Three seeds at once."""
@@ -301,6 +337,11 @@ EXAMPLES: dict[str, Callable[[str, float, int], Run]] = {
     "diffusion_digits": run_diffusion_digits,
     "outlier_batches": run_outlier_batches,
     **{name: functools.partial(run_task, name) for name in TASKS},
+    "continual": functools.partial(run_continual, "second"),
+    "continual, both": functools.partial(run_continual, "both"),
+    "gan_digits": run_gan_digits,
+    "federated": functools.partial(run_federated, 0.0),
+    "federated, spoiled": functools.partial(run_federated, 0.01),
 }
 
 

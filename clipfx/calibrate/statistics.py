@@ -30,6 +30,7 @@ class NormStats(NamedTuple):
         median.
       first: Median of the first 5.
       peak: The largest of the first 25.
+      settled: Median of the second half.
 
     Reference: Hill, `A simple general approach to inference about the tail of a
     distribution <https://doi.org/10.1214/aos/1176343247>`_, 1975.
@@ -46,6 +47,7 @@ class NormStats(NamedTuple):
     spikes: tuple[int, ...]
     first: float
     peak: float
+    settled: float
 
     @property
     def explodes(self) -> bool:
@@ -53,9 +55,21 @@ class NormStats(NamedTuple):
         return self.peak > self.first * max(5, np.exp(5 * min(self.spread, 50)))
 
     @property
+    def grows(self) -> bool:
+        """Whether they end at twice what they began with, and beyond their noise.
+
+        Where a run learns they mostly fall. Less than one median of 5 in a thousand is
+        2 deviations too small.
+        """
+        return self.settled > self.first * max(2, np.exp(2 * min(self.spread, 50)))
+
+    @property
     def wild(self) -> bool:
-        """Whether norms scatter so far that none of them is the usual one."""
-        return self.spread > 1
+        """Whether norms scatter so far that none of them is the usual one.
+
+        What 5% exceed is then over ten times the median.
+        """
+        return 1.645 * self.spread > np.log(10)
 
 
 def describe(group: str, norms: np.ndarray) -> NormStats:
@@ -86,6 +100,7 @@ def describe(group: str, norms: np.ndarray) -> NormStats:
         spikes=tuple(np.flatnonzero(usable)[_FIRST:][_spikes(gaps)].tolist()),
         first=float(np.median(x[:_FIRST])),
         peak=float(x[:_BEGIN].max()),
+        settled=float(np.median(x[len(x) // 2 :])),
     )
 
 

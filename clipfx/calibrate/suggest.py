@@ -189,6 +189,14 @@ def _above_usual(norms: np.ndarray) -> float:
     return float(min(threshold_for(norms, 0.05), usual))
 
 
+def _at_a_premium(norms: np.ndarray, premium: float) -> float:
+    """The smallest norm that, as a bound, takes at most this share of their sum."""
+    ordered = np.sort(norms.astype(np.float64))
+    above = np.arange(len(ordered))[::-1]
+    kept = np.cumsum(ordered) + above * ordered
+    return float(ordered[np.argmax(kept >= (1 - premium) * kept[-1])])
+
+
 def _advise(stats: Sequence[NormStats], joint: np.ndarray) -> tuple[str, float, str]:
     """Where to begin, the threshold of it, and why, in one sentence."""
     whole, each = stats[-1], stats[:-1]
@@ -204,15 +212,19 @@ def _advise(stats: Sequence[NormStats], joint: np.ndarray) -> tuple[str, float, 
             f"normalised: norms scatter so far (spread {whole.spread:.1f}) that they "
             "say nothing of how far to go. With SGD choose the learning rate anew.",
         )
-    if whole.explodes:
+    if whole.explodes or whole.grows:
+        growth = (
+            f"{whole.peak / whole.first:.0f} times that within 25"
+            if whole.explodes
+            else f"{whole.settled / whole.first:.1f} times that and stay there"
+        )
         return (
             _GLOBAL,
             round_up(whole.first),
-            "the median of the first 5 steps, since norms grow to "
-            f"{whole.peak / whole.first:.0f} times that within 25. This is hardly the "
-            "run that you want: record again, with it.",
+            f"the median of the first 5 steps, since norms grow to {growth}. This is "
+            "hardly the run that you want: record again, with it.",
         )
-    middle = round_up(float(np.median(usual)))
+    middle = round_up(whole.settled)
     if whole.nonfinite:
         return (
             _GLOBAL,
@@ -238,11 +250,18 @@ def _advise(stats: Sequence[NormStats], joint: np.ndarray) -> tuple[str, float, 
             "what 5% of the second half exceed, spikes and their aftermath aside. "
             f"{spikes}, and the norm stays where it is.",
         )
+    # Long steps that do not stand out may be what is learned from.
+    dear = round_up(_at_a_premium(usual, 0.01))
+    what = "what 5% of the second half exceed"
+    if dear > above:
+        what = (
+            "which takes 1% of the sum of the second half, and spares seldom long steps"
+        )
     return (
         _GLOBAL,
-        above,
-        "what 5% of the second half exceed. No step stands out, so that it bounds the "
-        "first steps, and is insurance later.",
+        max(above, dear),
+        f"{what}. No step stands out, so that it bounds the first steps, and is "
+        "insurance later.",
     )
 
 

@@ -260,6 +260,31 @@ def test_advice_goes_by_settled_norms_without_spikes_and_aftermath():
     assert advised(fitted) == pytest.approx(exact, rel=0.1)
 
 
+def test_insurance_takes_a_hundredth_of_the_way_at_most():
+    """Also of a few that train seldom and far, which do not stand out here."""
+    rng = np.random.default_rng(0)
+    usual, far = rng.lognormal(0, 0.8, 3000), 12 * rng.lognormal(0, 0.2, 3000)
+    norms = np.where(rng.random(3000) < 0.03, far, usual)
+    found = calibrate.suggest(norms)
+    (bound,) = map(float, re.findall(r"[\d.]+", found.begin))
+    half = norms[1500:]
+    kept = np.minimum(half, bound).sum() / half.sum()
+    assert 0.99 <= kept < 0.991
+    assert bound > 2 * np.quantile(half, 0.95)
+    assert "takes 1% of the sum" in found.advice and "insurance" in found.advice
+
+
+@pytest.mark.parametrize("rise", [1 / 30, 1.5, 5, 30])
+def test_norms_that_rise_for_good_are_no_run_to_go_by(rise):
+    norms = quiet() * np.geomspace(1, rise, STEPS)
+    found = calibrate.suggest(norms)
+    (bound,) = map(float, re.findall(r"[\d.]+", found.begin))
+    assert ("record again" in found.advice) == (rise > 4)
+    if rise > 4:
+        assert bound == pytest.approx(np.median(norms[:5]), rel=1e-3)
+        assert "and stay there" in found.advice
+
+
 def test_what_is_no_trouble_is_not_warned_of():
     warned = {s.method for s in calibrate.suggest(quiet(0.1)).settings if s.warning}
     assert not warned & {"zclip()", "quantile_clip(0.9)", "skip_spikes(optimizer)"}
