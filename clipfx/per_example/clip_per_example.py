@@ -154,7 +154,9 @@ def _norms(updates: Any, members: Groups, axes: frozenset) -> Norms:
     index = tuple(i for _, i in pairs)
     layout = Layout(index, len(members.names), dtype, (), axes)
 
-    leaves = [(widen(x, dtype), i) for x, i in pairs]
+    one_cpu = target.is_one_cpu(x for x, _ in pairs)
+    flat = lambda x: x.reshape(x.shape[0], -1) if one_cpu else x
+    leaves = [(flat(widen(x, dtype)), i) for x, i in pairs]
     square = jax.vmap(lambda x: add_up(abs_power(x, 2)))
 
     def peaks() -> jax.Array:
@@ -167,7 +169,7 @@ def _norms(updates: Any, members: Groups, axes: frozenset) -> Norms:
         rows = [square(times(x, column(scale[i], x))) for x, i in leaves]
         return Norms(square_root(combine(jnp.add, rows, layout)).T, scale.T)
 
-    if not target.is_one_cpu(x for x, _ in leaves):
+    if not one_cpu:
         return scaled(peaks())
     # With scales XLA:CPU takes ten times as long: it writes them out for each element.
     total = combine(jnp.add, [square(x) for x, _ in leaves], layout)

@@ -273,6 +273,22 @@ def experts_in_loops(p, h, e):
     return jax.lax.scan(layer, h, {k: p[k] for k in "vu"})[0]
 
 
+@piece(u=(V, D, D), v=(2, V, D, D), w=(V, D, D), m=(D, D, V), o=(V, D, D))
+def scaled_experts(p, h, e):
+    """Rows times what differs between positions, rows and examples, but for `o`."""
+    ids, gate = e["ids"], jnp.tanh(h[:, :1, None])
+    size = numbers(h, V)[ids][:, None, None]
+    h = jnp.tanh(jnp.einsum("td,tdf->tf", h, p["u"][ids] * 0.5 * gate / size))
+    kept = (e["x"][:, :1] > 0)[:, :, None]
+    v = jnp.where(kept, p["v"][ids % 2, ids] * numbers(h, 1, 1, D), 0)
+    h = jnp.einsum("tf,tdf->td", h, v)
+    expert = lambda x, k, s: jnp.tanh(x @ (p["w"][k] * (s[:, None] / np.sqrt(2.0))))
+    h = jax.vmap(expert)(h, ids, e["x"])
+    m = jnp.where(e["flag"], 0.5, p["m"][:, :, ids]) * numbers(h, D, 1, 1)
+    h = jnp.einsum("d,dft->tf", h[0], m) + jnp.einsum("td,dft->f", h, m)[None]
+    return jnp.einsum("td,tdf->tf", h, p["o"][ids] * numbers(h, 1, 1, D))
+
+
 @piece(w=(V, D, D), v=(V, D, D), u=(V, D, D))
 def experts_elsewhere(p, h, e):
     """Rows that are more than one product."""

@@ -459,3 +459,15 @@ def test_clip_per_example_keeps_no_copies_of_what_it_is_given():
     if jax.__version_info__ < (0, 8):  # whose XLA does so with all
         most = 2 * sum(each)
     assert sum(each) < program.memory_analysis().temp_size_in_bytes < 1.1 * most
+
+
+def test_what_lies_row_by_row_is_not_copied():
+    tx = per_example.clip_per_example(1.0)
+    params, x = drawn_normalized()
+    stacked = jax.vmap(jax.grad(normalized), (None, 0))(params, x)
+    update = lambda stacked: tx.update(stacked, tx.init(params))[0]
+    program = jax.jit(update).lower(stacked).compile()
+    most = min(x.nbytes for x in stacked) / 4
+    if jax.__version_info__ < (0, 8):  # whose XLA writes out squares
+        most += sum(x.nbytes for x in stacked)
+    assert program.memory_analysis().temp_size_in_bytes < most

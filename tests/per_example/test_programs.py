@@ -50,6 +50,7 @@ METHODS = {
     "experts_by_id": {"Gram": "o v w"},
     "several_experts": {"Gram": "m u"},
     "experts_by_group": {"Gram": "v w", "bias sum": "u"},
+    "scaled_experts": {"Gram": "m u v w", "segment sum": "o"},
     "experts_in_loops": {"Gram": "t u v w"},
     "experts_elsewhere": {"segment sum": "v w", "outer product": "u"},
     "rnn": {"Gram": "wh wx", "bias sum": "b"},
@@ -84,6 +85,7 @@ CALLED = [
     "masked_at_one_position",
     "experts_by_group",
     "experts_by_id",
+    "scaled_experts",
 ]
 # Of the two forms below only the sums and norms are laid down.
 ANY_METHOD = {"bias_reshaped", "dead_code", "indexed", "indexed_in_scan"}

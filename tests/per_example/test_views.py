@@ -9,6 +9,7 @@ from tiers import in_tiers
 
 import clipfx
 from clipfx import per_example
+from clipfx.per_example.engine import trace
 
 B, D = 4, 6
 
@@ -143,6 +144,59 @@ def test_weights_scaled_in_half_precision():
     np.testing.assert_allclose(info.norm[:, 0], norm, rtol=1e-2)
     want = np.tensordot(np.minimum(1, 0.1 / norm), rows, 1)
     np.testing.assert_allclose(sums, want, atol=1e-2 * np.abs(want).max())
+
+
+ROW, COLUMN = np.float32([1, 0, 1, 1, 0, 1])[:, None], np.float32([[1, 2, 0, 1, 0, 2]])
+OUTER = ROW * COLUMN
+PRODUCTS = {  # and whether it is one of vectors
+    "of vectors": (lambda w, c: w * (ROW * c), True),
+    "written out": (lambda w, c: w * OUTER, True),
+    "rows written out": (lambda w, c: jnp.where(np.repeat(ROW > 0, D, 1), w, 1), True),
+    "its opposite": (lambda w, c: jnp.where((ROW * c).astype(bool), 0, w), False),
+    "cut off": (lambda w, c: w * (1.3 * (ROW + 1) * c).astype(int), False),
+    "rounded": (
+        lambda w, c: w * ((ROW + 0.3) * (c + 0.3)).astype(jnp.bfloat16),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_masks_of_several_positions(name):
+    scale, is_product = PRODUCTS[name]
+
+    def loss(w, x, column):
+        with jax.numpy_dtype_promotion("standard"):
+            return jnp.tanh(x @ scale(w, column)).sum()
+
+    params, batch, column = draw(D, D, seed=2), draw(B, 3, D), jnp.asarray(COLUMN)
+    report = per_example.explain(loss, params, batch[0], column)
+    assert report.rows[0].method == ("Gram" if is_product else "instantiated")
+    clip = per_example.clipped_grad(loss, 1.0)
+    norm = jax.jit(clip)(params, batch, column)[1].norm
+    rows = jax.vmap(jax.grad(loss), (None, 0, None))(params, batch, column)
+    exact = np.linalg.norm(np.asarray(rows).reshape(B, -1), axis=1)
+    np.testing.assert_allclose(norm[:, 0], exact, rtol=2e-5)
+    check(lambda w, x: loss(w, x, column), params, batch)
+
+
+def test_masked_kernels_that_are_used_twice():
+    """The mask, of shape and space like the kernel, differs along the latter alone."""
+    mask = np.ones((3, 2, D, D), np.float32)
+    mask[2] = mask[1, 1] = 0
+    conv = lambda x, w: jax.lax.conv_general_dilated(
+        x[None], w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )[0]
+
+    def loss(w, x):
+        w = w * mask
+        return jnp.tanh(conv(jnp.tanh(conv(x, w)), w)).sum()
+
+    params, batch = draw(3, 2, D, D, seed=2), draw(B, 4, 3, D)
+    check(loss, params, batch, norm_method="ghost")
+    signature = trace.Signature(loss, 0, 1, False, "ghost")
+    plan = trace.prepare(signature, (params, batch), {}).program.plan
+    assert plan.methods == ["Gram"]
 
 
 NO_VIEWS = {

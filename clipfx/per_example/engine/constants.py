@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from clipfx import _compat
@@ -40,6 +41,28 @@ class Constant(NamedTuple):
     value: Callable[[], Any] = lambda: None
     varies: Varies | None = None
     loops: frozenset[int] = frozenset()
+
+    def differs(self) -> Varies | None:
+        """As `varies`, of numbers that are known as they are: masks are written out."""
+        x = self.value() if self.varies else None
+        if self.varies is None or x is None or not x.size:
+            return self.varies
+        same = [d for d in range(x.ndim) if (x == x.take([0], d)).all()]
+        alone = frozenset(frozenset({d}) for d in range(x.ndim) if d not in same)
+        known = moved(self.varies, lambda d: {d}.difference(same))
+        return alone if _is_product(x) else known
+
+
+def _is_product(x: np.ndarray) -> bool:
+    """Whether it is one of vectors, exactly, one for each dimension."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return False
+    x = x.astype(np.float64)
+    at = np.unravel_index(np.abs(x).argmax(), x.shape)
+    lines = [x[(*at[:d], slice(None), *at[d + 1 :])] for d in range(x.ndim)]
+    unit = x[at] or 1.0
+    product = functools.reduce(np.multiply.outer, [line / unit for line in lines])
+    return np.array_equal(product * unit, x)
 
 
 def literal(v: Any) -> Constant:
@@ -95,13 +118,26 @@ def of_equation(
     return [named(x, v, needed) for x, v in zip(each, eqn.outvars, strict=True)]
 
 
+def _every(varies: Varies) -> frozenset[int]:
+    return frozenset().union(*varies)
+
+
+def _keeps_products(eqn: Any) -> bool:
+    """Whether rounding leaves products what they are, and nothing else changes them."""
+    dtypes = [v.aval.dtype for v in (*eqn.invars, *eqn.outvars)]
+    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+        return False
+    *before, after = (jnp.finfo(dtype).bits for dtype in dtypes)
+    return min(before) >= after >= 32
+
+
 def _of_output(eqn: Any, inputs: Sequence[Constant]) -> Varies | None:
     name, known = eqn.primitive.name, [x.varies for x in inputs if x.varies is not None]
-    varies = frozenset().union(*known)
+    varies: Varies = frozenset().union(*known)
     if len(known) < len(inputs) or not inputs:
         return None
     if name in primitives.PRODUCTS or name in primitives.SAME:
-        return varies
+        return varies if _keeps_products(eqn) else frozenset({_every(varies)})
     if name == primitives.BROADCAST:
         at = primitives.broadcast_dimensions(eqn)
         return moved(varies, lambda d: (at[d],))

@@ -163,12 +163,12 @@ def run(
             outs = [lax.select_n(inputs[0], *xs) for xs in zip(*every, strict=True)]
         else:
             outs = rules.evaluate(eqn, inputs)
-            for n, number, operand, data in node.recorded(k):
+            for n, number, v, data in node.records.get(k, ()):
                 if n in sites and number in given.slots:
                     slot = given.slots[number]
-                    outs[0] = keep(outs[0], as_floats(inputs[operand]), slot)
+                    outs[0] = keep(outs[0], as_floats(read(v)), slot)
                 elif n in sites:
-                    records[data] = inputs[operand]
+                    records[data] = read(v)
         if used and node.taps.get(k) in given.taps:
             outs[used[0]] = tap(outs[used[0]], given.taps[node.taps[k]])
         env.update((eqn.outvars[i], outs[i]) for i in used)

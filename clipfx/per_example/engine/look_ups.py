@@ -2,17 +2,23 @@
 
 Matrices of experts, one for each position, are rows of one weight: `w[ids]`. Their own
 gradient has one matrix for each position; that of the product that they go into has two
-vectors. So what becomes of rows is followed through moves of dimensions, and where it
-is products alone the gradient is taken there.
+vectors. So what becomes of rows is followed through moves of dimensions, and whatever
+multiplies them but is no parameter; where it is products with data the gradient is
+taken there.
 """
 
+import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
+from clipfx import _compat
 from clipfx.per_example.engine import primitives
 from clipfx.per_example.engine.param_views import ParamView
 from clipfx.per_example.engine.rules import gather
+from clipfx.per_example.engine.rules.site import Scale
 
 Dims = tuple[int | None, ...]
 
@@ -23,10 +29,12 @@ class Rows(NamedTuple):
     Attributes:
       number: Of the look-up.
       dims: As those of `rules.site.Product`.
+      scales: What they were multiplied by, and where.
     """
 
     number: int
     dims: Dims
+    scales: tuple[tuple["Use", Scale], ...] = ()
 
 
 class Use(NamedTuple):
@@ -59,13 +67,13 @@ class LookUp(NamedTuple):
     Attributes:
       use: The look-up itself.
       view: The weight.
-      products: Those that rows go into, and dimensions of the rows there.
+      products: Those that rows go into, and the rows there.
       elsewhere: Not empty where rows go elsewhere too.
     """
 
     use: Use
     view: ParamView
-    products: list[tuple[Use, Dims]]
+    products: list[tuple[Use, Rows]]
     elsewhere: list[bool]
 
 
@@ -106,3 +114,51 @@ def moved(eqn: Any, dims: Dims) -> Dims | None:
         return None
     rest = iter(d for d in dims if d is not None)
     return tuple(next(rest) if n > 1 else None for n in after.shape)
+
+
+def scaled(use: Use, rows: Rows, numbers: Iterator[int]) -> Rows | None:
+    """Rows times other numbers, None if an equation makes something else of them.
+
+    Args:
+      use: The equation, and which input rows are.
+      rows: What they were.
+      numbers: To be given out.
+    """
+    name, k = use.eqn.primitive.name, use.weight
+    out = use.eqn.outvars[0].aval
+    if name == primitives.MULTIPLY:
+        by, apply = use.eqn.invars[1 - k], jnp.multiply
+    elif name == primitives.DIVIDE and k == 0:
+        by, apply = use.eqn.invars[1], jnp.divide
+    elif name == primitives.SELECT and k > 0:
+        by, apply = use.eqn.invars[0], functools.partial(_chosen, k - 1)
+    else:
+        return None
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        return None
+    like, dims, at = out, rows.dims, range(len(by.aval.shape))
+    while True:
+        pairs = zip(by.aval.shape, at, strict=True)
+        dims = tuple(dims[e] if n == like.shape[e] else None for n, e in pairs)
+        source = _made_by(use.node, by)
+        if source is None:
+            break
+        like, at = by.aval, primitives.broadcast_dimensions(source)
+        by = source.invars[0]
+    scale = Scale(next(numbers), by, dims, apply)
+    return rows._replace(scales=(*rows.scales, (use, scale)))
+
+
+def _chosen(case: int, x: jax.Array, which: jax.Array) -> jax.Array:
+    """`x` where that case is chosen."""
+    return jnp.where(which == jnp.asarray(case, which.dtype), x, jnp.zeros_like(x))
+
+
+def _made_by(node: Any, v: Any) -> Any:
+    """The equation that repeats what `v` is, None if there is none."""
+    if _compat.is_literal(v):
+        return None
+    made = (eqn for eqn in node.jaxpr.eqns if v in eqn.outvars)
+    eqn = next(made, None)
+    repeats = eqn is not None and eqn.primitive.name == primitives.BROADCAST
+    return eqn if repeats else None

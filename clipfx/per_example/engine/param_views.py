@@ -187,11 +187,10 @@ def _scaled(
     if name == primitives.DIVIDE and k == 1:
         return None
     by = rest[0]  # of a choice what decides, the other cases have no derivative
-    if by is None or by.varies is None:
-        return None
-    if any(dims & view.repeated for dims in by.varies):
+    varies = None if by is None else by.differs()
+    if varies is None or any(dims & view.repeated for dims in varies):
         return None  # what repeats an element is added up as it is
-    return _depends(_times(view, by.varies), [by])
+    return _depends(_times(view, varies), [by])
 
 
 def _pad(

@@ -52,6 +52,7 @@ def split(node: JaxprPlan, mapped: Sequence[bool]) -> tuple[JaxprPlan, JaxprPlan
     made = {v: None for k in before if k not in fixed for v in jaxpr.eqns[k].outvars}
     ends = [v for v in jaxpr.outvars if not _compat.is_literal(v)]
     wanted = {v for k in every[cut:] for v in _read(jaxpr.eqns[k])}.union(ends)
+    wanted |= {v for k in every[cut:] for _, _, v, _ in node.records.get(k, ())}
     crossing = [v for v in made if v in wanted]
     first = _part(node, before, jaxpr.invars, crossing)
     return first, _part(node, after, [*jaxpr.invars, *crossing], jaxpr.outvars)
@@ -74,7 +75,7 @@ def _part(
     return node._replace(
         jaxpr=jaxpr, sites=some(node.sites), inner=some(node.inner),
         branches=some(node.branches), views=some(node.views), taps=some(node.taps),
-        products=some(node.products), users=users_of(jaxpr),
+        records=some(node.records), users=users_of(jaxpr),
         regions=some(node.regions), doors=some(node.doors),
     )  # fmt: skip
 

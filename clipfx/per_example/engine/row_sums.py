@@ -27,6 +27,8 @@ def by_rows(x: jax.Array) -> jax.Array:
     """`x`, one example after the other in the memory of a CPU.
 
     XLA lays what a program computes out as it likes, and loops copy what is not so.
+    Who reads it has to merge its dimensions again: of two reshapes without a copy, one
+    before the barrier and one after it, XLA makes a kernel that copies.
     """
     if not _goes_by_rows(x):
         return x
@@ -64,6 +66,10 @@ def _row_by_row(
         wide = functools.reduce(times, factors, widen(x))
         return wide if good is None else jnp.where(good, wide, 0)
 
-    rows = x, tuple(factors), good
+    differ = [k for y in factors for k, n in enumerate(y.shape) if n > 1]
+    lead = 1 + max(differ, default=0)
+    merged = lambda y: y.reshape(*y.shape[:lead], -1)
+    rows = merged(x), tuple(map(merged, factors)), good
     start = jnp.zeros_like(scaled(jax.tree.map(lambda x: x[0], rows)))
-    return jax.lax.scan(lambda total, row: (total + scaled(row), None), start, rows)[0]
+    add = lambda total, row: (total + scaled(row), None)
+    return jax.lax.scan(add, start, rows)[0].reshape(x.shape[1:])

@@ -191,13 +191,45 @@ class Power(NamedTuple):
 def power(x: Elements, p: int, dtype: Any) -> Power:
     """The sum of powers of all elements, `[1]`."""
     arrays = _in_one([widen(y, dtype) for y in x.arrays])
+    formed = x.counts and x.terms and sum(map(known_size, arrays)) > _SMALL
+    plain = formed and target.is_one_cpu(arrays)
+    total, n = (_as_they_are if plain else _to_one)(arrays, p)
+    zero = jnp.zeros_like(total)
+    return Power(
+        (total if x.counts else zero)[None], (total if x.terms else zero)[None], n[None]
+    )
+
+
+def _to_one(arrays: list[jax.Array], p: int) -> tuple[jax.Array, jax.Array]:
+    """The sum of powers over `2**n`, and n: elements are brought to 1 before."""
     peaks = [jnp.max(jnp.abs(y), initial=0) for y in arrays]
     n = exponent(functools.reduce(jnp.maximum, peaks))
-    unit = inverse_of(n, dtype)
-    each = [add_up(abs_power(times(y, unit), p)) for y in arrays]
-    total = functools.reduce(jnp.add, each)[None]
-    zero = jnp.zeros_like(total)
-    return Power(total if x.counts else zero, total if x.terms else zero, p * n[None])
+    unit = inverse_of(n, peaks[0].dtype)
+    return _total([times(y, unit) for y in arrays], p), p * n
+
+
+def _total(arrays: list[jax.Array], p: int) -> jax.Array:
+    return functools.reduce(jnp.add, [add_up(abs_power(y, p)) for y in arrays])
+
+
+def _as_they_are(arrays: list[jax.Array], p: int) -> tuple[jax.Array, jax.Array]:
+    """The same, where to look for the largest costs twice what the powers do.
+
+    A loop that hardly ever turns brings to 1 what needs it: of no examples, usually.
+    """
+    total = _total(arrays, p)
+    least = 2.0 ** (-jnp.finfo(total.dtype).maxexp // 2)
+    odd = ~(jnp.isfinite(total) & (total >= least))
+
+    def again(state: tuple) -> tuple:
+        # A barrier, or XLA would take out of the loop what does not change in it.
+        total, n = _to_one(jax.lax.optimization_barrier((arrays, state))[0], p)
+        return total, n, state[2] & ~state[2]
+
+    state = (total, jnp.zeros_like(total, jnp.int32), odd)
+    total, n, _ = jax.lax.while_loop(lambda state: state[2], again, state)
+    near = at_scale(total, total)
+    return near.value, n + near.n
 
 
 def _in_one(arrays: list[jax.Array]) -> list[jax.Array]:
@@ -210,9 +242,8 @@ def _in_one(arrays: list[jax.Array]) -> list[jax.Array]:
         return arrays
     alike: dict[Any, list[jax.Array]] = {}
     for x in arrays:
-        alike.setdefault(x.dtype, []).append(x)
-    return [xs[0] if len(xs) == 1 else jnp.concatenate([x.reshape(-1) for x in xs])
-            for xs in alike.values()]  # fmt: skip
+        alike.setdefault(x.dtype, []).append(x.reshape(-1))
+    return [xs[0] if len(xs) == 1 else jnp.concatenate(xs) for xs in alike.values()]
 
 
 # What is not worth measuring by itself on a CPU.

@@ -60,7 +60,8 @@ class JaxprPlan(NamedTuple):
       views: By equation, which outputs are views of parameters.
       data: By variable the number of what is recorded of it.
       taps: By equation the number of the tap on its output.
-      products: By equation the sites that look up rows for this product.
+      records: By equation, what is recorded there: the number of a site, that of the
+        input among those of sites, its variable, and the number of the record.
       users: By variable the equations that read it, and None for the program's end.
       regions: By equation that rematerializes, the number of that region.
       doors: By such an equation, where parameters enter.
@@ -75,7 +76,7 @@ class JaxprPlan(NamedTuple):
     views: dict[int, list[bool]]
     data: dict[Any, int]
     taps: dict[int, int]
-    products: dict[int, list[Site]]
+    records: dict[int, list[tuple[int, int, Any, int]]]
     users: dict[Any, list[int | None]]
     regions: dict[int, int]
     doors: dict[int, list[Door]]
@@ -104,24 +105,11 @@ class JaxprPlan(NamedTuple):
     def numbers(self) -> set[int]:
         """Of all sites and doors here and inside."""
         inside = [node.numbers() for node in self.insides()]
-        some = [*self.sites.values(), *self.doors.values(), *self.products.values()]
+        some = [*self.sites.values(), *self.doors.values()]
         own = {s.number for sites in some for s in sites}
-        data = [{number for _, number, *_ in self.recorded(k)} for k in self.products]
+        data = [{n for pair in some for n in pair[:2]}
+                for some in self.records.values()]  # fmt: skip
         return own.union(*data, *inside)
-
-    def recorded(self, k: int) -> list[tuple[int, int, int, int]]:
-        """What is recorded of the inputs of equation k.
-
-        Of each the site, the number there, which input it is, the number of the record.
-        """
-        seen: list[tuple[Site, Site | Product | None]]
-        seen = [(site, site) for site in self.sites.get(k, ())]
-        seen += [(site, site.product) for site in self.products.get(k, ())]
-        return [
-            (site.number, x.number, x.operand, x.data)
-            for site, x in seen
-            if x is not None and x.operand is not None and x.data is not None
-        ]
 
     def all_regions(self) -> set[int]:
         """Numbers of what is rematerialized here and inside."""
@@ -318,27 +306,38 @@ class _Walk:
             use.region, product,
         )  # fmt: skip
 
-    def place(self, use: Use, site: Site, tapped: Use) -> None:
+    def place(
+        self, use: Use, site: Site, tapped: Use, scaled: Sequence[Use] = ()
+    ) -> None:
         """Puts a site into the program, where it shares what others record.
 
         Args:
           use: Where.
           site: From `site`.
           tapped: Where its product is, if it has one; else where it is.
+          scaled: Where its rows are multiplied on their way to it.
         """
-        share = lambda node, v, number: node.data.setdefault(v, number)
+
+        def record(at: Use, number: int, v: Any, data: int) -> None:
+            kept = (site.number, number, v, data)
+            at.node.records.setdefault(at.k, []).append(kept)
+
+        def share(at: Use, x: Site | Product) -> int:
+            v = at.eqn.invars[x.operand]
+            data = at.node.data.setdefault(v, x.number)
+            record(at, x.number, v, data)
+            return data
+
         if site.operand is not None:
-            data = share(use.node, use.eqn.invars[site.operand], site.number)
-            site = site._replace(data=data)
+            site = site._replace(data=share(use, site))
         if site.product is not None:
-            v = tapped.eqn.invars[site.product.operand]
-            data = share(tapped.node, v, site.product.number)
+            data = share(tapped, site.product)
             site = site._replace(product=site.product._replace(data=data))
+        for at, x in zip(scaled, site.scales, strict=True):
+            record(at, x.number, x.var, x.number)
         node, k, *_ = tapped
         tap = node.taps.setdefault(_where_added(node, k), site.number)
         site = site._replace(tap=tap)
-        if site.product is not None:
-            tapped.node.products.setdefault(tapped.k, []).append(site)
         use.node.sites.setdefault(use.k, []).append(site)
         for part in site.view.parts:
             if part.leaf is not None:
@@ -352,11 +351,14 @@ class _Walk:
         dims = look_ups.moved(use.eqn, rows.dims)
         if dims is not None:
             return ValueInfo(data=True, rows=rows._replace(dims=dims))
-        leaves = any(i.leaves for i in inputs)
-        if use.eqn.primitive.name == primitives.DOT and not others and not leaves:
-            products = self.look_ups[rows.number].products
-            products.append((use._replace(weight=j), rows.dims))
+        alone = not others and not any(i.leaves for i in inputs)
+        use = use._replace(weight=j)
+        if alone and use.eqn.primitive.name == primitives.DOT:
+            self.look_ups[rows.number].products.append((use, rows))
             return ValueInfo(data=True)
+        scaled = look_ups.scaled(use, rows, self.number) if alone else None
+        if scaled is not None:
+            return ValueInfo(data=True, rows=scaled)
         for i in inputs:
             self.blame(i._replace(leaves=frozenset()), "")
         return None
@@ -367,20 +369,25 @@ class _Walk:
             rule = rules.find(use.eqn, 0)
             assert rule is not None
             found = []
-            for at, dims in products:
-                number = next(self.number)
-                x = Product(at.eqn, at.weight, 1 - at.weight, number, number, dims)
-                found.append((self.site(use, product_by_id.RULE, view, x), at))
-            if elsewhere or not all(at.together(use) for _, at in found):
+            for at, rows in products:
+                number, scales = next(self.number), tuple(x for _, x in rows.scales)
+                x = Product(
+                    at.eqn, at.weight, 1 - at.weight, number, number, rows.dims, scales
+                )
+                site = self.site(use, product_by_id.RULE, view, x)
+                found.append((site, at, [place for place, _ in rows.scales]))
+            together = [x.together(use) for _, at, more in found for x in (at, *more)]
+            fits = [product_by_id.multiplies_data(site) for site, *_ in found]
+            if elsewhere or not all(together + fits):
                 found = []
             turns = math.prod(n for _, n in use.loops)
             formed = turns * math.prod(use.eqn.outvars[0].aval.shape)
-            places = [(site, view.parts[0]) for site, _ in found]
+            places = [(site, view.parts[0]) for site, *_ in found]
             if not found or cost_model.costs_more(places, formed):
                 self.place(use, self.site(use, rule, view), use)
             else:
-                for site, at in found:
-                    self.place(use, site, at)
+                for site, at, more in found:
+                    self.place(use, site, at, more)
 
     def scan(
         self, node: JaxprPlan, k: int, eqn: Any, inputs: list[ValueInfo], loops: tuple

@@ -63,12 +63,19 @@ def _patches(
     return jnp.stack(patches, axis=2)
 
 
+def _dims(site: Site, part: LeafSlice) -> tuple[list[int], ...] | None:
+    """Of groups rows and columns are both parts of a dimension of the kernel."""
+    conv = primitives.convolution(site.eqn)
+    out, *rows = conv.rhs
+    return None if conv.groups > 1 else ([], rows, [out])
+
+
 RULE = SiteRule(
     left=sites.NUMBERS,
     why_not=_why_not,
     operand=sites.other_input,
     factors=_factors,
-    dims=lambda site, part: None,
+    dims=_dims,
     gradient=functools.partial(sites.transposed, sites.bind_numbers),
     copied=True,
 )

@@ -20,7 +20,7 @@ from clipfx.per_example.engine import primitives
 from clipfx.per_example.engine.param_views import LeafSlice
 from clipfx.per_example.engine.rules import dot_general, gather
 from clipfx.per_example.engine.rules import site as sites
-from clipfx.per_example.engine.rules.site import Site, SiteRule
+from clipfx.per_example.engine.rules.site import Scale, Site, SiteRule
 
 # A dimension of an array, None where it is repeated, and how long it is.
 _Axis = tuple[int | None, int]
@@ -84,6 +84,20 @@ def _places(site: Site, part: LeafSlice | None = None) -> _Places:
     )  # fmt: skip
 
 
+def _scale_axes(site: Site, at: _Places, scale: Scale) -> list[list[_Axis]]:
+    """Like those of `_Places.data`."""
+    place = {d: k for k, d in enumerate(scale.dims)}
+    of = lambda ds: [(place.get(d), site.shape[d]) for d in ds]
+    ids = [(None if j is None else place.get(~j), n) for j, n in at.number[1]]
+    return [of(at.batch), ids, of(at.rows) if {*at.rows} & {*scale.dims} else []]
+
+
+def multiplies_data(site: Site) -> bool:
+    """Whether scales of its rows are such of the data that they meet."""
+    free = {*_places(site).free}
+    return not any(free & {*scale.dims} for scale in site.scales)
+
+
 def _spread(x: jax.Array, *groups: Sequence[_Axis]) -> jax.Array:
     """Transposes, repeats and merges dimensions into as many as there are groups."""
     axes = [axis for group in groups for axis in group]
@@ -109,7 +123,7 @@ def _matrices(
       data: What was recorded, with these dimensions in front.
       d: The gradient of the output, likewise.
     """
-    (ids, x), lead = data, len(outer) + len(inner)
+    (ids, x, *scales), lead = data, len(outer) + len(inner)
     x = sites.floating(x, widen(d).dtype)
     number, counts = gather.numbers(site, at.ids, ids)
 
@@ -120,6 +134,11 @@ def _matrices(
         return _spread(y, front(outer) + moved[0], front(inner) + moved[1], *moved[2:])
 
     left, right = spread(x, at.data), spread(d, at.delta)
+    for scale, by in zip(site.scales, scales, strict=True):
+        # With the data: beside the gradient of the output a factor might overflow.
+        by, left = spread(by, _scale_axes(site, at, scale)), widen(left)
+        real = jnp.issubdtype(by.dtype, jnp.floating)
+        left = scale.apply(left, by.astype(left.dtype) if real else by)
     if counts is not None:
         inside = spread(counts, at.number)[..., None]
         right = jnp.where(inside, right, jnp.zeros_like(right))
@@ -139,8 +158,8 @@ def _gradient(
     count = math.prod(shape[k] for k in at.ids)
     turns = [delta.shape[k] for k in cut]
 
-    def run(delta: jax.Array, ids: jax.Array, x: jax.Array) -> jax.Array:
-        rows = _matrices(site, at, cut, summed, (ids, x), delta)
+    def run(delta: jax.Array, *data: jax.Array) -> jax.Array:
+        rows = _matrices(site, at, cut, summed, data, delta)
         out = sums_by_id(site, *rows, count)
         known = [*at.batch, *at.ids, *at.rows, *at.free]
         kept = known + [k for k in range(len(shape)) if k not in known]

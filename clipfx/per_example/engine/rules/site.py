@@ -63,6 +63,22 @@ class SiteRule(NamedTuple):
     name: str = ""
 
 
+class Scale(NamedTuple):
+    """What rows of a weight are multiplied by on their way to a product.
+
+    Attributes:
+      number: Among those of sites, of what is recorded.
+      var: The variable; without the dimensions that it is repeated in.
+      dims: For every dimension of it as those of `Product`.
+      apply: `apply(x, by)`, that multiplication of others.
+    """
+
+    number: int
+    var: Any
+    dims: tuple[int | None, ...]
+    apply: Callable
+
+
 class Product(NamedTuple):
     """The product of data with rows of a weight, which the site has looked up.
 
@@ -74,6 +90,7 @@ class Product(NamedTuple):
       data: Number of these, as `Site.data`.
       dims: For every dimension of the rows that of the weight, or `~j` for the j-th of
         the ids; None where it has one element.
+      scales: What the rows were multiplied by before.
     """
 
     eqn: Any
@@ -82,6 +99,7 @@ class Product(NamedTuple):
     number: int
     data: int
     dims: tuple[int | None, ...]
+    scales: tuple[Scale, ...] = ()
 
 
 class Site(NamedTuple):
@@ -130,10 +148,15 @@ class Site(NamedTuple):
         if self.product is not None:
             x = self.product
             found.append((x.number, x.data, x.eqn.invars[x.operand]))
-        return found
+        return found + [(x.number, x.number, x.var) for x in self.scales]
+
+    @property
+    def scales(self) -> tuple[Scale, ...]:
+        """What rows that it looks up are multiplied by."""
+        return () if self.product is None else self.product.scales
 
     def operands(self, records: Mapping[int, Any]) -> Any:
-        """What was recorded for it: None, an array, or ids and data."""
+        """What was recorded for it: None, an array, or ids, data and scales."""
         found = tuple(records[data] for _, data, _ in self.recorded)
         return found if len(found) > 1 else found[0] if found else None
 
