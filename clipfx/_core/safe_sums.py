@@ -51,7 +51,7 @@ def sums_in_range(
     def on_mesh(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
         # No loop: with a collective inside devices of XLA:CPU may wait for each other
         # for ever. And what is reduced together XLA gathers first.
-        if layout.axis_names or varying(leaves):  # in shard_map
+        if not leaves or layout.axis_names or varying(leaves):  # in shard_map
             return separate(leaves)
         stacked = functools.partial(_stacked_at_once, layout=layout, ord=ord)
         return jax.lax.platform_dependent(leaves, cpu=stacked, default=separate)

@@ -211,7 +211,12 @@ def test_products_of_vectors_keep_gram_matrices(factored):
     x = jnp.concatenate([x] * 3, 1)[:, :2]
     wide = {**params, "in": jnp.ones((3, 20, 40)), "out": jnp.ones((800, 5)),
             "bias": jnp.ones((20, 40))}  # fmt: skip
-    scales = grad.scale.scale(grad.init(wide).scale, wide)
+    # At first all are alike, which is a product of vectors.
+    unlike = lambda v: (
+        v + jnp.linspace(0.1, 0.9, v.size, dtype=v.dtype).reshape(v.shape)
+    )
+    moments = jax.tree.map(unlike, grad.init(wide).scale)
+    scales = grad.scale.scale(moments, wide)
     factors = jax.tree.structure(wide).flatten_up_to(scales)
     clip, args = in_scale(grad.clipped, (wide, (x, y)), wide, factors)
     report = str(per_example.explain(clip.signature.fun, args[0], (x[0], y[0])))
