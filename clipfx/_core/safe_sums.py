@@ -45,8 +45,6 @@ def sums_in_range(
     loop = functools.partial(_in_loops, layout=layout, ord=ord)
     separate = functools.partial(_at_once, _separate, layout=layout, ord=ord)
     together = functools.partial(_at_once, _together, layout=layout, ord=ord)
-    if len(leaves) > MANY:  # small ones, of which a GPU does either as fast
-        together = separate
 
     def on_mesh(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
         # No loop: with a collective inside devices of XLA:CPU may wait for each other
@@ -110,7 +108,7 @@ def _separate(x: jax.Array, dtype: Any, ord: int) -> list[jax.Array]:
     return [add_up(x) for x in _powers(x, dtype, ord)]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2), inline=True)
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _together(x: jax.Array, dtype: Any, ord: int) -> list[jax.Array]:
     powers = _powers(x, dtype, ord)
     zero = _compat.vary(jnp.zeros([], dtype), _compat.varying_axes(x))
