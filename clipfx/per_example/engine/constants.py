@@ -105,7 +105,9 @@ def of_equation(
     @functools.cache
     def outs() -> Any:
         values = [constant.value() for constant in inputs]
-        if any(x is None for x in values):
+        # What is typed by a mesh cannot be computed on one device.
+        typed = [_compat.spec_of_type(v.aval) for v in eqn.outvars]
+        if any(x is None for x in values) or any(x is not None for x in typed):
             return None
         with jax.ensure_compile_time_eval():
             return [np.asarray(x) for x in _compat.evaluate(eqn, values)]
