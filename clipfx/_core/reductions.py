@@ -132,19 +132,28 @@ def combine(op: _Op, scalars: Sequence[jax.Array], layout: Layout) -> jax.Array:
         (_compat.varying_axes(x) | {*layout.axis_names}) - layout.apart for x in scalars
     ]
     every = frozenset[Any]().union(*split)
-    rows: list[list[jax.Array]] = [[] for _ in range(layout.number)]
-    for x, i, axes in zip(scalars, layout.index, split, strict=True):
+    counted: list[jax.Array] = []
+    for x, axes in zip(scalars, split, strict=True):
         x = x.astype(layout.dtype)
         # Of equal copies all but one count as zero.
         for axis in every - axes:
             x = jnp.where(jax.lax.axis_index(axis) == 0, x, jnp.zeros_like(x))
-        rows[i].append(x)
+        counted.append(x)
+    rows = by_group(counted, layout)
     if not rows:
         return jnp.zeros(0, layout.dtype)
     nothing = jnp.zeros(scalars[0].shape if scalars else (), layout.dtype)
     total = jnp.stack([pairwise(op, row) if row else nothing for row in rows])
     across = jax.lax.psum if op is jnp.add else jax.lax.pmax
     return across(total, tuple(sorted(every, key=str))) if every else total
+
+
+def by_group(arrays: Sequence[jax.Array], layout: Layout) -> list[list[jax.Array]]:
+    """Those of each group."""
+    rows: list[list[jax.Array]] = [[] for _ in range(layout.number)]
+    for x, i in zip(arrays, layout.index, strict=True):
+        rows[i].append(x)
+    return rows
 
 
 def pairwise(op: _Op, row: list[jax.Array]) -> jax.Array:

@@ -15,7 +15,14 @@ import jax.numpy as jnp
 
 from clipfx import _compat
 from clipfx._core.leaves import MANY, times, unseen, widen
-from clipfx._core.reductions import Layout, by_device, combine, pairwise, varying
+from clipfx._core.reductions import (
+    Layout,
+    by_device,
+    by_group,
+    combine,
+    pairwise,
+    varying,
+)
 
 # What the loops here pass on.
 _Carry: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
@@ -82,9 +89,7 @@ def _in_parts(sums: list[jax.Array], layout: Layout) -> tuple[list[jax.Array], L
     XLA:CPU fuses additions until they are all in one kernel, and the time that it takes
     grows with the square of their number.
     """
-    rows: list[list[jax.Array]] = [[] for _ in range(layout.number)]
-    for x, i in zip(sums, layout.index, strict=True):
-        rows[i].append(x)
+    rows = by_group(sums, layout)
     if max(map(len, rows), default=0) <= MANY:
         return sums, layout
     index = tuple(i for i, row in enumerate(rows) for _ in range(0, len(row), MANY))
@@ -137,9 +142,6 @@ def _in_loops(leaves: list[jax.Array], layout: Layout, ord: int) -> _Scaled:
     """The sums in loops of few leaves each, and of whole groups, if those are small."""
     if len(leaves) <= MANY:
         return _in_a_loop(leaves, layout, ord)
-    rows: list[list[jax.Array]] = [[] for _ in range(layout.number)]
-    for x, i in zip(leaves, layout.index, strict=True):
-        rows[i].append(x)
 
     def of(rows: list[list[jax.Array]]) -> _Scaled:
         sizes = [*map(len, rows)]
@@ -154,7 +156,7 @@ def _in_loops(leaves: list[jax.Array], layout: Layout, ord: int) -> _Scaled:
         half = min(max(half, 1), len(rows) - 1)
         return _concatenated([of(rows[:half]), of(rows[half:])])
 
-    return of(rows)
+    return of(by_group(leaves, layout))
 
 
 def _joined(parts: list[_Scaled], ord: int) -> _Scaled:
